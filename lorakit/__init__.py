@@ -1,0 +1,58 @@
+"""lorakit: the whole life of LoRA adapters on a frozen base model.
+
+The public names are loaded on first use, so that ``import lorakit`` costs nothing::
+
+    handle = lorakit.attach(model, lorakit.LoRASpec(rank=16, alpha=32), name="a")
+    with handle.use("a"):
+        ...
+    adapter = handle.snapshot("a")
+    lorakit.save_adapter(adapter, "out")          # a PEFT folder
+    again = lorakit.load_adapter("out")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "lorakit.core.adapter",
+    "LoRASpec": "lorakit.core.spec",
+    "LorakitError": "lorakit.errors",
+    "attach": "lorakit.layers",
+    "load_adapter": "lorakit.formats",
+    "load_base": "lorakit.bases",
+    "push_adapter": "lorakit.formats",
+    "save_adapter": "lorakit.formats",
+}
+
+__all__ = [
+    "Adapter",
+    "LoRASpec",
+    "LorakitError",
+    "attach",
+    "load_adapter",
+    "load_base",
+    "push_adapter",
+    "save_adapter",
+]
+
+if TYPE_CHECKING:
+    from lorakit.bases import load_base
+    from lorakit.core.adapter import Adapter
+    from lorakit.core.spec import LoRASpec
+    from lorakit.errors import LorakitError
+    from lorakit.formats import load_adapter, push_adapter, save_adapter
+    from lorakit.layers import attach
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

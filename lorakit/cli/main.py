@@ -1,0 +1,96 @@
+"""The command line: finds the command's module, runs it, and turns errors into exit codes.
+
+Only the standard library is imported here, so that ``lorakit --help`` is instant. A command's
+module does the same at its top and imports what it needs inside ``run``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lorakit import __version__
+from lorakit.errors import InputError, Interrupted, LorakitError, MissingDependencyError
+
+#: command → (module, line of help), in the order in which somebody meets them
+COMMANDS = {
+    "preview": ("preview", "show what would be trained: rendered examples, supervised tokens"),
+    "train": ("train", "train one adapter on a file of data, or go on with one"),
+    "eval": ("evaluate", "loss, perplexity and text metrics: base beside adapter"),
+    "generate": ("generate", "text from the base and from adapters, side by side"),
+    "inspect": ("inspect_", "what is in an adapter: settings, size, norms per layer"),
+    "push": ("push", "upload an adapter folder to the hub"),
+}
+
+EPILOG = """\
+examples:
+  lorakit preview --base smollm2 --data mine.jsonl
+  lorakit train --base smollm2 --data mine.jsonl --out runs/mine
+  lorakit eval --base smollm2 --adapter runs/mine/adapter --data test.jsonl --metrics bleu
+  lorakit generate --base smollm2 --adapter runs/mine/adapter --prompt "Hello"
+
+`lorakit COMMAND --help` explains each. Exit codes: 0 done, 2 the input is wrong,
+130 interrupted with the state saved, 1 anything else.
+"""
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser; only the named command's module is imported and filled in."""
+    parser = argparse.ArgumentParser(
+        prog="lorakit",
+        description="One frozen base, many LoRA adapters.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lorakit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (module, line) in COMMANDS.items():
+        if name == command:
+            home = importlib.import_module(f"lorakit.cli.{module}")
+            sub = commands.add_parser(
+                name,
+                help=line,
+                description=home.__doc__,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+            home.configure(sub)
+            sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            sub.set_defaults(run=home.run)
+        else:
+            commands.add_parser(name, help=line, add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``lorakit``; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((a for a in arguments if not a.startswith("-")), None)
+    parser = build_parser(command)
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # argparse: 0 for --help, 2 for an unknown flag
+        return int(stop.code or 0)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return int(options.run(options) or 0)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except LorakitError as error:
+        if options.debug:
+            raise
+        print(f"lorakit {options.command}: {error}", file=sys.stderr)
+        if isinstance(error, Interrupted):
+            return 130
+        return 2 if isinstance(error, (InputError, MissingDependencyError)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

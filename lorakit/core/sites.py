@@ -1,0 +1,118 @@
+"""What an adapter holds at one place of a model.
+
+Shapes: ``r`` rank, ``d_in``/``d_out`` features, ``V`` vocabulary, ``k…`` kernel size.
+
+=========== ==================== ======================
+kind        A                    B
+=========== ==================== ======================
+linear      [r, d_in]            [d_out, r]
+embedding   [r, V]               [d, r]
+conv        [r, c_in, k…]        [c_out, r/groups, 1…]
+=========== ==================== ======================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["linear", "conv", "embedding"]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A low-rank change of one weight: ``W + scaling · B A`` (Hu et al., 2021)."""
+
+    A: Tensor
+    """Down-projection; see the table of the module."""
+    B: Tensor
+    """Up-projection."""
+    scaling: float
+    """Factor on B·A; alpha/r or alpha/√r, already computed."""
+    kind: Kind = "linear"
+    bias: Tensor | None = None
+    """A bias of B, [d_out] (PEFT's ``lora_bias``); it is scaled like B·A."""
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(t.numel() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their field name."""
+        named = {"A": self.A, "B": self.B, "bias": self.bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def problems(self) -> list[str]:
+        """What is wrong with it as a value; empty if nothing."""
+        dims = {"linear": (2, 2), "embedding": (2, 2)}.get(self.kind)
+        a, b = tuple(self.A.shape), tuple(self.B.shape)
+        found = []
+        if dims is not None and (len(a), len(b)) != dims:
+            found.append(f"A has shape {a} and B {b}; a {self.kind} site has two matrices")
+        elif self.kind == "conv" and (len(a) != len(b) or not 3 <= len(a) <= 5):
+            found.append(f"A has shape {a} and B {b}; a conv site has kernels of equal dimension")
+        elif 0 in a or 0 in b:
+            found.append(f"A has shape {a} and B {b}; none may be empty")
+        elif self.kind == "conv":
+            if b[1] > a[0] or a[0] % b[1] or any(k != 1 for k in b[2:]):
+                found.append(f"A has shape {a} and B {b}; B must be [c_out, {a[0]}/groups, 1…]")
+        elif b[1] != a[0]:
+            found.append(f"A has rank {a[0]} (shape {a}), B has rank {b[1]} (shape {b})")
+        if self.bias is not None and tuple(self.bias.shape) != b[:1]:
+            found.append(f"its bias has shape {tuple(self.bias.shape)}; expected {b[:1]}")
+        found += _not_finite(self.tensors())
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """A module, or a single parameter, that was trained whole.
+
+    Under the path of a module, ``tensors`` maps its parameters' names (``"weight"``,
+    ``"dense.bias"``) to values. Under the path of a parameter (``"fc1.bias"``) it holds one
+    tensor named ``""``.
+    """
+
+    tensors_by_name: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors_by_name", MappingProxyType(dict(self.tensors_by_name)))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(t.numel() for t in self.tensors_by_name.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by parameter name."""
+        return dict(self.tensors_by_name)
+
+    def problems(self) -> list[str]:
+        """What is wrong with it as a value; empty if nothing."""
+        if not self.tensors_by_name:
+            return ["it holds no tensor"]
+        return _not_finite(self.tensors())
+
+
+Site = LowRank | Replace
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    found = []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            found.append(f"{name or 'the tensor'} has dtype {tensor.dtype}; expected a float")
+        elif not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            found.append(
+                f"{name or 'the tensor'} has {bad} of {tensor.numel()} values that are NaN or Inf"
+            )
+    return found

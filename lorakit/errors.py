@@ -1,0 +1,81 @@
+"""The exceptions of lorakit.
+
+::
+
+    LorakitError                    everything below; catch this one
+    ├── InputError (ValueError)     what was given is wrong; the command line exits with 2
+    │   ├── SpecError               a setting that is impossible or cannot act
+    │   ├── TargetError             targets that match nothing, or a site that is never called
+    │   ├── DataError               a row, a column or a file of the training data
+    │   ├── FormatError             an adapter file that cannot be read or written as asked
+    │   └── BaseError               a base that cannot be loaded, or is not the adapter's
+    ├── RoutingError (RuntimeError) a forward whose rows do not fit the routing, or two at once
+    ├── TrainingError (RuntimeError) the run had to stop: a loss that is not finite, a full disk
+    ├── Interrupted (Exception)     Ctrl-C or SIGTERM after the state was saved; exits with 130
+    └── MissingDependencyError (ImportError)  an optional package; the message is the install command
+
+Every message names the thing, what came, what was expected, and the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LorakitError(Exception):
+    """Base of everything that lorakit raises on purpose."""
+
+
+class InputError(LorakitError, ValueError):
+    """Something that the caller gave is wrong."""
+
+
+class SpecError(InputError):
+    """A setting that is impossible, unknown, or cannot act."""
+
+
+class TargetError(InputError):
+    """Targets that match nothing, or a site that the first forward never called."""
+
+
+class DataError(InputError):
+    """A problem with training or evaluation data; names file, row and column."""
+
+
+class FormatError(InputError):
+    """An adapter file that cannot be read, or cannot hold what it is asked to."""
+
+
+class BaseError(InputError):
+    """A base model that cannot be loaded, or that an adapter does not belong to."""
+
+
+class RoutingError(LorakitError, RuntimeError):
+    """A forward that does not fit its routing."""
+
+
+class TrainingError(LorakitError, RuntimeError):
+    """A run that had to stop; the last good state is on disk."""
+
+
+class Interrupted(LorakitError):
+    """The user or the system stopped the run; its state was saved first."""
+
+
+class MissingDependencyError(LorakitError, ImportError):
+    """An optional package is not installed."""
+
+
+def collected(title: str, problems: Iterable[str], *, limit: int = 20) -> str:
+    """Join several problems into one message: a title, then a line each.
+
+    Args:
+        title: the sentence before the list, without a colon.
+        problems: one line each.
+        limit: how many are printed; the rest is counted.
+    """
+    lines = list(problems)
+    shown = [f"  - {line}" for line in lines[:limit]]
+    if len(lines) > limit:
+        shown.append(f"  … and {len(lines) - limit} more")
+    return "\n".join([f"{title}:", *shown])
