@@ -1,0 +1,455 @@
+"""What several commands share: their flags, and what is done with them.
+
+At the top only the standard library is imported, so that a command's ``--help`` stays instant.
+Progress, notes and tables go to stderr; stdout belongs to the command's result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import InputError, collected
+from lorakit.optional import require
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorakit.bases import Base
+    from lorakit.core.adapter import Adapter
+    from lorakit.data import DataSpec
+    from lorakit.layers import Handle
+
+#: the name under which the bare base appears beside adapters; no adapter may have it
+BASE_NAME = "base"
+
+#: folder and file names that say nothing about an adapter; it is called after what holds them
+_ANONYMOUS = ("adapter", "adapter_model", "adapters", "checkpoint", "best", "final", "latest")
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+def _number(
+    kind: Callable[[str], Any], fits: Callable[[Any], bool], expected: str
+) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not math.isfinite(value) or not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} given; expected {expected}")
+        return value
+
+    return parse
+
+
+positive_int = _number(int, lambda n: n >= 1, "a whole number of at least 1")
+count = _number(int, lambda n: n >= 0, "a whole number of at least 0")
+seed = _number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
+finite_float = _number(float, lambda x: True, "a finite number")
+positive_float = _number(float, lambda x: x > 0, "a number above 0")
+non_negative_float = _number(float, lambda x: x >= 0, "a number of at least 0")
+probability = _number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+
+
+def comma_list(*allowed: str) -> Callable[[str], tuple[str, ...]]:
+    """An argparse type: names separated by commas, each out of ``allowed``, none twice."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = [part.strip() for part in text.split(",") if part.strip()]
+        unknown = [name for name in names if name not in allowed]
+        if unknown or not names:
+            what = ", ".join(unknown) or repr(text)
+            raise argparse.ArgumentTypeError(
+                f"{what} given; expected one or several of {','.join(allowed)}"
+            )
+        return tuple(dict.fromkeys(names))
+
+    return parse
+
+
+# --- flags -------------------------------------------------------------------------------------
+
+
+def add_base_arguments(
+    parser: argparse.ArgumentParser, *, required: bool = True, weights: bool = True
+) -> None:
+    """Add ``--base`` and how to load it.
+
+    Args:
+        required: whether the command needs it (resuming a run reads it from the run).
+        weights: whether the command loads the weights; without, only the tokenizer is read
+            and the flags about weights are not offered.
+    """
+    group = parser.add_argument_group("base model")
+    group.add_argument(
+        "--base",
+        required=required,
+        metavar="B",
+        help="hub id, folder, .gguf file, or smollm2 (SmolLM2-135M-Instruct)",
+    )
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that the base's repository brings",
+    )
+    if not weights:
+        return
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="D",
+        help="auto (default), cpu, cuda, cuda:1, mps",
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16", "float64"),
+        help="type of the base's weights; auto (default) chooses for the processor and says why",
+    )
+    group.add_argument(
+        "--quantize", choices=("nf4", "int8"), help="store the base's weights in 4 or 8 bits"
+    )
+    group.add_argument(
+        "--allow-other-base",
+        action="store_true",
+        help="use an adapter although its base has other weights (shapes must fit)",
+    )
+
+
+def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--adapter``, which may be given several times."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=adapter_argument,
+        metavar="A[=W]",
+        help="adapter folder, file or hub id (id@revision), again for several; =0.7 behind it "
+        "is a weight, name: before it gives it another name",
+    )
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add ``--data`` and how its rows become examples."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        nargs="+",
+        required=required,
+        metavar="F",
+        help="JSONL, JSON, CSV, Parquet or text files, a datasets folder, or a hub id",
+    )
+    group.add_argument(
+        "--map",
+        action="append",
+        type=column_map,
+        metavar="FIELD=COLUMN,…",
+        help="which column holds which field, such as prompt=mr,completion=ref",
+    )
+    group.add_argument(
+        "--template", metavar="T", help="the prompt, with {columns} in braces, or a file of it"
+    )
+    group.add_argument("--system", metavar="TEXT", help="system message before every chat")
+    group.add_argument(
+        "--loss-on",
+        choices=("completion", "assistant", "all"),
+        help="which tokens are supervised; default: the completion, or the assistant's turns",
+    )
+    group.add_argument(
+        "--max-length",
+        type=positive_int,
+        metavar="TOKENS",
+        help="longest example; default: the model's context",
+    )
+    group.add_argument(
+        "--truncate",
+        action="store_true",
+        help="cut examples that are too long, instead of leaving them out",
+    )
+    group.add_argument(
+        "--bad-rows",
+        choices=("error", "skip"),
+        default="error",
+        help="what a row that cannot be used does: error (default) or skip, which counts them",
+    )
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object on stdout; numbers that are not finite become null",
+    )
+
+
+def column_map(text: str) -> dict[str, str]:
+    """An argparse type: ``"prompt=mr,completion=ref"`` as a dictionary field → column."""
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        field, equals, column = (piece.strip() for piece in part.partition("="))
+        if not (field and equals and column):
+            raise argparse.ArgumentTypeError(
+                f"{part!r} given; expected FIELD=COLUMN, such as prompt=question"
+            )
+        if field in found:
+            raise argparse.ArgumentTypeError(f"the field {field!r} is mapped twice")
+        found[field] = column
+    return found
+
+
+# --- from flags to objects ---------------------------------------------------------------------
+
+
+def data_spec(options: argparse.Namespace, path: Sequence[str] | None = None) -> DataSpec:
+    """The data settings of these flags.
+
+    Args:
+        path: other files to be read in the same way, such as those of ``--valid``.
+    """
+    from lorakit.data import DataSpec
+
+    chosen: dict[str, Any] = {"path": tuple(options.data if path is None else path)}
+    for name in ("template", "system", "loss_on", "max_length"):
+        if getattr(options, name) is not None:
+            chosen[name] = getattr(options, name)
+    merged: dict[str, str] = {}
+    for part in options.map or []:
+        merged.update(part)
+    return DataSpec(map=merged, truncate=options.truncate, bad_rows=options.bad_rows, **chosen)
+
+
+def load_base_from(options: argparse.Namespace, *, task: str = "causal-lm") -> Base:
+    """Load the base of these flags; says on stderr where it was put, and why."""
+    from lorakit.bases import load_base
+
+    base = load_base(
+        options.base,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        task=task,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    placement = base.placement
+    dtype = str(placement.dtype).removeprefix("torch.")
+    say(f"Base {options.base}: {dtype} on {placement.device} ({placement.reason})")
+    for line in base.notes:
+        say(f"  {line}")
+    return base
+
+
+@dataclass(frozen=True)
+class AdapterArgument:
+    """One ``--adapter``: what to load, how it is called here, and its weight."""
+
+    ref: str
+    name: str
+    weight: float | None = None
+    """``None`` where no weight was given; it then acts with weight 1."""
+
+
+def parse_adapter(text: str) -> tuple[str, float | None]:
+    """Split ``"path=0.7"`` into ``("path", 0.7)``; without a weight it is ``None``.
+
+    A path that exists as it stands is taken whole, whatever it contains.
+
+    Raises:
+        InputError: what follows the last ``=`` is not a finite number, or nothing precedes it.
+    """
+    if Path(text).exists() or "=" not in text:
+        return text, None
+    ref, _, tail = text.rpartition("=")
+    try:
+        weight = float(tail)
+    except ValueError:
+        weight = math.nan
+    if not ref or not math.isfinite(weight):
+        raise InputError(
+            f"--adapter {text}: the weight is {tail!r}; expected a finite number, as in path=0.7"
+        )
+    return ref, weight
+
+
+def adapter_argument(text: str) -> AdapterArgument:
+    """An argparse type: ``[name:]ref[=weight]``.
+
+    Without ``name:`` an adapter is called after its folder or file, or, where that is called
+    ``adapter`` as in every run folder, after the folder around it. A name has at least two
+    characters, so that ``C:\\adapters`` stays a path.
+    """
+    explicit = re.fullmatch(r"([\w.+-]{2,}):(?!//)(.+)", text)
+    if Path(text).exists() or Path(text.rpartition("=")[0] or text).exists() or not explicit:
+        name, rest = None, text
+    else:
+        name, rest = explicit.groups()
+    try:
+        ref, weight = parse_adapter(rest)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not ref:
+        raise argparse.ArgumentTypeError("it is empty; expected a folder, a file or a hub id")
+    return AdapterArgument(ref, name or adapter_name(ref), weight)
+
+
+def adapter_name(ref: str) -> str:
+    """What an adapter is called where nobody named it: ``runs/mine/adapter`` is ``mine``."""
+    local = Path(ref).exists()
+    path = Path(ref).resolve() if local else Path(ref.partition("@")[0])
+    parts = [p for p in path.parts if p != path.anchor]
+    while parts:
+        last = parts.pop()
+        stem = last.removesuffix(".safetensors").removesuffix(".bin")
+        if parts and (stem in _ANONYMOUS or re.fullmatch(r"(checkpoint|step)[-_]?\d*", stem)):
+            continue
+        return stem
+    return ref
+
+
+def check_names(adapters: Sequence[AdapterArgument]) -> None:
+    """Refuse two adapters of one name, and one that is called like the base.
+
+    Raises:
+        InputError: says how to give another name.
+    """
+    problems = []
+    for name, times in Counter(a.name for a in adapters).items():
+        refs = [a.ref for a in adapters if a.name == name]
+        if times > 1:
+            problems.append(
+                f"{name}: {' and '.join(refs)} have this name; give one of them another, "
+                f"as in --adapter other:{refs[-1]}"
+            )
+        if name == BASE_NAME:
+            problems.append(
+                f"{name}: {refs[0]} has the name that stands for the bare base; give it another, "
+                f"as in --adapter mine:{refs[0]}"
+            )
+    if problems:
+        raise InputError(collected("The names of these adapters clash", problems))
+
+
+def adapter_path(ref: str) -> str:
+    """The adapter inside a run folder, where the run folder itself was given."""
+    folder = Path(ref)
+    inner = folder / "adapter"
+    if not (folder / "adapter_config.json").exists() and (inner / "adapter_config.json").exists():
+        return str(inner)
+    return ref
+
+
+def load_adapters(adapters: Sequence[AdapterArgument]) -> dict[str, Adapter]:
+    """Read adapters, by name.
+
+    Raises:
+        InputError: two have one name, or a file cannot be read; each problem is listed.
+    """
+    from lorakit.formats import load_adapter
+
+    check_names(adapters)
+    loaded: dict[str, Adapter] = {}
+    problems: list[InputError] = []
+    for one in adapters:
+        path = adapter_path(one.ref)
+        if path != one.ref:
+            say(f"{one.ref} is a run folder; its adapter is {path}")
+        try:
+            loaded[one.name] = load_adapter(path)
+        except InputError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise InputError(collected("These adapters cannot be read", map(str, problems)))
+    return loaded
+
+
+def attach_adapters(
+    base: Base, adapters: Mapping[str, Adapter], *, allow_other: bool = False
+) -> Handle | None:
+    """Attach adapters by name to a loaded base; ``None`` if there is none.
+
+    Says on stderr in what an adapter's base differs from this one, where that is allowed.
+
+    Raises:
+        BaseError: an adapter belongs to another base.
+        TargetError: a site has no place in this model.
+    """
+    from lorakit.bases import check_base
+    from lorakit.layers import attach
+
+    handle = None
+    for name, adapter in adapters.items():
+        for note in check_base(adapter, base.identity, allow_other=allow_other):
+            say(f"Adapter {name}: {note}")
+        if handle is None:
+            handle = attach(base.model, adapter, name)
+        else:
+            handle.add(adapter, name)
+    return handle
+
+
+# --- output ------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Print a line for the person at the terminal, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def console(*, stdout: bool = False) -> Console:
+    """A rich console, on stderr unless a result is to be printed.
+
+    Raises:
+        MissingDependencyError: rich is not installed.
+    """
+    made: Console = require("rich.console", extra="train").Console(stderr=not stdout)
+    return made
+
+
+def emit_json(value: Any) -> None:
+    """Print one JSON object on stdout; floats that are not finite become ``null``."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
+    text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=encoding != "utf8")
+    print(text, flush=True)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON data: mappings, lists, text, finite numbers, booleans, ``None``.
+
+    Paths and dtypes become text, sets are sorted, one-element tensors and NumPy scalars become
+    numbers, dataclasses become objects.
+    """
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: plain(getattr(value, field.name)) for field in fields}
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(one) for one in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if hasattr(value, "tolist"):  # NumPy arrays and scalars, tensors
+        return plain(value.tolist())
+    return str(value)
