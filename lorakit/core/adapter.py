@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from lorakit.core.frozen import FrozenDict
 from lorakit.core.identity import BaseIdentity
 from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.core.spec import LoRASpec
@@ -38,7 +38,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         for name in ("sites", "provenance", "tokenizer_files"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+            object.__setattr__(self, name, FrozenDict(dict(getattr(self, name))))
         problems = [
             f"{path}: {problem}" for path, site in self.sites.items() for problem in site.problems()
         ]

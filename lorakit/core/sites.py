@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lorakit.core.frozen import FrozenDict
 
 Kind = Literal["linear", "conv", "embedding"]
 
@@ -85,7 +86,7 @@ class Replace:
     tensors_by_name: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors_by_name", MappingProxyType(dict(self.tensors_by_name)))
+        object.__setattr__(self, "tensors_by_name", FrozenDict(dict(self.tensors_by_name)))
 
     @property
     def num_parameters(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorakit.core.frozen import FrozenDict
 from lorakit.errors import SpecError, collected
 
 Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
@@ -89,7 +90,7 @@ class LoRASpec:
         for name in ("exclude", "train_modules"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, dict(getattr(self, name)))
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
         problems = list(self._problems())
         if problems:
             raise SpecError(collected("These LoRA settings are impossible", problems))

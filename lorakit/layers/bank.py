@@ -1,0 +1,127 @@
+"""The tensors of one adapter on one model: a flat buffer, and views of it per site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.sites import Kind
+from lorakit.errors import LorakitError
+
+
+class LowRankParameters:
+    """A low-rank site as a module uses it; the tensors are parameters of a :class:`Bank`."""
+
+    __slots__ = ("A", "B", "bias", "dropout", "kind", "scaling")
+
+    def __init__(
+        self,
+        A: nn.Parameter,
+        B: nn.Parameter,
+        bias: nn.Parameter | None,
+        scaling: float,
+        kind: Kind,
+        dropout: float,
+    ) -> None:
+        self.A, self.B, self.bias = A, B, bias
+        self.scaling = scaling
+        self.kind = kind
+        self.dropout = dropout
+
+
+class ReplaceParameters:
+    """Parameters that stand in for some of a module's own, by their names in it."""
+
+    __slots__ = ("by_name",)
+
+    def __init__(self, by_name: dict[str, nn.Parameter]) -> None:
+        self.by_name = by_name
+
+
+class Bank(nn.Module):
+    """The parameters of one adapter, registered under the model so that optimizers find them.
+
+    A trainable adapter's tensors are views of one flat buffer per device: one tensor to
+    optimise, to reduce, to write. Moving the model keeps that so.
+
+    Args:
+        tensors: name (``"<path>.lora_A"``…) → initial value. Copied where trainable.
+        trainable: whether they receive gradients.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
+        super().__init__()
+        self.trainable = trainable
+        #: the flat parameter that optimizers may use in place of its views
+        self.flat_parameter: list[nn.Parameter] = []  # in a list: not registered a second time
+        for name, tensor in tensors.items():
+            # a parameter's name must not hold a dot
+            self.register_parameter(
+                name.replace(".", "/"), nn.Parameter(tensor, requires_grad=trainable)
+            )
+        if trainable:
+            self._flatten()
+
+    def get(self, name: str) -> nn.Parameter:
+        """The parameter that was given as ``name``."""
+        parameter = self._parameters[name.replace(".", "/")]
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        """All parameters, by the names they were given."""
+        return {
+            name.replace("/", "."): parameter
+            for name, parameter in self._parameters.items()
+            if parameter is not None
+        }
+
+    @torch.no_grad()
+    def _flatten(self) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+        for parameter in self._parameters.values():
+            assert parameter is not None
+            groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+        self.flat_parameter = []
+        for (device, dtype), parameters in groups.items():
+            size = sum(p.numel() for p in parameters)
+            flat = torch.empty(size, dtype=dtype, device=device)
+            offset = 0
+            for p in parameters:
+                view = flat[offset : offset + p.numel()].view(p.shape)
+                view.copy_(p)
+                p.data = view
+                p.grad = None
+                offset += p.numel()
+            self.flat_parameter.append(nn.Parameter(flat))
+
+    def flat(self) -> nn.Parameter:
+        """The one flat parameter, with ``grad`` the flat gradient that the views accumulate into.
+
+        Raises:
+            LorakitError: the adapter is frozen, or spread over several devices.
+        """
+        if not self.trainable or len(self.flat_parameter) != 1:
+            raise LorakitError(
+                "this adapter is frozen; attach it with trainable=True"
+                if not self.trainable
+                else f"this adapter lies on {len(self.flat_parameter)} devices; use parameters()"
+            )
+        flat = self.flat_parameter[0]
+        if flat.grad is None:
+            flat.grad = torch.zeros_like(flat)
+        offset = 0
+        for parameter in self._parameters.values():
+            assert parameter is not None
+            size = parameter.numel()
+            parameter.grad = flat.grad[offset : offset + size].view(parameter.shape)
+            offset += size
+        return flat
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        result = super()._apply(fn, recurse)
+        if self.trainable:
+            self._flatten()
+        return result

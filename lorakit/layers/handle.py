@@ -1,0 +1,539 @@
+"""``attach``: adapters on a model, and the handle that chooses among them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.adapter import Adapter
+from lorakit.core.sites import LowRank, Replace, Site
+from lorakit.core.spec import LoRASpec
+from lorakit.errors import FormatError, LorakitError, RoutingError, TargetError, collected
+from lorakit.layers.bank import Bank, LowRankParameters, ReplaceParameters
+from lorakit.layers.forwards import Forwards
+from lorakit.layers.generating import CapturingGenerate
+from lorakit.layers.kinds import shape_of
+from lorakit.layers.routing import MixLike, Order, Routing
+from lorakit.layers.site import SiteForward
+from lorakit.layers.targets import compact_targets, resolve_targets, whole_modules
+
+logger = logging.getLogger(__name__)
+
+#: the child of the root under which the adapters' parameters are registered
+CHILD = "lorakit_adapters"
+
+
+def attach(
+    model: nn.Module,
+    what: LoRASpec | Adapter,
+    name: str = "default",
+    *,
+    trainable: bool | None = None,
+    seed: int = 0,
+) -> Handle:
+    """Put an adapter on a model, which is otherwise unchanged.
+
+    The model's own parameters stop receiving gradients. Its modules keep their objects, classes
+    and state-dict keys; only the ``forward`` of adapted ones is overridden.
+
+    Args:
+        model: any ``nn.Module``; call this very module (or ``generate``) afterwards.
+        what: a spec makes a new adapter whose first forward is the base's, bit for bit; an
+            :class:`Adapter` brings its values.
+        name: how the handle knows it. The first adapter of a model is active at once.
+        trainable: whether it receives gradients; by default a new one does and a given one
+            does not.
+        seed: of the initialisation.
+
+    Raises:
+        TargetError: targets that do not fit the model.
+        FormatError: an adapter whose paths or shapes are not this model's.
+        LorakitError: the model has adapters already (use ``handle.add``).
+    """
+    if handle_of(model) is not None:
+        raise LorakitError(
+            "this model has adapters attached already; add another with handle.add(…), or "
+            "call handle.detach() first"
+        )
+    handle = Handle(model)
+    try:
+        handle.add(what, name, trainable=trainable, seed=seed)
+    except BaseException:
+        handle.detach()
+        raise
+    handle.activate(name)
+    logger.info("adapter %r is attached and active", name)
+    return handle
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of a model's adapters, or ``None``."""
+    child = model._modules.get(CHILD)
+    return getattr(child, "handle", None)
+
+
+class _Child(nn.ModuleDict):
+    """Holds the banks; knows the handle, so that a copied model has its own."""
+
+    handle: Handle
+
+
+class Handle:
+    """The adapters on one model. Made by :func:`attach`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        if CHILD in model._modules or hasattr(model, CHILD):
+            raise LorakitError(f"this model has an attribute {CHILD!r} that is not ours")
+        self.model = model
+        self._forwards = Forwards()
+        self._forwards.after_first = self._check_called
+        self._banks: dict[str, Bank] = {}
+        self._sources: dict[str, Adapter] = {}
+        self._sites: dict[str, SiteForward] = {}
+        #: parameters whose gradient we switched off
+        self._frozen = [p for p in model.parameters() if p.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        child = _Child()
+        child.handle = self
+        model.add_module(CHILD, child)
+        self._hooks = [
+            model.register_forward_pre_hook(
+                self._forwards.before_forward, with_kwargs=True, prepend=True
+            ),
+            model.register_forward_hook(self._forwards.after_forward, always_call=True),
+        ]
+        CapturingGenerate.install(model, self._forwards)
+
+    # --- what is attached ------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The attached adapters, in the order they came."""
+        return tuple(self._banks)
+
+    @property
+    def active(self) -> Routing:
+        """The routing in use."""
+        return self._forwards.routing
+
+    def add(
+        self,
+        what: LoRASpec | Adapter,
+        name: str,
+        *,
+        trainable: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Attach one more adapter; it is used once a routing names it.
+
+        Raises:
+            LorakitError: the name is taken or empty.
+            TargetError, FormatError: as :func:`attach`.
+        """
+        if not name or name in self._banks:
+            raise LorakitError(
+                f"the adapter name {name!r} is "
+                + ("taken; choose another, or remove that one first" if name else "empty")
+            )
+        if isinstance(what, LoRASpec):
+            adapter = _initial(self.model, what, seed)
+            trainable = True if trainable is None else trainable
+        else:
+            adapter, trainable = what, bool(trainable)
+        owners = _check_fit(self.model, adapter)
+        dropout = adapter.spec.dropout if trainable else 0.0
+        bank = self._make_bank(adapter, owners, trainable)
+        for path, site in adapter.sites.items():
+            owner_path, owner = owners[path]
+            forward = self._site(owner_path, owner)
+            if isinstance(site, LowRank):
+                forward.low_rank[name] = LowRankParameters(
+                    bank.get(f"{path}.lora_A"),
+                    bank.get(f"{path}.lora_B"),
+                    None if site.bias is None else bank.get(f"{path}.lora_bias"),
+                    site.scaling,
+                    site.kind,
+                    dropout,
+                )
+            else:
+                own = forward.replaced.setdefault(name, ReplaceParameters({}))
+                prefix = path[len(owner_path) + 1 :]  # "bias" where the path is a parameter's
+                for key in site.tensors_by_name:
+                    own.by_name[key or prefix] = bank.get(f"{path}.{key}" if key else path)
+        self._banks[name], self._sources[name] = bank, adapter
+        child = self.model._modules[CHILD]
+        assert isinstance(child, _Child)
+        child[name.replace(".", "·")] = bank
+        self._forwards.names = self.names
+        self._forwards.after_first = self._check_called
+
+    def remove(self, name: str) -> None:
+        """Take one adapter off.
+
+        Raises:
+            LorakitError: no such adapter, or it is in use.
+        """
+        self._known([name])
+        if name in self.active.names:
+            raise LorakitError(
+                f"adapter {name!r} is in use; activate another first, for example "
+                "handle.activate(None)"
+            )
+        del self._banks[name], self._sources[name]
+        child = self.model._modules[CHILD]
+        assert isinstance(child, _Child)
+        del child[name.replace(".", "·")]
+        for path, site in list(self._sites.items()):
+            site.low_rank.pop(name, None)
+            site.replaced.pop(name, None)
+            if not site.low_rank and not site.replaced:
+                _restore(site)
+                del self._sites[path]
+        self._forwards.names = self.names
+
+    def detach(self) -> None:
+        """Take everything off; the model is as it was.
+
+        Raises:
+            LorakitError: somebody else has overridden a forward since; it must go first.
+        """
+        covered = [
+            s.path for s in self._sites.values() if s.module.__dict__.get("forward") is not s
+        ]
+        if covered:
+            raise LorakitError(
+                collected(
+                    "Another library has overridden these forwards since; remove its hooks "
+                    "first (for accelerate: remove_hook_from_submodules(model))",
+                    covered,
+                    limit=5,
+                )
+            )
+        for site in self._sites.values():
+            _restore(site)
+        self._sites.clear()
+        self._banks.clear()
+        self._sources.clear()
+        for hook in self._hooks:
+            hook.remove()
+        CapturingGenerate.remove(self.model)
+        self.model._modules.pop(CHILD, None)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+
+    # --- choosing --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def use(
+        self,
+        mix: MixLike | Routing = None,
+        *,
+        rows: Sequence[MixLike] | None = None,
+        expand: int = 1,
+        order: Order = "interleave",
+    ) -> Iterator[Handle]:
+        """Use these adapters inside the ``with`` block.
+
+        Args:
+            mix: a name, ``None`` for the bare base, weights such as ``{"a": 0.7, "b": 0.3}``,
+                or a :class:`Routing`; the same for every row.
+            rows: one such entry per row of the batch instead.
+            expand, order: how a caller multiplies the rows; ``generate``'s beams are known.
+
+        Raises:
+            RoutingError: an adapter that is not attached.
+        """
+        routing = self.routing(mix, rows=rows, expand=expand, order=order)
+        before = self._forwards.routing
+        self._forwards.routing = routing
+        try:
+            yield self
+        finally:
+            self._forwards.routing = before
+
+    def activate(self, mix: MixLike | Routing = None, **rows: Any) -> None:
+        """Use these adapters from now on; arguments as :meth:`use`."""
+        self._forwards.routing = self.routing(mix, **rows)
+
+    def routing(
+        self,
+        mix: MixLike | Routing = None,
+        *,
+        rows: Sequence[MixLike] | None = None,
+        expand: int = 1,
+        order: Order = "interleave",
+    ) -> Routing:
+        """The routing that :meth:`use` would use, with its names checked."""
+        if isinstance(mix, Routing):
+            routing = mix
+        elif rows is not None:
+            if mix is not None:
+                raise RoutingError("give one mix for all rows, or rows=[…], not both")
+            routing = Routing.rows(rows, expand=expand, order=order)
+        else:
+            routing = Routing.uniform(mix)
+        self._known(sorted(routing.names))
+        return routing
+
+    def forward_scope(self, routing: Routing) -> contextlib.AbstractContextManager[None]:
+        """One forward made of several calls (a body, then its head) under this routing."""
+        self._known(sorted(routing.names))
+        return self._forwards.scope(routing)
+
+    # --- values ----------------------------------------------------------------------------
+
+    def snapshot(self, name: str = "default") -> Adapter:
+        """A copy of an adapter's present values, on the CPU, in the dtype they have here."""
+        self._known([name])
+        source, bank = self._sources[name], self._banks[name]
+
+        def value(key: str) -> Tensor:
+            return bank.get(key).detach().to("cpu", copy=True)
+
+        sites: dict[str, Site] = {}
+        for path, site in source.sites.items():
+            if isinstance(site, LowRank):
+                bias = None if site.bias is None else value(f"{path}.lora_bias")
+                sites[path] = replace(
+                    site, A=value(f"{path}.lora_A"), B=value(f"{path}.lora_B"), bias=bias
+                )
+            else:
+                sites[path] = Replace(
+                    {k: value(f"{path}.{k}" if k else path) for k in site.tensors_by_name}
+                )
+        return source.with_(sites=sites)
+
+    def parameters(self, name: str = "default") -> list[nn.Parameter]:
+        """An adapter's tensors on the model, in a fixed order."""
+        self._known([name])
+        return list(self._banks[name].parameters())
+
+    def flat(self, name: str = "default") -> nn.Parameter:
+        """A trainable adapter as one flat parameter; its ``grad`` is what the sites add to.
+
+        Optimise this instead of :meth:`parameters`; clear ``grad`` with ``zero_()``, not by
+        setting it to ``None``.
+        """
+        self._known([name])
+        return self._banks[name].flat()
+
+    # --- inside ----------------------------------------------------------------------------
+
+    def _known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self._banks:
+                close = difflib.get_close_matches(name, self.names, n=1)
+                raise RoutingError(
+                    f"no adapter {name!r} is attached"
+                    + (f"; did you mean {close[0]!r}?" if close else "")
+                    + f" Attached: {', '.join(self.names) or 'none'}"
+                )
+
+    def _site(self, path: str, module: nn.Module) -> SiteForward:
+        if path not in self._sites:
+            site = SiteForward(module, path, self._forwards)
+            module.__dict__["forward"] = site
+            self._sites[path] = site
+        return self._sites[path]
+
+    def _make_bank(
+        self, adapter: Adapter, owners: Mapping[str, tuple[str, nn.Module]], trainable: bool
+    ) -> Bank:
+        tensors: dict[str, Tensor] = {}
+        for path, site in adapter.sites.items():
+            device, dtype = _home(owners[path][1])
+            target = dtype if trainable else None
+            names = {"A": "lora_A", "B": "lora_B", "bias": "lora_bias"}
+            for key, tensor in site.tensors().items():
+                key = names[key] if isinstance(site, LowRank) else key
+                full = f"{path}.{key}" if key else path
+                tensors[full] = tensor.detach().to(device=device, dtype=target)
+        return Bank(tensors, trainable=trainable)
+
+    def _check_called(self) -> None:
+        """After the first forward: every site of an adapter in use must have been called."""
+        if _compiling_now():
+            return
+        used = self.active.names
+        silent = [
+            path
+            for path, site in self._sites.items()
+            if not site.called and used & (site.low_rank.keys() | site.replaced.keys())
+        ]
+        if silent:
+            raise TargetError(
+                collected(
+                    "The first forward never called these adapted modules, so adapting them has "
+                    "no effect (a fused path reads their weights directly, or this input does "
+                    "not reach them). Leave them out with exclude",
+                    silent,
+                    limit=8,
+                )
+            )
+
+
+def _restore(site: SiteForward) -> None:
+    if site.module.__dict__.get("forward") is site:
+        if site.previous is None:
+            del site.module.__dict__["forward"]
+        else:
+            site.module.__dict__["forward"] = site.previous
+
+
+def _home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a trainable site's tensors lie: the module's device; float32, or float64 with it."""
+    hook = getattr(module, "_hf_hook", None)  # accelerate: weights may be offloaded
+    device = getattr(hook, "execution_device", None)
+    parameter = next(module.parameters(), None)
+    if device is None:
+        device = parameter.device if parameter is not None else torch.device("cpu")
+    elif isinstance(device, int):
+        device = torch.device("cuda", device)
+    double = parameter is not None and parameter.dtype == torch.float64
+    return torch.device(device), torch.float64 if double else torch.float32
+
+
+def _initial(model: nn.Module, spec: LoRASpec, seed: int) -> Adapter:
+    """A new adapter whose delta is zero.
+
+    A is drawn as PyTorch draws a linear's weight (Kaiming uniform with a = √5, bound
+    1/√fan_in), from N(0, 1/r²), or with orthonormal rows; B is zero (Hu et al., 2021, §4.1).
+    An embedding's A is zero and its B normal, as in the authors' loralib.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sites: dict[str, Site] = {}
+    for target in resolve_targets(model, spec):
+        _, dtype = _home(target.module)
+        A = torch.empty(target.shape.a(target.rank), dtype=dtype)
+        B = torch.zeros(target.shape.b(target.rank), dtype=dtype)
+        if target.shape.kind == "embedding":
+            A.zero_()
+            B.normal_(generator=generator)
+        elif spec.init == "gaussian":
+            A.normal_(std=1 / target.rank, generator=generator)
+        elif spec.init == "orthogonal":
+            nn.init.orthogonal_(A, generator=generator)
+        else:
+            bound = 1 / math.sqrt(A[0].numel())
+            A.uniform_(-bound, bound, generator=generator)
+        scaling = spec.scaling_of(target.rank, target.alpha)
+        sites[target.path] = LowRank(A, B, scaling, target.shape.kind)
+    whole = whole_modules(model, spec.train_modules)
+    for path, module in whole.items():
+        _refuse_running_statistics(path, module)
+        sites[path] = Replace({n: p.detach().clone() for n, p in module.named_parameters()})
+    if spec.bias != "none":
+        sites.update(_biases(model, spec, list(sites), whole))
+    targets = compact_targets(model, [p for p, s in sites.items() if isinstance(s, LowRank)])
+    return Adapter(sites, replace(spec, targets=targets) if targets else spec)
+
+
+def _biases(
+    model: nn.Module, spec: LoRASpec, adapted: Sequence[str], whole: Mapping[str, nn.Module]
+) -> dict[str, Site]:
+    wanted = set(adapted)
+    found: dict[str, Site] = {}
+    for path, module in model.named_modules():
+        bias = module._parameters.get("bias")
+        inside = any(path == w or path.startswith(w + ".") for w in whole)
+        if bias is None or inside or not path or (spec.bias == "lora" and path not in wanted):
+            continue
+        found[f"{path}.bias"] = Replace({"": bias.detach().clone()})
+    if not found:
+        raise TargetError(
+            f"bias is {spec.bias!r}, but there is no bias to train "
+            + ("on the adapted modules" if spec.bias == "lora" else "in this model")
+            + '; use bias="none"'
+        )
+    return found
+
+
+def _refuse_running_statistics(path: str, module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        if getattr(child, "running_mean", None) is not None:
+            inner = f"{path}.{name}" if name else path
+            raise TargetError(
+                f"{inner} keeps running statistics, which training would change in the base; "
+                "name the modules beside it in train_modules"
+            )
+
+
+def _check_fit(model: nn.Module, adapter: Adapter) -> dict[str, tuple[str, nn.Module]]:
+    """Site path → (path of the module that runs it, that module); everything is checked.
+
+    Raises:
+        FormatError: paths or shapes that are not this model's. All are listed.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first_path = {id(m): p for p, m in model.named_modules()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owners: dict[str, tuple[str, nn.Module]] = {}
+    problems = []
+    for path, site in adapter.sites.items():
+        if isinstance(site, Replace) and "" in site.tensors_by_name:
+            owner_path = path.rpartition(".")[0]
+            owner = modules.get(owner_path) if path in parameters else None
+        else:
+            owner_path, owner = path, modules.get(path)
+        if owner is None or not owner_path:
+            close = difflib.get_close_matches(path, [p for p in modules if p], n=1, cutoff=0.6)
+            problems.append(f"{path}: not in this model" + (f"; close: {close[0]}" * bool(close)))
+            continue
+        owners[path] = (first_path[id(owner)], owner)
+        problems += [f"{path}: {text}" for text in _misfit(owner, path, site, parameters)]
+    if problems:
+        raise FormatError(
+            collected("The adapter does not fit this model", problems)
+            + "\nGive the base that it was trained on."
+        )
+    return owners
+
+
+def _misfit(
+    owner: nn.Module, path: str, site: Site, parameters: Mapping[str, nn.Parameter]
+) -> list[str]:
+    if isinstance(site, Replace):
+        own = dict(owner.named_parameters())
+        found = []
+        for key, tensor in site.tensors_by_name.items():
+            mine = own.get(key) if key else parameters[path]
+            if mine is None:
+                found.append(f"it has no parameter {key!r}")
+            elif mine.shape != tensor.shape:
+                found.append(
+                    f"{key or 'value'} has shape {tuple(tensor.shape)}; "
+                    f"the model's is {tuple(mine.shape)}"
+                )
+        return found
+    shape = shape_of(owner)
+    if shape is None:
+        return [f"{type(owner).__name__} is no linear, convolution or embedding"]
+    if shape.kind != site.kind:
+        return [f"it is a {site.kind} site; the model has a {shape.kind} there"]
+    expected = shape.a(site.rank), shape.b(site.rank)
+    if expected != (tuple(site.A.shape), tuple(site.B.shape)):
+        return [
+            f"A has shape {tuple(site.A.shape)} and B {tuple(site.B.shape)}; "
+            f"at rank {site.rank} this model needs {expected[0]} and {expected[1]}"
+        ]
+    return []
+
+
+def _compiling_now() -> bool:
+    """Whether this call came from a compiled model, whose sites mark nothing."""
+    try:
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback
+    except ImportError:  # pragma: no cover - older or newer torch
+        return False
+    return callable(get_eval_frame_callback())

@@ -1,0 +1,210 @@
+"""An adapted module's forward: ``y0 = base(x)``, then ``y0 + delta(x, y0, routing)``."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lorakit.errors import RoutingError
+from lorakit.layers.bank import LowRankParameters, ReplaceParameters
+from lorakit.layers.dropout import keyed_dropout, site_number
+from lorakit.layers.forwards import Forwards
+from lorakit.layers.kinds import delta
+from lorakit.layers.routing import Plan, Share
+
+#: dimensions of a row of x that are features, not tokens
+_FEATURE_DIMS = {"linear": 1, "embedding": 0}
+
+
+class SiteForward:
+    """Stands in a module's ``__dict__`` as ``forward``; the module itself is untouched.
+
+    An object rather than a closure, so that copying the model copies it with its module.
+    """
+
+    def __init__(self, module: nn.Module, path: str, forwards: Forwards) -> None:
+        self.module = module
+        self.path = path
+        self.number = site_number(path)
+        self.forwards = forwards
+        #: a forward that somebody (accelerate, …) had put there before us
+        self.previous = module.__dict__.get("forward")
+        self.base = self.previous or types.MethodType(type(module).forward, module)
+        self.low_rank: dict[str, LowRankParameters] = {}
+        self.replaced: dict[str, ReplaceParameters] = {}
+        self.called = False
+        self._inside = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside:  # called by functional_call below
+            return self.base(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._compiled(*args, **kwargs)
+        self.called = True
+        plan = self.forwards.plan()
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if plan.uniform == () or not isinstance(x, Tensor):
+            return self.base(*args, **kwargs)
+        shares = plan.shares(self._count(plan, x), x.device)
+        replaced = [s for s in shares if s.name in self.replaced] if self.replaced else []
+        if replaced:
+            y = self._replace(replaced, x, args, kwargs)
+        else:
+            y = self.base(*args, **kwargs)
+        owned = False
+        for share in shares:
+            site = self.low_rank.get(share.name)
+            if site is not None:
+                y, owned = self._add(plan, site, share, x, y, owned)
+        return y
+
+    # --- eager -----------------------------------------------------------------------------
+
+    def _count(self, plan: Plan, x: Tensor) -> int:
+        """Rows, or tokens of a packed batch, that this site sees."""
+        if plan.routing.axis != "token":
+            return int(x.shape[0]) if x.dim() else 1
+        is_ids = not x.is_floating_point()
+        return int(x.numel()) if is_ids else int(x.numel() // x.shape[-1])
+
+    def _add(
+        self, plan: Plan, site: LowRankParameters, share: Share, x: Tensor, y: Tensor, owned: bool
+    ) -> tuple[Tensor, bool]:
+        """y plus one adapter's share; ``owned`` says that y may be written to."""
+        keys = plan.dropout_keys
+        rows = share.rows
+        if rows is None and isinstance(share.weight, float):
+            return self._everywhere(site, share.weight, x, y, keys), False
+        flat = plan.routing.axis == "token"
+        depth = _FEATURE_DIMS.get(site.kind, 0)
+        if flat and site.kind != "conv":
+            x = x.reshape(-1, *x.shape[x.dim() - depth :])
+        shape = y.shape
+        y = y.reshape(-1, shape[-1]) if flat else y
+        keys = keys.reshape(-1) if flat and keys is not None else keys
+        if rows is None:
+            part, rows = x, torch.arange(x.shape[0], device=x.device)
+        else:
+            part = x.index_select(0, rows)
+            keys = None if keys is None else keys.index_select(0, rows)
+        change = self._delta(site, part, y.dtype, keys) * site.scaling
+        if isinstance(share.weight, float):
+            change = change * share.weight
+        else:
+            weight = share.weight.to(change.dtype)
+            change = change * weight.view(-1, *(1 for _ in change.shape[1:]))
+        if not owned:
+            y = y.clone()
+        y.index_add_(0, rows, change.to(y.dtype))
+        return y.reshape(shape), True
+
+    def _everywhere(
+        self, site: LowRankParameters, weight: float, x: Tensor, y: Tensor, keys: Tensor | None
+    ) -> Tensor:
+        factor = site.scaling * weight
+        if site.kind == "linear" and site.bias is None and y.dtype == x.dtype:
+            # fused: B(A x) is accumulated into a copy of y, no delta of y's size is made
+            x = self._dropped(site, x, keys)
+            hidden = F.linear(x, site.A.to(x.dtype))
+            out = torch.addmm(
+                y.reshape(-1, y.shape[-1]),
+                hidden.reshape(-1, hidden.shape[-1]),
+                site.B.to(x.dtype).t(),
+                alpha=factor,
+            )
+            return out.view(y.shape)
+        return y + (self._delta(site, x, y.dtype, keys) * factor).to(y.dtype)
+
+    def _delta(
+        self, site: LowRankParameters, x: Tensor, dtype: torch.dtype, keys: Tensor | None
+    ) -> Tensor:
+        """B(A x), unscaled; the factors are cast to the activations' dtype."""
+        if x.is_floating_point():
+            dtype = x.dtype
+            x = self._dropped(site, x, keys)
+        bias = None if site.bias is None else site.bias.to(dtype)
+        return delta(self.module, site.kind, x, site.A.to(dtype), site.B.to(dtype), bias)
+
+    def _dropped(self, site: LowRankParameters, x: Tensor, keys: Tensor | None) -> Tensor:
+        if site.dropout == 0.0 or not self.module.training:
+            return x
+        if keys is None:
+            return F.dropout(x, site.dropout)
+        if keys.shape != x.shape[:-1]:
+            keys = keys.reshape(x.shape[:-1])
+        return keyed_dropout(x, keys, self.number, site.dropout)
+
+    def _replace(
+        self, shares: list[Share], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The module's output with trained parameters in place of its own, per row."""
+        if shares[0].rows is None and shares[0].weight == 1.0:
+            y = self._with_parameters(shares[0], args, kwargs)
+            shares = shares[1:]
+            if not shares:
+                return y
+        base = y = self.base(*args, **kwargs)
+        for share in shares:
+            if not isinstance(base, Tensor):
+                raise RoutingError(
+                    f"{self.path} was trained whole and returns {type(base).__name__}; rows can "
+                    "only be mixed in a tensor. Use one adapter for the whole batch"
+                )
+            change = self._with_parameters(share, args, kwargs) - base
+            weight = torch.zeros(base.shape[0], dtype=base.dtype, device=base.device)
+            rows = slice(None) if share.rows is None else share.rows
+            if base.shape[0] != x.shape[0]:
+                raise RoutingError(f"{self.path} changes the number of rows; use one adapter")
+            weight[rows] = (
+                share.weight if isinstance(share.weight, float) else share.weight.to(base.dtype)
+            )
+            weight = weight.view(-1, *(1 for _ in base.shape[1:]))
+            # where, not a product alone: another row's NaN must not reach this one
+            y = torch.where(weight != 0, y + weight * change, y)
+        return y
+
+    def _with_parameters(self, share: Share, args: Any, kwargs: Any) -> Any:
+        own = dict(self.module.named_parameters())
+        values = {
+            name: value.to(own[name].dtype) if own[name].is_floating_point() else value
+            for name, value in self.replaced[share.name].by_name.items()
+        }
+        self._inside = True
+        try:
+            return functional_call(self.module, values, args, kwargs)
+        finally:
+            self._inside = False
+
+    # --- compiled --------------------------------------------------------------------------
+
+    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """One graph for every routing: all adapters, each multiplied by its rows' weights."""
+        y = self.base(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        weights = self.forwards.weights
+        if self.replaced:
+            raise RoutingError(
+                f"{self.path} was trained whole, which compiled code cannot switch per routing. "
+                "Compile without that adapter, or run this model uncompiled"
+            )
+        for k, name in enumerate(self.forwards.names):
+            site = self.low_rank.get(name)
+            if site is None:
+                continue
+            if x.shape[0] == weights.shape[0]:
+                weight = weights[:, k].to(y.dtype).view(-1, *(1 for _ in y.shape[1:]))
+            elif y.shape[:-1].numel() == weights.shape[0]:
+                weight = weights[:, k].to(y.dtype).view(*y.shape[:-1], 1)
+            else:
+                raise RoutingError(
+                    f"{self.path} sees {x.shape[0]} rows where the batch has {weights.shape[0]}; "
+                    "leave it out (exclude) or run uncompiled"
+                )
+            change = self._delta(site, x, y.dtype, None) * site.scaling
+            y = torch.where(weight != 0, y + weight * change.to(y.dtype), y)
+        return y
