@@ -22,7 +22,7 @@ def factors(site: LowRank) -> tuple[Tensor, Tensor]:
     rank = A.shape[0]
     if B.shape[1] != rank:
         groups = rank // B.shape[1]
-        B = torch.block_diag(*B.chunk(groups, dim=0))
+        B = torch.block_diag(*B.chunk(groups, dim=0))  # type: ignore[no-untyped-call]
     return A, B
 
 

@@ -44,7 +44,7 @@ class Bank(nn.Module):
     """The parameters of one adapter, registered under the model so that optimizers find them.
 
     A trainable adapter's tensors are views of one flat buffer per device: one tensor to
-    optimise, to reduce, to write. Moving the model keeps that so.
+    optimise, to reduce, to write.
 
     Args:
         tensors: name (``"<path>.lora_A"``…) → initial value. Copied where trainable.
@@ -97,6 +97,16 @@ class Bank(nn.Module):
                 offset += p.numel()
             self.flat_parameter.append(nn.Parameter(flat))
 
+    def _is_flat(self) -> bool:
+        """Whether the parameters still are views of the flat buffer."""
+        address = self.flat_parameter[0].data_ptr()
+        for parameter in self._parameters.values():
+            assert parameter is not None
+            if parameter.data_ptr() != address:
+                return False
+            address += parameter.numel() * parameter.element_size()
+        return True
+
     def flat(self) -> nn.Parameter:
         """The one flat parameter, with ``grad`` the flat gradient that the views accumulate into.
 
@@ -109,6 +119,8 @@ class Bank(nn.Module):
                 if not self.trainable
                 else f"this adapter lies on {len(self.flat_parameter)} devices; use parameters()"
             )
+        if not self._is_flat():
+            self._flatten()  # the model was moved or copied since
         flat = self.flat_parameter[0]
         if flat.grad is None:
             flat.grad = torch.zeros_like(flat)
@@ -119,9 +131,3 @@ class Bank(nn.Module):
             parameter.grad = flat.grad[offset : offset + size].view(parameter.shape)
             offset += size
         return flat
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        result = super()._apply(fn, recurse)
-        if self.trainable:
-            self._flatten()
-        return result

@@ -29,6 +29,11 @@ from lorakit.layers.routing import Plan, Routing
 REMEMBERED_FORWARDS = 256
 
 
+def _sequence_number() -> int:
+    """The number that autograd gives to this thread's next node."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
 class _Past(NamedTuple):
     start: int
     end: int
@@ -95,13 +100,13 @@ class Forwards:
             else:
                 self._held[thread] = outer
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Pre-forward hook of the root."""
         batch, widths = _sizes(args, kwargs)
         self.begin(self._in_use(), batch, widths)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the root; also called when the forward raised."""
         self.end()
@@ -127,7 +132,7 @@ class Forwards:
                 return
             self._plan = Plan(routing, batch, widths)
             self._thread, self._depth = thread, 1
-        self._start = torch.autograd._get_sequence_nr()
+        self._start = _sequence_number()
         try:
             self._fill(self._plan)
         except RoutingError:
@@ -140,7 +145,7 @@ class Forwards:
             return  # its own begin raised, so there is nothing to end
         self._depth -= 1
         if self._depth == 0 and self._plan is not None:
-            end = torch.autograd._get_sequence_nr()
+            end = _sequence_number()
             if end > self._start:
                 self._past.append(_Past(self._start, end, self._thread, self._plan))
             self._plan = None

@@ -45,7 +45,7 @@ class Shape:
         return min(width, self.d_out)
 
 
-def shape_of(module: nn.Module) -> Shape | None:
+def shape_of(module: Any) -> Shape | None:
     """How ``module`` can be adapted; ``None`` if it cannot."""
     if isinstance(module, nn.Embedding):
         return Shape("embedding", module.num_embeddings, module.embedding_dim)

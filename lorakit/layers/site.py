@@ -141,7 +141,7 @@ class SiteForward:
 
     def _replace(
         self, shares: list[Share], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    ) -> Any:
         """The module's output with trained parameters in place of its own, per row."""
         if shares[0].rows is None and shares[0].weight == 1.0:
             y = self._with_parameters(shares[0], args, kwargs)

@@ -63,7 +63,7 @@ def resolve_targets(model: nn.Module, spec: LoRASpec) -> list[Target]:
         if not out:
             problems.append(_nothing("exclude", word, everything))
         chosen -= set(out)
-    inside = [p for p in whole_modules(model, spec.train_modules)]
+    inside = list(whole_modules(model, spec.train_modules))
     chosen = {p for p in chosen if not any(p == w or p.startswith(w + ".") for w in inside)}
     if spec.layers is not None:
         chosen = _in_layers(chosen, spec.layers, model, problems)
