@@ -53,7 +53,7 @@ class SiteForward:
         shares = plan.shares(self._count(plan, x), x.device)
         replaced = [s for s in shares if s.name in self.replaced] if self.replaced else []
         if replaced:
-            y = self._replace(replaced, x, args, kwargs)
+            y = self._replace(plan, replaced, x, args, kwargs)
         else:
             y = self.base(*args, **kwargs)
         owned = False
@@ -140,33 +140,39 @@ class SiteForward:
         return keyed_dropout(x, keys, self.number, site.dropout)
 
     def _replace(
-        self, shares: list[Share], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        plan: Plan,
+        shares: list[Share],
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """The module's output with trained parameters in place of its own, per row."""
-        if shares[0].rows is None and shares[0].weight == 1.0:
-            y = self._with_parameters(shares[0], args, kwargs)
-            shares = shares[1:]
-            if not shares:
-                return y
-        base = y = self.base(*args, **kwargs)
-        for share in shares:
-            if not isinstance(base, Tensor):
-                raise RoutingError(
-                    f"{self.path} was trained whole and returns {type(base).__name__}; rows can "
-                    "only be mixed in a tensor. Use one adapter for the whole batch"
-                )
-            change = self._with_parameters(share, args, kwargs) - base
-            weight = torch.zeros(base.shape[0], dtype=base.dtype, device=base.device)
-            rows = slice(None) if share.rows is None else share.rows
-            if base.shape[0] != x.shape[0]:
-                raise RoutingError(f"{self.path} changes the number of rows; use one adapter")
-            weight[rows] = (
-                share.weight if isinstance(share.weight, float) else share.weight.to(base.dtype)
+        if len(shares) == 1 and shares[0].rows is None and shares[0].weight == 1.0:
+            return self._with_parameters(shares[0], args, kwargs)
+        base = self.base(*args, **kwargs)
+        if not isinstance(base, Tensor) or len(args) != 1 or kwargs:
+            raise RoutingError(
+                f"{self.path} was trained whole and is not called as tensor → tensor, so its "
+                "rows cannot be mixed. Use one adapter, at weight 1, for the whole batch"
             )
-            weight = weight.view(-1, *(1 for _ in base.shape[1:]))
-            # where, not a product alone: another row's NaN must not reach this one
-            y = torch.where(weight != 0, y + weight * change, y)
-        return y
+        is_ids = not x.is_floating_point()
+        flat = plan.routing.axis == "token"
+        y = base.reshape(-1, base.shape[-1]) if flat else base
+        if flat:
+            x = x.reshape(-1) if is_ids else x.reshape(-1, x.shape[-1])
+        own, y = y, y.clone()
+        for share in shares:
+            # only its own rows: another row's NaN must not reach this adapter's gradient
+            rows = torch.arange(len(x), device=x.device) if share.rows is None else share.rows
+            part = x.index_select(0, rows)
+            change = self._with_parameters(share, (part,), {}) - own.index_select(0, rows)
+            if isinstance(share.weight, float):
+                change = change * share.weight
+            else:
+                change = change * share.weight.to(y.dtype).view(-1, *(1 for _ in y.shape[1:]))
+            y.index_add_(0, rows, change)
+        return y.reshape(base.shape)
 
     def _with_parameters(self, share: Share, args: Any, kwargs: Any) -> Any:
         own = dict(self.module.named_parameters())
