@@ -47,8 +47,9 @@ class Forwards:
     def __init__(self) -> None:
         self.routing = Routing.uniform(None)
         self.names: tuple[str, ...] = ()
-        #: float32 [rows, K], for compiled code; its storage stays while its shape does
-        self.weights = torch.zeros(1, 0)
+        #: float64 [rows, K], for compiled code; its storage stays while its shape does
+        self.weights = torch.zeros(1, 0, dtype=torch.float64)
+        self.device = torch.device("cpu")
         self.after_first: Any = None
         """Called once, when the first root forward has ended well."""
         self._reset()
@@ -65,7 +66,8 @@ class Forwards:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled model starts with no forward under way; locks do not travel."""
-        return {key: self.__dict__[key] for key in ("routing", "names", "weights", "after_first")}
+        kept = ("routing", "names", "weights", "device", "after_first")
+        return {key: self.__dict__[key] for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -196,10 +198,11 @@ class Forwards:
             return  # a scope, which is never compiled as a whole
         matrix = plan.matrix(self.names)
         with torch.inference_mode(False), torch.no_grad():
-            if matrix.shape == self.weights.shape:
+            if matrix.shape == self.weights.shape and self.weights.device == self.device:
                 self.weights.copy_(matrix)
             else:
-                self.weights = matrix.to(self.weights.device)
+                precise = self.device.type != "mps"  # which has no float64
+                self.weights = matrix.to(self.device, torch.float64 if precise else torch.float32)
 
     def _check_first(self) -> None:
         if self.after_first is not None and self._depth == 0:

@@ -175,6 +175,7 @@ class Handle:
         assert isinstance(child, _Child)
         child[name.replace(".", "·")] = bank
         self._forwards.names = self.names
+        self._forwards.device = next(bank.parameters()).device
         self._forwards.after_first = self._check_called
 
     def remove(self, name: str) -> None:
@@ -363,13 +364,11 @@ class Handle:
 
     def _check_called(self) -> None:
         """After the first forward: every site of an adapter in use must have been called."""
-        if _compiling_now():
-            return
         used = self.active.names
         silent = [
             path
             for path, site in self._sites.items()
-            if not site.called and used & (site.low_rank.keys() | site.replaced.keys())
+            if not site.was_called and used & (site.low_rank.keys() | site.replaced.keys())
         ]
         if silent:
             raise TargetError(
@@ -528,12 +527,3 @@ def _misfit(
             f"at rank {site.rank} this model needs {expected[0]} and {expected[1]}"
         ]
     return []
-
-
-def _compiling_now() -> bool:
-    """Whether this call came from a compiled model, whose sites mark nothing."""
-    try:
-        from torch._C._dynamo.eval_frame import get_eval_frame_callback
-    except ImportError:  # pragma: no cover - older or newer torch
-        return False
-    return callable(get_eval_frame_callback())

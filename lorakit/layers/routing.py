@@ -194,7 +194,7 @@ class Plan:
         return self._shares[key]
 
     def matrix(self, names: Sequence[str]) -> Tensor:
-        """float32 [rows, K]: the weight of each adapter for each row, as compiled code reads it."""
+        """float64 [rows, K]: the weight of each adapter for each row, as compiled code reads it."""
         if self.routing.axis == "uniform":
             mixes = self.routing.mixes * (self.batch or 1)
         else:
@@ -204,7 +204,7 @@ class Plan:
                 else self.batch or len(self.routing.mixes)
             )
         column = {name: k for k, name in enumerate(names)}
-        matrix = torch.zeros(len(mixes), len(names))
+        matrix = torch.zeros(len(mixes), len(names), dtype=torch.float64)
         for i, mix in enumerate(mixes):
             for name, weight in mix:
                 matrix[i, column[name]] += weight

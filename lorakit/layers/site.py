@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from typing import Any
 
@@ -21,6 +22,17 @@ from lorakit.layers.routing import Plan, Share
 _FEATURE_DIMS = {"linear": 1, "embedding": 0}
 
 
+_serials = itertools.count()
+_traced: set[int] = set()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_traced(serial: int) -> bool:
+    """Runs once, while a site is traced: a graph cannot mark its sites as called."""
+    _traced.add(serial)
+    return True
+
+
 class SiteForward:
     """Stands in a module's ``__dict__`` as ``forward``; the module itself is untouched.
 
@@ -38,6 +50,7 @@ class SiteForward:
         self.low_rank: dict[str, LowRankParameters] = {}
         self.replaced: dict[str, ReplaceParameters] = {}
         self.called = False
+        self._serial = next(_serials)
         self._inside = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -62,6 +75,11 @@ class SiteForward:
             if site is not None:
                 y, owned = self._add(plan, site, share, x, y, owned)
         return y
+
+    @property
+    def was_called(self) -> bool:
+        """Whether any forward reached this site."""
+        return self.called or self._serial in _traced
 
     # --- eager -----------------------------------------------------------------------------
 
@@ -190,6 +208,7 @@ class SiteForward:
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """One graph for every routing: all adapters, each multiplied by its rows' weights."""
+        _note_traced(self._serial)
         y = self.base(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         weights = self.forwards.weights
@@ -203,9 +222,9 @@ class SiteForward:
             if site is None:
                 continue
             if x.shape[0] == weights.shape[0]:
-                weight = weights[:, k].to(y.dtype).view(-1, *(1 for _ in y.shape[1:]))
+                weight = weights[:, k].to(y.device, y.dtype).view(-1, *(1 for _ in y.shape[1:]))
             elif y.shape[:-1].numel() == weights.shape[0]:
-                weight = weights[:, k].to(y.dtype).view(*y.shape[:-1], 1)
+                weight = weights[:, k].to(y.device, y.dtype).view(*y.shape[:-1], 1)
             else:
                 raise RoutingError(
                     f"{self.path} sees {x.shape[0]} rows where the batch has {weights.shape[0]}; "
