@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import inspect
 from typing import Any
 
 from torch import nn
@@ -22,12 +22,17 @@ class CapturingGenerate:
         self.model = model
         self.forwards = forwards
         self.previous = model.__dict__.get("generate")
-        self.call = self.previous or types.MethodType(type(model).generate, model)
-        self.__signature__ = _signature(self.call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.forwards.held(self._expansion(kwargs)):
-            return self.call(*args, **kwargs)
+            if self.previous is not None:
+                return self.previous(*args, **kwargs)
+            return type(self.model).generate(self.model, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = inspect.signature(self.previous or type(self.model).generate)
+        return own if self.previous else own.replace(parameters=list(own.parameters.values())[1:])
 
     def _expansion(self, kwargs: dict[str, Any]) -> int:
         """As transformers' generate: the larger of beams and returned sequences."""
@@ -53,9 +58,3 @@ class CapturingGenerate:
                 del model.__dict__["generate"]
             else:
                 model.__dict__["generate"] = own.previous
-
-
-def _signature(call: Any) -> Any:
-    import inspect
-
-    return inspect.signature(call)

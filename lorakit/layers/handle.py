@@ -85,6 +85,10 @@ class _Child(nn.ModuleDict):
 
     handle: Handle
 
+    def forward(self, x: Any) -> Any:
+        """Nothing: an ``nn.Sequential`` that is the root runs all its children in turn."""
+        return x
+
 
 class Handle:
     """The adapters on one model. Made by :func:`attach`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import types
 from typing import Any
 
 import torch
@@ -46,12 +45,17 @@ class SiteForward:
         self.forwards = forwards
         #: a forward that somebody (accelerate, …) had put there before us
         self.previous = module.__dict__.get("forward")
-        self.base = self.previous or types.MethodType(type(module).forward, module)
         self.low_rank: dict[str, LowRankParameters] = {}
         self.replaced: dict[str, ReplaceParameters] = {}
         self.called = False
         self._serial = next(_serials)
         self._inside = False
+
+    def base(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward. Not a bound method kept: that would be pickled by name."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._inside:  # called by functional_call below
