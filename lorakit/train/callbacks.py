@@ -143,9 +143,8 @@ def _to_row(kind: str, event: StepMetrics | EvalMetrics) -> dict[str, Any]:
     return {"kind": kind, **{name: v for name, v in values.items() if v is not None}}
 
 
-@runtime_checkable
-class Callback(Protocol):
-    """Receives the events of one run. Subclass it: every method does nothing until overridden.
+class Callback:
+    """Receives the events of one run. Every method does nothing until a subclass overrides it.
 
     Methods are called from the training process's main thread, in the order of the list, and
     the loop waits for them.
@@ -184,8 +183,8 @@ class Survivable(Protocol):
 _METHODS = tuple(name for name in vars(Callback) if name.startswith("on_") or name == "close")
 
 
-class CallbackList:
-    """Hands each event to every callback, in order; itself a :class:`Callback`.
+class CallbackList(Callback):
+    """Hands each event to every callback, in order.
 
     Used as a context manager it closes them all at the end.
 
@@ -280,7 +279,7 @@ class CallbackList:
 
 
 def _name(callback: object) -> str:
-    return type(callback).__name__
+    return str(getattr(callback, "name", type(callback).__name__))
 
 
 def _said(error: BaseException) -> str:
