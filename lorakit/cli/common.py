@@ -165,6 +165,13 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     )
     group.add_argument("--system", metavar="TEXT", help="system message before every chat")
     group.add_argument(
+        "--format",
+        choices=("auto", "chat", "plain"),
+        default="auto",
+        help="write prompt and completion as a chat, or one after the other; auto (default): "
+        "as a chat where the tokenizer has a template",
+    )
+    group.add_argument(
         "--loss-on",
         choices=("completion", "assistant", "all"),
         help="which tokens are supervised; default: the completion, or the assistant's turns",
@@ -230,7 +237,9 @@ def data_spec(options: argparse.Namespace, path: Sequence[str] | None = None) ->
     merged: dict[str, str] = {}
     for part in options.map or []:
         merged.update(part)
-    return DataSpec(map=merged, truncate=options.truncate, bad_rows=options.bad_rows, **chosen)
+    for name in ("format", "truncate", "bad_rows"):
+        chosen[name] = getattr(options, name)
+    return DataSpec(map=merged, **chosen)
 
 
 def load_base_from(options: argparse.Namespace, *, task: str = "causal-lm") -> Base:

@@ -1,0 +1,123 @@
+"""Cross-entropy at chosen positions, a chunk at a time; the logits are never all there.
+
+Legend: ``S`` supervised positions, ``d`` hidden size, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: hidden [n, d] → logits [n, V]
+Head = Callable[[Tensor], Tensor]
+
+
+def summed_loss(hidden: Tensor, labels: Tensor, head: Head, *, chunk: int) -> Tensor:
+    """Sum over positions of ``-log p(label)``, with a gradient.
+
+    The gradients of a chunk are computed in the forward, where its logits are at hand, so that
+    the head runs once and at most ``chunk`` rows of logits exist. They reach ``hidden`` and
+    whatever trainable tensors the head uses: none if it is frozen, the factors of an adapted
+    head, the weights of one that is trained whole.
+
+    Args:
+        hidden: [S, d].
+        labels: [S], int64.
+        head: maps rows of hidden states to rows of logits, each row on its own.
+        chunk: positions at a time.
+
+    Returns:
+        A scalar, float32 or wider.
+    """
+    leaves = _trainable_leaves(head, hidden) if torch.is_grad_enabled() else []
+    if torch.is_grad_enabled() and (hidden.requires_grad or leaves):
+        loss: Tensor = _Summed.apply(  # type: ignore[no-untyped-call]
+            hidden, labels, head, chunk, *leaves
+        )
+        return loss
+    return position_losses(hidden, labels, head, chunk=chunk).sum()
+
+
+@torch.no_grad()
+def position_losses(hidden: Tensor, labels: Tensor, head: Head, *, chunk: int) -> Tensor:
+    """``-log p(label)`` of each position, [S], float32 or wider, without a gradient."""
+    losses = [
+        _log_softmax(head(h)).gather(1, y[:, None])[:, 0].neg()
+        for h, y in zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits, -1, dtype=torch.promote_types(torch.float32, logits.dtype))
+
+
+def _trainable_leaves(head: Head, hidden: Tensor) -> list[Tensor]:
+    """The tensors that the head's result depends on and that want a gradient.
+
+    They are read off the autograd graph of a call without rows: what is attached to a module
+    need not be among its parameters.
+    """
+    pending = [head(hidden.detach()[:0]).grad_fn]
+    seen: set[Any] = set()
+    leaves: dict[int, Tensor] = {}
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # the node that accumulates into a leaf
+            leaves[id(node.variable)] = node.variable
+        pending += [following for following, _ in node.next_functions]
+    return list(leaves.values())
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, head: Head, chunk: int, *leaves: Tensor
+    ) -> Tensor:
+        precision = torch.promote_types(torch.float32, hidden.dtype)
+        total = torch.zeros((), dtype=precision, device=hidden.device)
+        for_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        for_leaves: list[Tensor | None] = [None] * len(leaves)
+        buffer: Tensor | None = None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            target = labels[rows, None]
+            with torch.enable_grad():
+                h = hidden[rows].detach().requires_grad_(hidden.requires_grad)
+                logits = head(h)
+            if buffer is None or buffer.dtype != torch.promote_types(precision, logits.dtype):
+                buffer = torch.empty(
+                    logits.shape,
+                    dtype=torch.promote_types(precision, logits.dtype),
+                    device=logits.device,
+                )
+            p = buffer[: len(target)]
+            torch.log_softmax(logits.detach().to(p.dtype), -1, out=p)
+            total -= p.gather(1, target).sum()
+            p.exp_()  # d loss / d logits = softmax - one-hot
+            p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
+            wanted = [*([h] if hidden.requires_grad else []), *leaves]
+            grads = list(torch.autograd.grad(logits, wanted, p.to(logits.dtype), allow_unused=True))
+            if for_hidden is not None:
+                for_hidden[rows] = grads.pop(0)
+            for i, grad in enumerate(grads):
+                so_far = for_leaves[i]
+                if so_far is None or grad is None:
+                    for_leaves[i] = so_far if grad is None else grad
+                else:
+                    for_leaves[i] = so_far + grad
+        ctx.gradients = (for_hidden, for_leaves)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        for_hidden, for_leaves = ctx.gradients
+        scaled = [None if g is None else g * outer.to(g.dtype) for g in (for_hidden, *for_leaves)]
+        return scaled[0], None, None, None, *scaled[1:]

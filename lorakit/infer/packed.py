@@ -1,0 +1,517 @@
+"""``PackedModel``: the loss of packed batches on a causal language model, in the best way it can.
+
+Three things are decided once, by trying them on two short sequences, and are said in ``notes``:
+
+- how examples share a forward: *packed*, one behind the other in one row without padding;
+  *padded*, a row each; or *single*, one at a time, for a model in which padding is seen;
+- whether body and head can be called apart, so that the head runs at supervised positions only
+  and its logits never exist together; otherwise the model's own forward keeps those logits;
+- what the model does to the logits behind its head (a bound, a factor), if anything.
+
+Legend: ``N`` tokens of a batch, ``E`` examples, ``S`` supervised positions, ``d`` hidden size,
+``V`` vocabulary, ``T`` tokens of the longest example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import BaseError, RoutingError
+from lorakit.infer import segments
+from lorakit.infer.chunked_loss import Head, position_losses, summed_loss
+from lorakit.layers import Handle, Routing
+from lorakit.layers.site import SiteForward
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["packed", "padded", "single"]
+
+#: largest difference of logits, relative to the largest logit, that rounding explains; tokens
+#: that see a neighbour they should not differ by far more
+_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
+_ROUNDING_HALF = 3e-2
+
+#: positions whose logits exist together: few on a CPU, where 64 rows already fill the cores and
+#: more only cost memory; more on an accelerator, where small products leave it idle
+_CHUNK = {"cpu": 64}
+_CHUNK_ACCELERATOR = 1024
+
+
+class PackedBatch(Protocol):
+    """What is read of a ``lorakit.data.Batch``."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[1, N], the examples one behind the other."""
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[1, N], from 0 in each example."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each example, [E]."""
+
+    @property
+    def supervised(self) -> Tensor:
+        """[S], positions in the row whose next token is supervised, ascending."""
+
+    @property
+    def labels(self) -> Tensor:
+        """[S], those next tokens."""
+
+
+class PackedModel:
+    """A causal language model, with or without adapters, that computes losses of batches.
+
+    Args:
+        model: a transformers model with an output head.
+        handle: the adapters attached to it, if any; each call then takes a routing.
+        chunk: positions whose logits exist together; ``None`` chooses for the device.
+        mode: skip the trial and use this mode; for tests and for measuring.
+
+    Raises:
+        BaseError: the model is an encoder-decoder, or computes no logits over a vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        handle: Handle | None = None,
+        *,
+        chunk: int | None = None,
+        mode: Mode | None = None,
+    ) -> None:
+        self.model = model
+        self.handle = handle
+        self.notes: list[str] = []
+        """What was decided against the fastest way, and why; empty if nothing."""
+        self.device = next(model.parameters()).device
+        self.chunk = chunk or _CHUNK.get(self.device.type, _CHUNK_ACCELERATOR)
+        self.mode: Mode = mode or "packed"
+        self._body, self._head = _split(model)
+        self._finish: Head | None = None
+        with _evaluating(model), torch.no_grad():
+            self._probe(fixed=mode is not None)
+        for note in self.notes:
+            log.info("%s", note)
+
+    # --- losses ----------------------------------------------------------------------------
+
+    def supervised_loss(
+        self,
+        batch: PackedBatch,
+        routing: Routing | None = None,
+        *,
+        reduction: Literal["sum", "mean"] = "sum",
+    ) -> tuple[Tensor, int]:
+        """Negative log-likelihood of the supervised tokens, in nats, with a gradient.
+
+        Returns:
+            ``(loss, count)``: a scalar, float32 or wider, and the number of supervised tokens.
+        """
+        count = len(batch.labels)
+        if not count:
+            return torch.zeros((), device=self.device), 0
+        losses = [self._with_head(part, routing, self._summed) for part in self._forwards(batch)]
+        total = torch.stack(losses).sum()
+        return (total / count if reduction == "mean" else total), count
+
+    @torch.no_grad()
+    def position_losses(self, batch: PackedBatch, routing: Routing | None = None) -> Tensor:
+        """Negative log-likelihood of each supervised token, [S], without a gradient."""
+        parts = [self._with_head(part, routing, self._each) for part in self._forwards(batch)]
+        return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+
+    def per_example_loss(
+        self, batch: PackedBatch, routing: Routing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Per example, [E]: the summed negative log-likelihood (float64), and its tokens."""
+        losses = self.position_losses(batch, routing).double()
+        where = _example_of(batch).to(losses.device)
+        sums = losses.new_zeros(len(batch.lengths)).index_add_(0, where, losses)
+        counts = torch.bincount(where, minlength=len(batch.lengths))
+        return sums, counts
+
+    def _summed(self, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+        return summed_loss(hidden, labels, head, chunk=self.chunk)
+
+    def _each(self, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+        return position_losses(hidden, labels, head, chunk=self.chunk)
+
+    # --- forwards --------------------------------------------------------------------------
+
+    def _forwards(self, batch: PackedBatch) -> list[_Input]:
+        """The batch as inputs of one forward each: one, or one an example in single mode."""
+        if not len(batch.labels):
+            return []
+        plain = _Input(
+            batch.input_ids.to(self.device),
+            batch.position_ids.to(self.device),
+            tuple(batch.lengths),
+            batch.supervised.to(self.device),
+            batch.labels.to(self.device),
+        )
+        if self.mode != "single":
+            return [plain]
+        return [part for part in plain.examples() if len(part.labels)]
+
+    def _with_head(
+        self,
+        part: _Input,
+        routing: Routing | None,
+        consume: Callable[[Tensor, Tensor, Head], Tensor],
+    ) -> Tensor:
+        """One forward of the model: hidden states or logits at the supervised positions."""
+        if self.handle is not None:
+            routing = self._arranged_routing(part, routing or self.handle.active)
+        finish, head = self._finish, self._head
+        with self._scope(routing):
+            if finish is None:
+                # the logits are there already; the head that remains does nothing
+                return consume(self._own_logits(part), part.labels, _identity)
+            if _needs_all_tokens(head, routing):
+                logits = finish(self._full_head(part))
+                return consume(logits, part.labels, _identity)
+            return consume(self._hidden(part), part.labels, lambda rows: finish(head(rows)))
+
+    def _scope(self, routing: Routing | None) -> AbstractContextManager[Any]:
+        if self.handle is None or routing is None:
+            return contextlib.nullcontext()
+        return self.handle.forward_scope(routing)
+
+    def _states(self, part: _Input) -> tuple[Tensor, Tensor]:
+        """Last hidden states [B, T, d], and the supervised positions in [B·T]."""
+        inputs, rows = self._arranged(part)
+        with self._attention(part):
+            states = self._body(**inputs, **_accepted(self._body, use_cache=False))[0]
+        return states, rows
+
+    def _hidden(self, part: _Input) -> Tensor:
+        """Last hidden states at the supervised positions, [S, d]."""
+        states, rows = self._states(part)
+        return states.flatten(0, 1).index_select(0, rows)
+
+    def _full_head(self, part: _Input) -> Tensor:
+        """What the head makes of every token, then the supervised positions, [S, V]."""
+        states, rows = self._states(part)
+        logits: Tensor = self._head(states)
+        return logits.flatten(0, 1).index_select(0, rows)
+
+    def _own_logits(self, part: _Input) -> Tensor:
+        """Logits at the supervised positions from the model's own forward, [S, V]."""
+        inputs, rows = self._arranged(part)
+        width = inputs["input_ids"].shape[1]
+        columns, inverse = torch.unique(rows % width, return_inverse=True)
+        options = _accepted(self.model, use_cache=False, logits_to_keep=columns)
+        with self._attention(part):
+            logits: Tensor = self.model(**inputs, **options).logits
+        if "logits_to_keep" in options:
+            rows = rows // width * len(columns) + inverse
+        return logits.flatten(0, 1).index_select(0, rows)
+
+    def _arranged(self, part: _Input) -> tuple[dict[str, Tensor], Tensor]:
+        """The model's inputs [B, T], and where the supervised positions are in [B·T]."""
+        if self.mode == "packed":
+            return {"input_ids": part.ids, "position_ids": part.positions}, part.supervised
+        inputs, rows = part.padded()
+        if "position_ids" not in _accepted(self._body, position_ids=None):
+            del inputs["position_ids"]
+        return inputs, rows
+
+    def _arranged_routing(self, part: _Input, routing: Routing) -> Routing:
+        """The routing of a packed row, for the way in which this forward arranges it.
+
+        Raises:
+            RoutingError: an example whose tokens use different adapters cannot be a padded row.
+        """
+        if self.mode == "packed":
+            return routing
+        if routing.axis == "token":
+            runs = [i for i, n in enumerate(routing.lengths) for _ in range(n)]
+            mine = [set(runs[start : start + n]) for start, n in part.spans()]
+            if any(len({routing.mixes[i] for i in one}) > 1 for one in mine):
+                raise RoutingError(
+                    "a routing gives tokens of one example different adapters; this model takes "
+                    "padded batches, in which an example has one mix. Route whole examples"
+                )
+            mixes = tuple(routing.mixes[min(one)] for one in mine)
+            routing = replace(routing, axis="row", mixes=mixes, lengths=())
+        if routing.dropout_keys is not None:
+            keys = routing.dropout_keys.reshape(-1)[part.first : part.first + part.ids.shape[1]]
+            routing = routing.with_dropout_keys(part.spread(keys.to(self.device)))
+        return routing
+
+    def _attention(self, part: _Input) -> AbstractContextManager[None]:
+        if self.mode == "packed":
+            return segments.running(self.model, part.lengths, self.device)
+        return contextlib.nullcontext()
+
+    # --- the trial -------------------------------------------------------------------------
+
+    def _probe(self, *, fixed: bool) -> None:
+        """Decide mode and split by comparing with the model on each sequence alone."""
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            raise BaseError(
+                f"{type(self.model).__name__} is an encoder-decoder; its loss over packed "
+                "examples is not supported. Give a causal language model."
+            )
+        sequences = _probe_sequences(self.model, self.device)
+        with self._bare():
+            alone = torch.cat([self._logits_alone(ids) for ids in sequences])
+        whole = _Input.of(sequences)
+        if not fixed and _recomputes(self.model):
+            self.mode = "padded"
+            self.notes.append(
+                "batches are padded: gradient checkpointing runs the layers again when the "
+                "segments of a packed row are no longer known"
+            )
+        self._choose_split(sequences[0])
+        modes: list[Mode] = ["packed", "padded", "single"]
+        for mode in [self.mode] if fixed else modes[modes.index(self.mode) :]:
+            self.mode = mode
+            problem = self._disagrees(whole, alone)
+            if problem is None:
+                return
+            self.notes.append(f"batches are not {mode}: {problem}")
+        raise BaseError(
+            f"{type(self.model).__name__} does not compute the same logits twice: "
+            + "; ".join(self.notes)
+        )
+
+    def _choose_split(self, ids: Tensor) -> None:
+        """Find what turns ``head(body(x))`` into the model's logits; ``None`` if nothing does."""
+        if self._head is None:
+            self.notes.append("the model's own forward is used: it names no output head")
+            return
+        try:
+            with self._bare():
+                logits = self._logits_alone(ids)
+            with self._bare_scope():
+                hidden = self._body(ids[None], **_accepted(self._body, use_cache=False))[0][0]
+                mine = self._head(hidden)
+        except Exception as error:
+            self.notes.append(
+                "the model's own forward is used: body and head cannot be called apart "
+                f"({type(error).__name__}: {error})"
+            )
+            return
+        for finish in _finishes(getattr(self.model, "config", None)):
+            if _close(finish(mine), logits):
+                self._finish = finish
+                return
+        self.notes.append(
+            "the model's own forward is used, and all logits at supervised positions are kept: "
+            "it computes its logits by more than its output head"
+        )
+
+    def _disagrees(self, whole: _Input, alone: Tensor) -> str | None:
+        """Why logits of a shared forward are not those of each sequence alone."""
+        try:
+            if self.mode == "packed":
+                segments.register()
+            parts = whole.examples() if self.mode == "single" else [whole]
+            logits = torch.cat([self._probe_logits(part) for part in parts])
+        except Exception as error:  # whatever a model's own code raises on what it cannot do
+            return f"the model does not take them ({type(error).__name__}: {error})"
+        if _close(logits, alone):
+            return None
+        worst = float((logits - alone).abs().max() / alone.abs().max())
+        return f"logits differ by {worst:.1e} from those of each example alone"
+
+    def _probe_logits(self, part: _Input) -> Tensor:
+        """Logits at every position of a forward of the bare base, [N, V]."""
+        with self._bare_scope():
+            if self._finish is None:
+                return self._own_logits(part)
+            return self._finish(self._head(self._hidden(part)))
+
+    def _logits_alone(self, ids: Tensor) -> Tensor:
+        """The model's own logits of one sequence, [n, V]."""
+        out = self.model(ids[None], **_accepted(self.model, use_cache=False))
+        logits = getattr(out, "logits", None)
+        if logits is None or logits.ndim != 3:
+            raise BaseError(
+                f"{type(self.model).__name__} computes no logits over a vocabulary for each "
+                "token. Give a causal language model."
+            )
+        alone: Tensor = logits[0]
+        return alone
+
+    def _bare(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.handle is None else self.handle.use(None)
+
+    def _bare_scope(self) -> AbstractContextManager[Any]:
+        if self.handle is None:
+            return contextlib.nullcontext()
+        return self.handle.forward_scope(Routing.uniform(None))
+
+
+@dataclass(frozen=True, eq=False)
+class _Input:
+    """A packed row on the model's device, or a stretch of one; see :class:`PackedBatch`."""
+
+    ids: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    supervised: Tensor
+    labels: Tensor
+    first: int = 0
+    """Where the stretch begins in the batch."""
+
+    @classmethod
+    def of(cls, sequences: Sequence[Tensor]) -> _Input:
+        """Sequences [n] of ids, with every position supervised."""
+        ids = torch.cat(list(sequences))
+        positions = torch.cat([torch.arange(len(s), device=s.device) for s in sequences])
+        everywhere = torch.arange(len(ids), device=ids.device)
+        lengths = tuple(len(s) for s in sequences)
+        return cls(ids[None], positions[None], lengths, everywhere, ids)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """First token, counted in the whole batch, and length of each example."""
+        starts = itertools.accumulate(self.lengths, initial=self.first)
+        return list(zip(starts, self.lengths, strict=False))
+
+    def examples(self) -> list[_Input]:
+        """Each example as an input of its own."""
+        parts = []
+        for begin, length in self.spans():
+            start, end = begin - self.first, begin - self.first + length
+            mine = (self.supervised >= start) & (self.supervised < end)
+            parts.append(
+                _Input(
+                    self.ids[:, start:end],
+                    self.positions[:, start:end],
+                    (length,),
+                    self.supervised[mine] - start,
+                    self.labels[mine],
+                    begin,
+                )
+            )
+        return parts
+
+    def _real(self) -> Tensor:
+        """Which places of the padded batch hold a token, bool [E, T]."""
+        lengths = torch.tensor(self.lengths, device=self.ids.device)
+        return torch.arange(max(self.lengths), device=self.ids.device) < lengths[:, None]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value a token, [N], laid out as the padded batch, [E, T], with zeros between."""
+        real = self._real()
+        out = values.new_zeros(real.shape)
+        out[real] = values
+        return out
+
+    def padded(self) -> tuple[dict[str, Tensor], Tensor]:
+        """One example a row, padded on the right where no token can see it.
+
+        Returns:
+            The model's inputs, [E, T] each, and the supervised positions in [E·T].
+        """
+        real = self._real()
+        inputs = {
+            "input_ids": self.spread(self.ids[0]),
+            "attention_mask": real.long(),
+            "position_ids": self.spread(self.positions[0]),
+        }
+        return inputs, real.flatten().nonzero()[:, 0][self.supervised]
+
+
+def _identity(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _needs_all_tokens(head: Any, routing: Routing | None) -> bool:
+    """Whether an adapted head cannot run on a part of the tokens.
+
+    It tells tokens apart by their place in the forward where they use different adapters, and
+    where its dropout is keyed by the token.
+    """
+    site = head.__dict__.get("forward")
+    if routing is None or not isinstance(site, SiteForward):
+        return False
+    mine = routing.names & (site.low_rank.keys() | site.replaced.keys())
+    dropped = head.training and any(
+        site.low_rank[name].dropout for name in mine & site.low_rank.keys()
+    )
+    keyed = routing.dropout_keys is not None
+    return bool(mine) and (routing.axis != "uniform" or (dropped and keyed))
+
+
+def _example_of(batch: PackedBatch) -> Tensor:
+    """The example, counted from 0, that each supervised position belongs to; [S]."""
+    ends = torch.tensor(batch.lengths).cumsum(0)
+    return torch.bucketize(batch.supervised.cpu(), ends, right=True)
+
+
+def _split(model: nn.Module) -> tuple[Any, Any]:
+    """Body (ids → hidden states) and output head; the head is ``None`` if it has none."""
+    body = getattr(model, "base_model", model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return (model, None) if head is None or body is model else (body, head)
+
+
+def _finishes(config: Any) -> list[Head]:
+    """What a model may do to the logits behind its head, by the names configs use for it."""
+    found: list[Head] = [lambda logits: logits]
+    bound = getattr(config, "final_logit_softcapping", None)
+    if bound:
+        found.append(lambda logits: bound * torch.tanh(logits / bound))
+    for name in ("logit_scale", "lm_head_multiplier"):
+        factor = getattr(config, name, None)
+        if isinstance(factor, (int, float)):
+            found.append(lambda logits, factor=factor: logits * factor)  # type: ignore[misc]
+    divisor = getattr(config, "logits_scaling", None)
+    if isinstance(divisor, (int, float)):
+        found.append(lambda logits: logits / divisor)
+    return found
+
+
+def _accepted(module: Any, **options: Any) -> dict[str, Any]:
+    """The options that a module's forward names."""
+    names = inspect.signature(module.forward).parameters
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _close(mine: Tensor, reference: Tensor) -> bool:
+    scale = reference.abs().max().clamp_min(1e-30)
+    limit = _ROUNDING.get(reference.dtype, _ROUNDING_HALF)
+    return bool((mine - reference).abs().max() <= limit * scale)
+
+
+def _probe_sequences(model: nn.Module, device: torch.device) -> list[Tensor]:
+    """Two sequences of different length and content, the same for every call."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    vocabulary = embedding.weight.shape[0] if embedding is not None else 2
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(0, vocabulary, (length,), generator=generator).to(device) for length in (7, 4)
+    ]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout), then each module as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _recomputes(model: nn.Module) -> bool:
+    """Whether the model's layers run again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -1,0 +1,97 @@
+"""Tiny random models of several families, and float64 throughout."""
+
+import pytest
+import torch
+import transformers as hf
+
+COMMON = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+#: name → (config class, model class, what differs from COMMON)
+FAMILIES = {
+    "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {}),
+    "mistral-window": (hf.MistralConfig, hf.MistralForCausalLM, {"sliding_window": 3}),
+    "gemma2-window-softcap": (
+        hf.Gemma2Config,
+        hf.Gemma2ForCausalLM,
+        {
+            "sliding_window": 3,
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 0.3,
+            "query_pre_attn_scalar": 4,
+        },
+    ),
+    "gemma3-window": (
+        hf.Gemma3TextConfig,
+        hf.Gemma3ForCausalLM,
+        {
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 4,
+        },
+    ),
+    "gpt2": (
+        hf.GPT2Config,
+        hf.GPT2LMHeadModel,
+        {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "num_key_value_heads": None},
+    ),
+    "opt": (hf.OPTConfig, hf.OPTForCausalLM, {"ffn_dim": 24, "word_embed_proj_dim": 16}),
+    "granite-scaled": (hf.GraniteConfig, hf.GraniteForCausalLM, {"logits_scaling": 4.0}),
+    "cohere-scaled": (hf.CohereConfig, hf.CohereForCausalLM, {"logit_scale": 0.25}),
+    "bloom-no-positions": (hf.BloomConfig, hf.BloomForCausalLM, {"n_layer": 2, "n_head": 4}),
+    "mamba-state": (
+        hf.MambaConfig,
+        hf.MambaForCausalLM,
+        {"state_size": 4, "num_hidden_layers": 2, "expand": 2, "time_step_rank": 4},
+    ),
+}
+
+
+def make(family, *, seed=0):
+    """A tiny random model in evaluation mode, float32."""
+    config_class, model_class, changes = FAMILIES[family]
+    settings = {k: v for k, v in {**COMMON, **changes}.items() if v is not None}
+    torch.manual_seed(seed)
+    model = model_class(config_class(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms start at 0 and 1 otherwise
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def tiny():
+    """``tiny(family, seed=0)``: see :func:`make`."""
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def all_double(monkeypatch):
+    """What models compute in float32 on purpose (norms, rotations, softmax) is float64 too.
+
+    Otherwise a difference in the last bit of a float64 is rounded to one of float32's, and
+    nothing could be compared below 1e-7.
+    """
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
