@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.errors import InputError, TrainingError
+
+
+def cache_dir() -> Path:
+    """Where what can be made again is kept: ``$LORAKIT_CACHE``, or ``~/.cache/lorakit``."""
+    chosen = os.environ.get("LORAKIT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "lorakit"
 
 
 @contextlib.contextmanager
@@ -67,7 +75,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path``; renamed to it when the block ends well.
 
-    An existing folder is moved aside for the moment between two renames, then removed.
+    An existing folder changes places with it in one step where the system can do that (Linux,
+    macOS). Elsewhere it is moved aside for the moment between two renames. Then it is removed.
     """
     with clear_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +87,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     _flush(file)
             os.chmod(temporary, 0o777 & ~_umask())
-            if path.exists():
+            if path.exists() and exchange(temporary, path):
+                pass  # the old folder is the temporary one now, and goes with it below
+            elif path.exists():
                 aside = path.with_name(f".{path.name}.old{os.getpid()}.tmp")
                 os.replace(path, aside)
                 os.replace(temporary, path)
@@ -88,6 +99,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two paths of one file system in a single step; ``False`` if the system cannot."""
+    name = {"linux": "renameat2", "darwin": "renameatx_np"}.get(sys.platform)
+    here, swap = (-100, 2) if sys.platform == "linux" else (-2, 2)  # AT_FDCWD, *_EXCHANGE/_SWAP
+    call = getattr(ctypes.CDLL(None), name, None) if name else None
+    if call is None:
+        return False
+    return bool(call(here, os.fsencode(first), here, os.fsencode(second), swap) == 0)
 
 
 def _flush(path: Path) -> None:
