@@ -1,0 +1,25 @@
+"""``python -m benchmarks NAME``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+BENCHMARKS = {"train": "training steps, beside a plain PEFT loop"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = parser.add_subparsers(dest="name", required=True)
+    for name, line in BENCHMARKS.items():
+        module = importlib.import_module(f"benchmarks.{name}")
+        sub = names.add_parser(name, help=line, description=module.__doc__)
+        module.configure(sub)
+        sub.set_defaults(run=module.run)
+    options = parser.parse_args()
+    return int(options.run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
