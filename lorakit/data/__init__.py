@@ -1,0 +1,83 @@
+"""Rows → tokens and what is supervised → packed batches.
+
+::
+
+    spec = DataSpec("mine.csv", map={"prompt": "question", "completion": "answer"})
+    data = load_data(spec, tokenizer, context_length=2048)   # every row is checked here
+    print(*data.report.lines(), sep="\\n")
+    training, validation = split(data, 0.05, seed=0)
+    batch = pack([data[training[i]] for i in indices_at(len(training), 0, consumed=0, count=8)])
+
+Read in this order: ``load`` (the way of a row), ``readers`` (files), ``columns`` (kinds),
+``rendering`` (how a prompt is written), ``turns`` (chats), ``tokens`` (the result), ``batch``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "Batch": "batch",
+    "DataReport": "report",
+    "DataSpec": "spec",
+    "Example": "tokens",
+    "Item": "tokens",
+    "PaddedBatch": "batch",
+    "Prompt": "rendering",
+    "PromptItem": "tokens",
+    "Rendering": "rendering",
+    "TokenData": "tokens",
+    "indices_at": "ordering",
+    "items": "tokens",
+    "load_data": "load",
+    "make_rendering": "rendering",
+    "order": "ordering",
+    "pack": "batch",
+    "pad": "batch",
+    "split": "splitting",
+    "stream": "ordering",
+}
+
+__all__ = [
+    "Batch",
+    "DataReport",
+    "DataSpec",
+    "Example",
+    "Item",
+    "PaddedBatch",
+    "Prompt",
+    "PromptItem",
+    "Rendering",
+    "TokenData",
+    "indices_at",
+    "items",
+    "load_data",
+    "make_rendering",
+    "order",
+    "pack",
+    "pad",
+    "split",
+    "stream",
+]
+
+if TYPE_CHECKING:
+    from lorakit.data.batch import Batch, PaddedBatch, pack, pad
+    from lorakit.data.load import load_data
+    from lorakit.data.ordering import indices_at, order, stream
+    from lorakit.data.rendering import Prompt, Rendering, make_rendering
+    from lorakit.data.report import DataReport
+    from lorakit.data.spec import DataSpec
+    from lorakit.data.splitting import split
+    from lorakit.data.tokens import Example, Item, PromptItem, TokenData, items
+
+
+def __getattr__(name: str) -> Any:
+    # loaded on use: a preview needs no torch, which only batches do
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

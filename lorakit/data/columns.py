@@ -1,0 +1,232 @@
+"""Which columns hold what: the kind of the rows, recognised or mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorakit.data.rows import RowError, shown
+from lorakit.data.spec import DataSpec
+from lorakit.data.template import Template, closest, parse_template
+from lorakit.errors import DataError, collected
+
+Kind = Literal["prompt/completion", "instruction", "messages", "text"]
+
+#: kind → the fields that it needs, and those that it may have
+_NEEDS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ()),
+    "prompt/completion": (("prompt", "completion"), ()),
+    "instruction": (("instruction", "output"), ("input",)),
+    "text": (("text",), ()),
+}
+
+#: names that are recognised without ``map``, the first that fits
+_KNOWN: tuple[tuple[Kind, dict[str, str]], ...] = (
+    ("messages", {"messages": "messages"}),
+    ("messages", {"messages": "conversations"}),
+    ("messages", {"messages": "conversation"}),
+    ("prompt/completion", {"prompt": "prompt", "completion": "completion"}),
+    ("instruction", {"instruction": "instruction", "output": "output"}),
+    ("prompt/completion", {"prompt": "prompt", "completion": "response"}),
+    ("prompt/completion", {"prompt": "instruction", "completion": "response"}),
+    ("prompt/completion", {"prompt": "question", "completion": "answer"}),
+    ("prompt/completion", {"prompt": "query", "completion": "response"}),
+    ("prompt/completion", {"prompt": "input", "completion": "output"}),
+    ("prompt/completion", {"prompt": "source", "completion": "target"}),
+    ("text", {"text": "text"}),
+)
+
+_COMPLETIONS = ("completion", "output", "response", "answer", "target")
+
+_EXAMPLE = "--map prompt=COLUMN,completion=COLUMN"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the rows are, and where each field stands."""
+
+    kind: Kind
+    names: Mapping[str, str]
+    """Our field → their column."""
+    unused: tuple[str, ...]
+    """Columns of the first row that nothing reads."""
+    template: Template | None = None
+
+    def prompt_and_completion(self, values: Mapping[str, Any]) -> tuple[str, str]:
+        """Both texts of a row of kind prompt/completion or instruction.
+
+        Raises:
+            RowError: one is missing, empty or no text.
+        """
+        if self.template is not None:
+            prompt = self.template.fill(values)
+            if not prompt.strip():
+                raise RowError("empty prompt", "the filled template is empty")
+            return prompt, self.text(values, "completion")
+        if self.kind == "prompt/completion":
+            return self.text(values, "prompt"), self.text(values, "completion")
+        prompt = self.text(values, "instruction")
+        column = self.names.get("input")
+        more = values.get(column) if column is not None else None
+        if more is not None and not (isinstance(more, str) and not more.strip()):
+            prompt = f"{prompt}\n\n{self.text(values, 'input')}"
+        return prompt, self.text(values, "output")
+
+    def text(self, values: Mapping[str, Any], field: str) -> str:
+        """The text of a field.
+
+        Raises:
+            RowError: the column is missing in this row, is empty, or holds something else.
+        """
+        column = self.names[field]
+        if column not in values:
+            has = ", ".join(map(str, values)) or "nothing"
+            raise RowError(
+                f"no column '{column}'",
+                f"it has no column '{column}' (the {field}); it has {has}."
+                f"{closest(column, values)}",
+            )
+        return checked_text(values[column], f"column '{column}'", field)
+
+
+def checked_text(value: Any, where: str, field: str) -> str:
+    """``value`` if it is text that can be tokenised.
+
+    Args:
+        where: the start of a message: ``"column 'ref'"``.
+        field: what it is meant to be: ``"completion"``.
+
+    Raises:
+        RowError: it is not text, empty, or holds half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        hint = " (write it in quotes)" if isinstance(value, (int, float)) else ""
+        raise RowError(
+            f"{field} is null" if value is None else f"{field} is no text",
+            f"{where} is {shown(value)}; expected text as the {field}{hint}",
+        )
+    if not value.strip():
+        raise RowError(f"empty {field}", f"{where} is empty; expected text as the {field}")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowError(
+                "broken characters",
+                f"{where} holds half of a surrogate pair (\\u{ord(value[error.start]):04x}) at "
+                f"character {error.start + 1}; expected whole characters",
+            ) from None
+    return value
+
+
+def find_columns(spec: DataSpec, present: Sequence[str], where: str, notes: list[str]) -> Columns:
+    """Recognise the kind from ``map``, the template, or the columns' names.
+
+    Args:
+        present: the columns of the first readable row.
+        where: that row, for messages.
+
+    Raises:
+        DataError: a mapped column does not exist, kinds are mixed, or nothing is recognised;
+            the message lists the columns that there are.
+    """
+    template = parse_template(spec.template, notes) if spec.template is not None else None
+    wanted = dict(spec.map)
+    asked = list(wanted.values()) + list(template.columns if template else ())
+    missing = [
+        f"there is no column '{column}'.{closest(column, present)}"
+        for column in dict.fromkeys(asked)
+        if column not in present
+    ]
+    if missing:
+        raise DataError(
+            collected(f"{where} has the columns {_listed(present)}", missing)
+            + "\nOn the left of = in --map stands our name, on the right your column."
+        )
+    if template is not None:
+        return _with_template(template, wanted, present, where)
+    if wanted:
+        kind, names = _mapped(wanted, present, where)
+    else:
+        kind, names = _recognised(present, where)
+    for optional in _NEEDS[kind][1]:
+        if optional not in names and optional in present:
+            names[optional] = optional
+    used = set(names.values()) | ({"tools"} if kind == "messages" else set())
+    return Columns(kind, names, tuple(c for c in present if c not in used))
+
+
+def _with_template(
+    template: Template, wanted: dict[str, str], present: Sequence[str], where: str
+) -> Columns:
+    rest = [c for c in _COMPLETIONS if c in present and c not in template.columns]
+    column = wanted.get("completion") or (rest[0] if rest else None)
+    if column is None:
+        raise DataError(
+            f"{where}: the template writes the prompt, but no column is known as the completion "
+            f"(there are {_listed(present)}). Give --map completion=COLUMN."
+        )
+    if column in template.columns:
+        raise DataError(
+            f"template: it names {{{column}}}, which is the completion, so every prompt would "
+            "hold its own answer. Take it out, or map another column as the completion."
+        )
+    used = {column, *template.columns}
+    unused = tuple(c for c in present if c not in used)
+    return Columns("prompt/completion", {"completion": column}, unused, template)
+
+
+def _mapped(
+    wanted: dict[str, str], present: Sequence[str], where: str
+) -> tuple[Kind, dict[str, str]]:
+    fits = [k for k, (need, may) in _NEEDS.items() if set(wanted) <= {*need, *may}]
+    if not fits:
+        raise DataError(
+            f"map: {', '.join(wanted)} belong to different kinds of rows; expected prompt and "
+            "completion, or instruction, input and output, or messages, or text."
+        )
+    kind = fits[0]
+    names = {
+        field: wanted.get(field, field)
+        for field in _NEEDS[kind][0]
+        if field in wanted or field in present
+    }
+    names |= {field: wanted[field] for field in _NEEDS[kind][1] if field in wanted}
+    absent = [field for field in _NEEDS[kind][0] if field not in names]
+    if absent:
+        raise DataError(
+            f"map: {', '.join(wanted)} is mapped, but {' and '.join(absent)} is not, and there "
+            f"is no column of that name; {where} has {_listed(present)}. Add "
+            f"{','.join(f'{field}=COLUMN' for field in absent)}."
+        )
+    twice = [c for c in names.values() if list(names.values()).count(c) > 1]
+    if twice:
+        raise DataError(f"map: the column '{twice[0]}' is given for two fields; expected one each.")
+    return kind, names
+
+
+def _recognised(present: Sequence[str], where: str) -> tuple[Kind, dict[str, str]]:
+    for kind, names in _KNOWN:
+        if all(column in present for column in names.values()):
+            return kind, dict(names)
+    if {"chosen", "rejected"} <= set(present):
+        raise DataError(
+            f"{where} has the columns {_listed(present)}: pairs of preferences. lorakit learns "
+            "from one answer each; give --map prompt=prompt,completion=chosen."
+        )
+    lower = {column.lower().strip() for column in present}
+    hint = closest("completion", present) if "prompt" in lower else ""
+    raise DataError(
+        f"{where} has the columns {_listed(present)}, which is no kind of rows known here; "
+        "expected prompt and completion, instruction and output, messages, or text.{} Say "
+        "which column is which: {}.{}".format(
+            hint,
+            _EXAMPLE,
+            " (The first line of a CSV names its columns.)" if " row " in where else "",
+        )
+    )
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return ", ".join(str(c)[:60] for c in columns[:20]) or "(none)"

@@ -1,0 +1,106 @@
+"""From what was given — a file, a folder, a hub id — to the reader that fits."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lorakit.data.readers import hub, json_rows, parquet, table, text
+from lorakit.data.rows import Row
+from lorakit.errors import DataError
+
+Reader = Callable[[Path, str, list[str]], Iterator[Row]]
+
+READERS: dict[str, Reader] = {
+    ".jsonl": json_rows.read_lines,
+    ".ndjson": json_rows.read_lines,
+    ".json": json_rows.read_list,
+    ".csv": table.read,
+    ".tsv": table.read,
+    ".tab": table.read,
+    ".parquet": parquet.read,
+    ".txt": text.read,
+    ".md": text.read,
+}
+
+#: names of files that are rather judged on than trained on
+_HELD_OUT = re.compile(r"(^|[^a-z])(test|val|valid|validation|dev|eval)([^a-z]|$)")
+
+
+def open_rows(ref: str, notes: list[str]) -> Iterator[Row]:
+    """Rows of one file, folder or hub id, in order.
+
+    Args:
+        notes: what had to be decided is appended here, once reading has begun.
+
+    Raises:
+        DataError: nothing is there, or it is of an unknown kind; raised at the call for what
+            can be known without reading.
+    """
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return _open_folder(path, ref, notes)
+    if path.exists():
+        return _reader(path, ref)(path, ref, notes)
+    if hub.looks_like_id(ref) and _suffix(path) not in READERS:
+        return hub.read_hub(ref, notes)
+    raise DataError(f"{ref}: there is no such file.{_close(path)}")
+
+
+def _open_folder(folder: Path, ref: str, notes: list[str]) -> Iterator[Row]:
+    if hub.is_saved(folder):
+        return hub.read_saved(folder, ref, notes)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and _suffix(p) in READERS)
+    readable = [p for p in files if _suffix(p) not in (".md", ".txt")] or files
+    if not readable:
+        raise DataError(
+            f"{ref}: the folder holds no data; expected a folder of save_to_disk, or files that "
+            f"end in {', '.join(READERS)}."
+        )
+    kinds = {_suffix(p) for p in readable}
+    held_out = [p.name for p in readable if _HELD_OUT.search(p.stem.lower())]
+    if len(kinds) > 1 or (held_out and len(readable) > 1):
+        why = (
+            f"files of several kinds ({', '.join(sorted(kinds))})"
+            if len(kinds) > 1
+            else f"files that seem to be held out ({', '.join(held_out[:3])})"
+        )
+        raise DataError(
+            f"{ref}: the folder holds {why}; name the files to read, such as "
+            f"{folder / readable[0].name}."
+        )
+    names = ", ".join(p.name for p in readable[:5]) + (" …" if len(readable) > 5 else "")
+    notes.append(f"{ref}: the folder's files are read in this order: {names}")
+    return (row for p in readable for row in READERS[_suffix(p)](p, str(p), notes))
+
+
+def _reader(path: Path, ref: str) -> Reader:
+    reader = READERS.get(_suffix(path))
+    if reader is None:
+        ending = f"ends in {path.suffix}" if path.suffix else "has no ending"
+        raise DataError(
+            f"{ref}: it {ending}; expected {', '.join(READERS)}, or one of them with .gz behind "
+            "it (not Parquet). Rename or convert the file."
+        )
+    return reader
+
+
+def _suffix(path: Path) -> str:
+    """``.csv`` of ``a.csv`` and of ``a.csv.gz``."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        inner = Path(path.stem).suffix.lower()
+        return inner if inner != ".parquet" else ".gz"
+    return suffix
+
+
+def _close(path: Path) -> str:
+    """Names in the same folder that are nearly this one."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f" Nor is there a folder {parent}."
+    names = [p.name for p in parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    return f" In its folder lie: {', '.join(close)}." if close else ""

@@ -1,0 +1,50 @@
+"""Validation rows taken from the training data, whole prompts at a time."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from lorakit.data.tokens import TokenData
+
+
+def split(
+    data: TokenData, fraction: float, seed: int, *, max_rows: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divide into training and validation; rows that share a prompt stay together.
+
+    Which prompts are held out depends only on the prompts and the seed, not on the order of the
+    rows, so that a data set that grows keeps nearly the same ones.
+
+    Args:
+        fraction: share of the rows to hold out, in [0, 1); at least one prompt is, if there are
+            two.
+        max_rows: hold out no more rows than this, where the prompts allow it.
+
+    Returns:
+        (training, validation): ascending indices, int64. With a single prompt, or fraction 0,
+        validation is empty.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction: {fraction} given; expected at least 0 and below 1")
+    groups: dict[bytes, list[int]] = {}
+    for i in range(len(data)):
+        groups.setdefault(data.prompt_key(i), []).append(i)
+    chosen: list[bytes] = []
+    if fraction > 0 and len(groups) > 1:
+        room = max(1, round(len(data) * fraction))
+        room = room if max_rows is None else min(room, max_rows)
+        drawn = sorted(groups, key=lambda key: _rank(key, seed))
+        for key in drawn:
+            if len(groups[key]) <= room and len(chosen) < len(groups) - 1:
+                chosen.append(key)
+                room -= len(groups[key])
+        if not chosen:  # every prompt has more rows than wanted: the one with the fewest
+            chosen = [min(drawn, key=lambda key: len(groups[key]))]
+    held_out = np.array(sorted(i for key in chosen for i in groups[key]), np.int64)
+    return np.setdiff1d(np.arange(len(data), dtype=np.int64), held_out), held_out
+
+
+def _rank(key: bytes, seed: int) -> bytes:
+    return hashlib.blake2b(key, digest_size=16, salt=(seed % 2**64).to_bytes(8, "little")).digest()
