@@ -185,7 +185,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     group.add_argument(
         "--truncate",
         action="store_true",
-        help="cut examples that are too long, instead of leaving them out",
+        help="shorten examples that are too long: the prompt from its left, then the end",
     )
     group.add_argument(
         "--bad-rows",
