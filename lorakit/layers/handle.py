@@ -5,25 +5,23 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.core.spec import LoRASpec
-from lorakit.errors import FormatError, LorakitError, RoutingError, TargetError, collected
+from lorakit.errors import LorakitError, RoutingError, TargetError, collected
 from lorakit.layers.bank import Bank, LowRankParameters, ReplaceParameters
 from lorakit.layers.forwards import Forwards
 from lorakit.layers.generating import CapturingGenerate
-from lorakit.layers.kinds import shape_of
+from lorakit.layers.initial import initial_adapter
+from lorakit.layers.places import Places
 from lorakit.layers.routing import MixLike, Order, Routing
 from lorakit.layers.site import SiteForward
-from lorakit.layers.targets import compact_targets, resolve_targets, whole_modules
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +95,7 @@ class Handle:
         if CHILD in model._modules or hasattr(model, CHILD):
             raise LorakitError(f"this model has an attribute {CHILD!r} that is not ours")
         self.model = model
+        self._places = Places(model)
         self._forwards = Forwards()
         self._forwards.after_first = self._check_called
         self._banks: dict[str, Bank] = {}
@@ -150,11 +149,11 @@ class Handle:
                 + ("taken; choose another, or remove that one first" if name else "empty")
             )
         if isinstance(what, LoRASpec):
-            adapter = _initial(self.model, what, seed)
+            adapter = initial_adapter(self.model, what, seed)
             trainable = True if trainable is None else trainable
         else:
             adapter, trainable = what, bool(trainable)
-        owners = _check_fit(self.model, adapter)
+        owners = self._places.owners(adapter)
         dropout = adapter.spec.dropout if trainable else 0.0
         bank = self._make_bank(adapter, owners, trainable)
         for path, site in adapter.sites.items():
@@ -357,7 +356,7 @@ class Handle:
     ) -> Bank:
         tensors: dict[str, Tensor] = {}
         for path, site in adapter.sites.items():
-            device, dtype = _home(owners[path][1])
+            device, dtype = self._places.home(owners[path][0])
             target = dtype if trainable else None
             names = {"A": "lora_A", "B": "lora_B", "bias": "lora_bias"}
             for key, tensor in site.tensors().items():
@@ -392,142 +391,3 @@ def _restore(site: SiteForward) -> None:
             del site.module.__dict__["forward"]
         else:
             site.module.__dict__["forward"] = site.previous
-
-
-def _home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a trainable site's tensors lie: the module's device; float32, or float64 with it."""
-    hook = getattr(module, "_hf_hook", None)  # accelerate: weights may be offloaded
-    device = getattr(hook, "execution_device", None)
-    parameter = next(module.parameters(), None)
-    if device is None:
-        device = parameter.device if parameter is not None else torch.device("cpu")
-    elif isinstance(device, int):
-        device = torch.device("cuda", device)
-    double = parameter is not None and parameter.dtype == torch.float64
-    return torch.device(device), torch.float64 if double else torch.float32
-
-
-def _initial(model: nn.Module, spec: LoRASpec, seed: int) -> Adapter:
-    """A new adapter whose delta is zero.
-
-    A is drawn as PyTorch draws a linear's weight (Kaiming uniform with a = √5, bound
-    1/√fan_in), from N(0, 1/r²), or with orthonormal rows; B is zero (Hu et al., 2021, §4.1).
-    An embedding's A is zero and its B normal, as in the authors' loralib.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sites: dict[str, Site] = {}
-    for target in resolve_targets(model, spec):
-        _, dtype = _home(target.module)
-        A = torch.empty(target.shape.a(target.rank), dtype=dtype)
-        B = torch.zeros(target.shape.b(target.rank), dtype=dtype)
-        if target.shape.kind == "embedding":
-            A.zero_()
-            B.normal_(generator=generator)
-        elif spec.init == "gaussian":
-            A.normal_(std=1 / target.rank, generator=generator)
-        elif spec.init == "orthogonal":
-            nn.init.orthogonal_(A, generator=generator)
-        else:
-            bound = 1 / math.sqrt(A[0].numel())
-            A.uniform_(-bound, bound, generator=generator)
-        scaling = spec.scaling_of(target.rank, target.alpha)
-        sites[target.path] = LowRank(A, B, scaling, target.shape.kind)
-    whole = whole_modules(model, spec.train_modules)
-    for path, module in whole.items():
-        _refuse_running_statistics(path, module)
-        sites[path] = Replace({n: p.detach().clone() for n, p in module.named_parameters()})
-    if spec.bias != "none":
-        sites.update(_biases(model, spec, list(sites), whole))
-    targets = compact_targets(model, [p for p, s in sites.items() if isinstance(s, LowRank)])
-    return Adapter(sites, replace(spec, targets=targets) if targets else spec)
-
-
-def _biases(
-    model: nn.Module, spec: LoRASpec, adapted: Sequence[str], whole: Mapping[str, nn.Module]
-) -> dict[str, Site]:
-    wanted = set(adapted)
-    found: dict[str, Site] = {}
-    for path, module in model.named_modules():
-        bias = module._parameters.get("bias")
-        inside = any(path == w or path.startswith(w + ".") for w in whole)
-        if bias is None or inside or not path or (spec.bias == "lora" and path not in wanted):
-            continue
-        found[f"{path}.bias"] = Replace({"": bias.detach().clone()})
-    if not found:
-        raise TargetError(
-            f"bias is {spec.bias!r}, but there is no bias to train "
-            + ("on the adapted modules" if spec.bias == "lora" else "in this model")
-            + '; use bias="none"'
-        )
-    return found
-
-
-def _refuse_running_statistics(path: str, module: nn.Module) -> None:
-    for name, child in module.named_modules():
-        if getattr(child, "running_mean", None) is not None:
-            inner = f"{path}.{name}" if name else path
-            raise TargetError(
-                f"{inner} keeps running statistics, which training would change in the base; "
-                "name the modules beside it in train_modules"
-            )
-
-
-def _check_fit(model: nn.Module, adapter: Adapter) -> dict[str, tuple[str, nn.Module]]:
-    """Site path → (path of the module that runs it, that module); everything is checked.
-
-    Raises:
-        FormatError: paths or shapes that are not this model's. All are listed.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    first_path = {id(m): p for p, m in model.named_modules()}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    owners: dict[str, tuple[str, nn.Module]] = {}
-    problems = []
-    for path, site in adapter.sites.items():
-        if isinstance(site, Replace) and "" in site.tensors_by_name:
-            owner_path = path.rpartition(".")[0]
-            owner = modules.get(owner_path) if path in parameters else None
-        else:
-            owner_path, owner = path, modules.get(path)
-        if owner is None or not owner_path:
-            close = difflib.get_close_matches(path, [p for p in modules if p], n=1, cutoff=0.6)
-            problems.append(f"{path}: not in this model" + (f"; close: {close[0]}" * bool(close)))
-            continue
-        owners[path] = (first_path[id(owner)], owner)
-        problems += [f"{path}: {text}" for text in _misfit(owner, path, site, parameters)]
-    if problems:
-        raise FormatError(
-            collected("The adapter does not fit this model", problems)
-            + "\nGive the base that it was trained on."
-        )
-    return owners
-
-
-def _misfit(
-    owner: nn.Module, path: str, site: Site, parameters: Mapping[str, nn.Parameter]
-) -> list[str]:
-    if isinstance(site, Replace):
-        own = dict(owner.named_parameters())
-        found = []
-        for key, tensor in site.tensors_by_name.items():
-            mine = own.get(key) if key else parameters[path]
-            if mine is None:
-                found.append(f"it has no parameter {key!r}")
-            elif mine.shape != tensor.shape:
-                found.append(
-                    f"{key or 'value'} has shape {tuple(tensor.shape)}; "
-                    f"the model's is {tuple(mine.shape)}"
-                )
-        return found
-    shape = shape_of(owner)
-    if shape is None:
-        return [f"{type(owner).__name__} is no linear, convolution or embedding"]
-    if shape.kind != site.kind:
-        return [f"it is a {site.kind} site; the model has a {shape.kind} there"]
-    expected = shape.a(site.rank), shape.b(site.rank)
-    if expected != (tuple(site.A.shape), tuple(site.B.shape)):
-        return [
-            f"A has shape {tuple(site.A.shape)} and B {tuple(site.B.shape)}; "
-            f"at rank {site.rank} this model needs {expected[0]} and {expected[1]}"
-        ]
-    return []

@@ -146,6 +146,7 @@ def test_a_copied_model_has_its_own_adapters():
             own.flat().zero_()
         assert not torch.equal(output(twin, "llama"), expected)
         assert torch.equal(output(model, "llama"), expected)
+        own.add(LoRASpec(rank=2), "more")
         own.detach()
 
 

@@ -1,0 +1,106 @@
+"""Where an adapter's sites lie in a model, and whether they fit.
+
+A model's structure does not change while adapters are attached, so it is walked once; adding the
+hundredth adapter costs what the first did.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import nn
+
+from lorakit.core.adapter import Adapter
+from lorakit.core.sites import Replace, Site
+from lorakit.errors import FormatError, collected
+from lorakit.layers.kinds import Shape, shape_of
+
+
+def home_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a trainable site's tensors lie: the module's device; float32, or float64 with it."""
+    hook = getattr(module, "_hf_hook", None)  # accelerate: weights may be offloaded
+    device = getattr(hook, "execution_device", None)
+    parameter = next(module.parameters(), None)
+    if device is None:
+        device = parameter.device if parameter is not None else torch.device("cpu")
+    elif isinstance(device, int):
+        device = torch.device("cuda", device)
+    double = parameter is not None and parameter.dtype == torch.float64
+    return torch.device(device), torch.float64 if double else torch.float32
+
+
+class Places:
+    """The modules and parameters of a bare model, by path."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if p}
+        first = {id(m): p for p, m in model.named_modules()}
+        #: path → the first path of the same module
+        self._first_path = {p: first[id(m)] for p, m in self._modules.items()}
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._shapes: dict[str, Shape | None] = {}
+        self._homes: dict[str, tuple[torch.device, torch.dtype]] = {}
+
+    def home(self, path: str) -> tuple[torch.device, torch.dtype]:
+        """:func:`home_of` the module at ``path``, remembered."""
+        if path not in self._homes:
+            self._homes[path] = home_of(self._modules[path])
+        return self._homes[path]
+
+    def owners(self, adapter: Adapter) -> dict[str, tuple[str, nn.Module]]:
+        """Site path → (path of the module that runs it, that module); everything is checked.
+
+        Raises:
+            FormatError: paths or shapes that are not this model's. All are listed.
+        """
+        owners: dict[str, tuple[str, nn.Module]] = {}
+        problems = []
+        for path, site in adapter.sites.items():
+            if isinstance(site, Replace) and "" in site.tensors_by_name:
+                owner_path = path.rpartition(".")[0] if path in self._parameters else ""
+            else:
+                owner_path = path
+            owner = self._modules.get(owner_path)
+            if owner is None:
+                close = difflib.get_close_matches(path, self._modules, n=1, cutoff=0.6)
+                hint = f"; close: {close[0]}" if close else ""
+                problems.append(f"{path}: not in this model{hint}")
+                continue
+            owners[path] = (self._first_path[owner_path], owner)
+            problems += [f"{path}: {text}" for text in self._misfit(owner, path, site)]
+        if problems:
+            raise FormatError(
+                collected("The adapter does not fit this model", problems)
+                + "\nGive the base that it was trained on."
+            )
+        return owners
+
+    def _misfit(self, owner: nn.Module, path: str, site: Site) -> list[str]:
+        if isinstance(site, Replace):
+            own = dict(owner.named_parameters())
+            found = []
+            for key, tensor in site.tensors_by_name.items():
+                mine = own.get(key) if key else self._parameters[path]
+                if mine is None:
+                    found.append(f"it has no parameter {key!r}")
+                elif mine.shape != tensor.shape:
+                    found.append(
+                        f"{key or 'value'} has shape {tuple(tensor.shape)}; "
+                        f"the model's is {tuple(mine.shape)}"
+                    )
+            return found
+        if path not in self._shapes:
+            self._shapes[path] = shape_of(owner)
+        shape = self._shapes[path]
+        if shape is None:
+            return [f"{type(owner).__name__} is no linear, convolution or embedding"]
+        if shape.kind != site.kind:
+            return [f"it is a {site.kind} site; the model has a {shape.kind} there"]
+        expected = shape.a(site.rank), shape.b(site.rank)
+        if expected != (tuple(site.A.shape), tuple(site.B.shape)):
+            return [
+                f"A has shape {tuple(site.A.shape)} and B {tuple(site.B.shape)}; "
+                f"at rank {site.rank} this model needs {expected[0]} and {expected[1]}"
+            ]
+        return []
