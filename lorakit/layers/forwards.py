@@ -51,12 +51,14 @@ class Forwards:
         self.weights = torch.zeros(1, 0, dtype=torch.float64)
         self.device = torch.device("cpu")
         self.after_first: Any = None
-        """Called once, when the first root forward has ended well."""
+        """Called once, with the adapters' names, when the first root forward that uses any has
+        ended well."""
         self._reset()
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._plan: Plan | None = None
+        self._used: frozenset[str] = frozenset()  # by the forward that ended last
         self._thread = 0
         self._depth = 0
         self._start = 0
@@ -148,6 +150,7 @@ class Forwards:
         self._depth -= 1
         if self._depth == 0 and self._plan is not None:
             end = _sequence_number()
+            self._used = self._plan.routing.names
             if end > self._start:
                 self._past.append(_Past(self._start, end, self._thread, self._plan))
             self._plan = None
@@ -205,9 +208,9 @@ class Forwards:
                 self.weights = matrix.to(self.device, torch.float64 if precise else torch.float32)
 
     def _check_first(self) -> None:
-        if self.after_first is not None and self._depth == 0:
+        if self.after_first is not None and self._depth == 0 and self._used:
             check, self.after_first = self.after_first, None
-            check()
+            check(self._used)
 
 
 def _sizes(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int | None, frozenset[int]]:

@@ -365,9 +365,8 @@ class Handle:
                 tensors[full] = tensor.detach().to(device=device, dtype=target)
         return Bank(tensors, trainable=trainable)
 
-    def _check_called(self) -> None:
+    def _check_called(self, used: frozenset[str]) -> None:
         """After the first forward: every site of an adapter in use must have been called."""
-        used = self.active.names
         silent = [
             path
             for path, site in self._sites.items()
