@@ -1,0 +1,58 @@
+"""Training: one adapter on one frozen base, from settings to a run folder.
+
+::
+
+    base = load_base("smollm2")
+    data = load_data(DataSpec(path="mine.jsonl"), base.tokenizer, context_length=2048)
+    result = Trainer(base, LoRASpec(rank=16), data, TrainSettings(steps=200), "runs/mine").run()
+    result.adapter                              # runs/mine/adapter, the best, in PEFT's format
+    Trainer.resume("runs/mine")                 # after a kill: goes on exactly
+
+Read in this order: ``settings`` (how a run trains), ``job`` (all that belongs to one adapter),
+``loop`` (forwards, evaluations, checkpoints), ``trainer`` (from the first check to the result);
+then ``checkpoint`` and ``folder`` (what is on disk), ``callbacks`` (who is told).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "Callback": "callbacks",
+    "EvalMetrics": "callbacks",
+    "Origin": "origin",
+    "RunInfo": "callbacks",
+    "RunResult": "callbacks",
+    "StepMetrics": "callbacks",
+    "TrainSettings": "settings",
+    "Trainer": "trainer",
+    "finished_run": "trainer",
+    "write_report": "report",
+}
+
+__all__ = [
+    "Callback",
+    "EvalMetrics",
+    "Origin",
+    "RunInfo",
+    "RunResult",
+    "StepMetrics",
+    "TrainSettings",
+    "Trainer",
+    "finished_run",
+    "write_report",
+]
+
+if TYPE_CHECKING:
+    from lorakit.train.callbacks import Callback, EvalMetrics, RunInfo, RunResult, StepMetrics
+    from lorakit.train.origin import Origin
+    from lorakit.train.report import write_report
+    from lorakit.train.settings import TrainSettings
+    from lorakit.train.trainer import Trainer, finished_run
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"lorakit.train.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'lorakit.train' has no attribute {name!r}")

@@ -1,0 +1,124 @@
+"""Checkpoints: one safetensors file each, whole or absent.
+
+The tensors are the file's tensors; everything else is JSON in its header. A file is written
+beside its place, flushed to the disk and renamed, so a crash at any moment leaves the checkpoints
+that were there. Reading begins with the newest and falls back where a file is damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorakit.core.files import atomic_file
+from lorakit.errors import TrainingError
+
+#: raised when the layout changes in a way that older code would misread
+LAYOUT = 1
+_NAME = re.compile(r"step-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run between two steps."""
+
+    step: int
+    """Optimizer steps made."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Names that mean something to whoever wrote them."""
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """JSON data."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies; names sort by step."""
+    return folder / f"step-{step:08d}.safetensors"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write one atomically, then delete all but the last ``keep``.
+
+    Raises:
+        TrainingError: the disk is full; the earlier checkpoints are untouched.
+        InputError: the folder cannot be written to.
+    """
+    path = checkpoint_path(folder, checkpoint.step)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
+    content = {"layout": LAYOUT, "step": checkpoint.step, "state": checkpoint.state}
+    with atomic_file(path) as temporary:
+        _save(tensors, temporary, {"lorakit_checkpoint": json.dumps(content)})
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that can be read, and a sentence on each that could not.
+
+    Returns:
+        ``None`` in place of a checkpoint where there is none yet.
+
+    Raises:
+        TrainingError: there are checkpoints and none can be read.
+    """
+    notes: list[str] = []
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return read_checkpoint(path), notes
+        except TrainingError as error:
+            notes.append(str(error))
+    if paths:
+        raise TrainingError(
+            "\n".join([f"No checkpoint in {folder} can be read.", *notes])
+            + "\nDelete the folder of checkpoints to begin this run again from its first step."
+        )
+    return None, notes
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read one.
+
+    Raises:
+        TrainingError: the file is damaged, is no checkpoint, or has a newer layout.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {})["lorakit_checkpoint"])
+            layout = content["layout"]
+            if layout != LAYOUT:
+                raise TrainingError(
+                    f"{path} has layout {layout}; this version reads {LAYOUT}. Go on with the "
+                    "version of lorakit that wrote it."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Checkpoint(int(content["step"]), tensors, content["state"])
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise TrainingError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """``save_file``, with the system's error where it hides one in its own."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1] or number[2])
+        raise OSError(code, str(error)) from error

@@ -1,0 +1,237 @@
+"""The run folder: what lies where, and how it is opened, once or again.
+
+::
+
+    run.yaml        every resolved setting; written once, and enough to resume alone
+    start/          the adapter that ``--from`` named, as it was
+    metrics.jsonl   rows of kind step, eval, note
+    checkpoints/    the last two
+    adapter/        the best so far, a PEFT folder
+    samples.jsonl, report.html, result.json     written at the end
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lorakit.core.adapter import Adapter
+from lorakit.core.files import atomic_folder, clear_disk_errors, write_atomic
+from lorakit.errors import InputError
+from lorakit.formats import save_adapter
+from lorakit.optional import require
+
+
+class RunFolder:
+    """Paths of a run, and the file of metrics, which only grows between two checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "run.yaml"
+        self.start = path / "start"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.samples = path / "samples.jsonl"
+        self.result = path / "result.json"
+
+    # --- opening ---------------------------------------------------------------------------
+
+    def check_new(self) -> None:
+        """Refuse a place where something lies already.
+
+        Raises:
+            InputError: says how to go on with the run there, or to choose another place.
+        """
+        if self.settings.exists():
+            raise InputError(
+                f"{self.path} holds a run already. Go on with it: lorakit train --resume "
+                f"{self.path}; or give another --out."
+            )
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(
+                f"{self.path} exists and is not empty. Give a new folder as --out; nothing in "
+                "this one was touched."
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file. Give a new folder as --out.")
+        above = next(parent for parent in self.path.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            what = "is no folder" if not above.is_dir() else "cannot be written to"
+            raise InputError(
+                f"{self.path} cannot be made: {above} {what}. Give another place as --out."
+            )
+
+    def create(
+        self, settings: Mapping[str, Any], start: Adapter | None, notes: Sequence[str]
+    ) -> None:
+        """Make the folder in one stroke: it is a run or it is not there.
+
+        Args:
+            settings: sections of run.yaml.
+            start: the adapter that the run goes on with, if any.
+            notes: the first rows of the metrics.
+
+        Raises:
+            InputError: something lies there, or the place cannot be written to.
+            TrainingError: the disk is full.
+        """
+        self.check_new()
+        with clear_disk_errors(self.path), atomic_folder(self.path) as temporary:
+            if start is not None:
+                save_adapter(start, temporary / self.start.name)
+            (temporary / self.settings.name).write_bytes(_as_yaml(settings))
+            rows = [_as_line({"kind": "note", "text": text}) for text in notes]
+            (temporary / self.metrics.name).write_bytes(b"".join(rows))
+
+    def read_settings(self) -> dict[str, Any]:
+        """What ``run.yaml`` holds.
+
+        Raises:
+            InputError: there is no run, or its settings cannot be read.
+        """
+        yaml = require("yaml", extra="train", purpose="reading run.yaml")
+        if not self.settings.is_file():
+            there = "has no run.yaml" if self.path.is_dir() else "does not exist"
+            raise InputError(
+                f"{self.path} {there}, so there is no run to resume. Give the --out folder of a "
+                "run, or start one with --base, --data and --out."
+            )
+        try:
+            content = yaml.safe_load(self.settings.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{self.settings} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{self.settings} holds no settings; the run cannot be resumed.")
+        return content
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from running the same run.
+
+        Raises:
+            InputError: another process does.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system
+            yield
+            return
+        with clear_disk_errors(self.path):
+            handle = os.open(self.settings, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another process is running {self.path}. Wait for it, or stop it first."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+        finally:
+            os.close(handle)
+
+    def clean(self) -> None:
+        """Remove what a killed process left half-written."""
+        for folder in (self.path, self.checkpoints):
+            for left in folder.glob(".*.tmp") if folder.is_dir() else ():
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
+
+    # --- content ---------------------------------------------------------------------------
+
+    def open_metrics(self, length: int | None) -> MetricsFile:
+        """The file of metrics, cut to ``length`` bytes: what was written after is made again.
+
+        ``None`` keeps the notes at its beginning, with which the run was created.
+        """
+        return MetricsFile(self.metrics, self._notes_length() if length is None else length)
+
+    def _notes_length(self) -> int:
+        length = 0
+        with open(self.metrics, "rb") as file:
+            for line in file:
+                if not line.startswith(_NOTE):
+                    break
+                length += len(line)
+        return length
+
+    def write_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Write ``samples.jsonl``."""
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        write_atomic(self.samples, "".join(lines).encode())
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write ``result.json``, which marks the run as ended."""
+        write_atomic(self.result, (json.dumps(result, indent=2) + "\n").encode())
+
+    def read_result(self) -> dict[str, Any] | None:
+        """What ``result.json`` holds; ``None`` while the run has not ended."""
+        if not self.result.is_file():
+            return None
+        return dict(json.loads(self.result.read_text(encoding="utf-8")))
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, written through at once."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        self._path = path
+        with clear_disk_errors(path):
+            self._file: BinaryIO = open(path, "ab")  # noqa: SIM115 - closed by close()
+            self._file.truncate(min(length, path.stat().st_size))  # never padded with zeros
+            self._file.seek(0, os.SEEK_END)
+
+    @property
+    def length(self) -> int:
+        """Bytes so far."""
+        return self._file.tell()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row; numbers that are not finite become ``null``.
+
+        Raises:
+            TrainingError: the disk is full.
+        """
+        with clear_disk_errors(self._path):
+            self._file.write(_as_line(row))
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk."""
+        with clear_disk_errors(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        with clear_disk_errors(self._path):
+            self._file.close()
+
+
+#: how a row of this kind begins
+_NOTE = b'{"kind": "note"'
+
+
+def _as_line(row: Mapping[str, Any]) -> bytes:
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return (json.dumps(plain, ensure_ascii=False) + "\n").encode()
+
+
+def _as_yaml(settings: Mapping[str, Any]) -> bytes:
+    yaml = require("yaml", extra="train", purpose="writing run.yaml")
+    text: str = yaml.safe_dump(
+        dict(settings), sort_keys=False, allow_unicode=True, default_flow_style=False, width=100
+    )
+    return text.encode()

@@ -1,0 +1,324 @@
+"""The loop: forwards and backwards of one job, its evaluations and its checkpoints.
+
+One step of it::
+
+    window  = job.window()                      # the examples, cut into forwards
+    forward and backward of each part           # losses divided by the window's tokens
+    loss and gradient finite?                   # before anything moves
+    job.take_step(…)                            # clip, optimizer, count
+    row, evaluation, checkpoint                 # as due
+
+Between two forwards it looks whether somebody asked to stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.sites import LowRank
+from lorakit.data import Example, TokenData, pack
+from lorakit.errors import TrainingError, collected
+from lorakit.evaluate import loss as evaluate_loss
+from lorakit.infer import PackedModel
+from lorakit.layers import Handle, Routing
+from lorakit.train.callbacks import Callback, EvalMetrics, StepMetrics
+from lorakit.train.checkpoint import Checkpoint, write_checkpoint
+from lorakit.train.folder import MetricsFile, RunFolder
+from lorakit.train.interrupt import StopRequest
+from lorakit.train.job import Job, Window
+from lorakit.train.memory import peak_vram_mb, resident_mb
+from lorakit.train.randomness import random_tensors, set_random_tensors
+
+#: seconds between two checkpoints where the steps between them are not given …
+CHECKPOINT_SECONDS = 60.0
+#: … and the share of the time that writing them may take
+CHECKPOINT_SHARE = 0.01
+
+
+class Stopped(Exception):
+    """Somebody asked to stop; the job stands between two steps."""
+
+
+class Loop:
+    """Runs one job on one model.
+
+    Args:
+        model: with the job's adapter attached.
+        validation: data to evaluate on, and which of it; ``None`` for none.
+        events: who is told.
+        folder, metrics: where rows and checkpoints go.
+        stop: asked between two forwards.
+        keep: saves the job's adapter; called at each new best.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        handle: Handle,
+        job: Job,
+        *,
+        validation: tuple[TokenData, Sequence[int]] | None,
+        events: Callback,
+        folder: RunFolder,
+        metrics: MetricsFile,
+        stop: StopRequest,
+        keep: Callable[[Job], None],
+    ) -> None:
+        self._model = model
+        self._handle = handle
+        self._job = job
+        self._packed = PackedModel(model, handle)
+        self._validation = validation
+        self._events = events
+        self._folder = folder
+        self._metrics = metrics
+        self._stop = stop
+        self._keep = keep
+        self._adapted = [p for p, s in job.snapshot().sites.items() if isinstance(s, LowRank)]
+        self._seconds_before = 0.0
+        self._began = time.perf_counter()
+        self._saved_step: int | None = None
+        self._saved_at = self._began
+        self._writing_seconds = 0.0
+
+    # --- state -----------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, that before a resume included."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        job = {
+            name.removeprefix("job."): tensor
+            for name, tensor in checkpoint.tensors.items()
+            if name.startswith("job.")
+        }
+        self._job.load(job, checkpoint.state["job"])
+        set_random_tensors(checkpoint.tensors)
+        self._seconds_before = float(checkpoint.state["seconds"])
+        self._saved_step = checkpoint.step
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this moment; ``None`` if the last one is of this step."""
+        if self._saved_step == self._job.step:
+            return None
+        started = time.perf_counter()
+        self._metrics.sync()
+        checkpoint = Checkpoint(
+            step=self._job.step,
+            tensors={
+                **{f"job.{name}": tensor for name, tensor in self._job.tensors().items()},
+                **random_tensors(),
+            },
+            state={
+                "job": self._job.state(),
+                "metrics_length": self._metrics.length,
+                "seconds": self.seconds,
+            },
+        )
+        keep = self._job.settings.keep_checkpoints
+        path = write_checkpoint(self._folder.checkpoints, checkpoint, keep=keep)
+        self._saved_step = self._job.step
+        self._saved_at = time.perf_counter()
+        self._writing_seconds = self._saved_at - started
+        self._events.on_checkpoint(path)
+        return path
+
+    def note(self, text: str) -> None:
+        """Tell, and keep a row."""
+        self._metrics.append({"kind": "note", "text": text})
+        self._events.on_note(text)
+
+    # --- running ---------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Step until the job is done.
+
+        Raises:
+            Stopped: somebody asked; a checkpoint of the last whole step is on disk.
+            TrainingError: a loss or a gradient is not finite, the disk or the memory is full.
+        """
+        job = self._job
+        if job.step == 0 and self._validation is not None and job.start_loss is None:
+            self.evaluate()
+        while not job.done:
+            try:
+                self._step()
+            except Stopped:
+                job.clear_gradient()
+                self.save()
+                raise
+            if self._validation is not None and job.evaluation_due():
+                self.evaluate()
+            if self._checkpoint_due():
+                self.save()
+        self.save()
+
+    def _step(self) -> None:
+        job = self._job
+        started = time.perf_counter()
+        window = job.window()
+        with training_mode(self._model, self._adapted), _clear_memory_errors(job):
+            loss = self._accumulate(window)
+            norm = job.gradient_norm()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._not_finite(window, loss, norm)
+        rate = job.take_step(loss, norm)
+        seconds = time.perf_counter() - started
+        metrics = StepMetrics(
+            step=job.step,
+            loss=loss,
+            lr=rate,
+            grad_norm=norm,
+            tokens=window.num_tokens,
+            supervised=window.num_supervised,
+            seconds=seconds,
+            tokens_per_second=window.num_tokens / seconds,
+            rss_mb=resident_mb(),
+            vram_mb=peak_vram_mb(),
+        )
+        self._metrics.append(metrics.to_row())
+        self._events.on_step(metrics)
+
+    def _accumulate(self, window: Window) -> float:
+        """Gradient of the window's mean loss, and that loss."""
+        self._job.clear_gradient()
+        total = torch.zeros((), dtype=torch.float64)
+        for part in window.parts:
+            if self._stop.received is not None:
+                raise Stopped
+            total += self._backward(part, window.num_supervised).cpu()
+        return float(total) / window.num_supervised
+
+    def _backward(self, part: Sequence[Example], num_supervised: int) -> Tensor:
+        """Add the gradient of a part's losses / ``num_supervised``; gives their sum, float64."""
+        batch = pack(part)
+        with torch.enable_grad():
+            summed, _ = self._packed.supervised_loss(batch, self._job.routing(batch))
+            (summed / num_supervised).backward()
+        return summed.detach().double()
+
+    def evaluate(self) -> None:
+        """Evaluate on the validation part, tell, and keep the adapter if it is the best."""
+        assert self._validation is not None
+        job = self._job
+        data, indices = self._validation
+        started = time.perf_counter()
+        result = evaluate_loss(
+            self._model,
+            self._handle,
+            job.name,
+            data,
+            indices,
+            token_budget=job.settings.micro_batch_tokens,
+        )
+        metrics = EvalMetrics(
+            step=job.step,
+            loss=result.loss,
+            perplexity=result.perplexity,
+            best=job.observe(result.loss),
+            seconds=time.perf_counter() - started,
+        )
+        self._metrics.append(metrics.to_row())
+        if metrics.best and job.step:  # the first one changes nothing yet
+            self._keep(job)
+        self._events.on_eval(metrics)
+
+    def _checkpoint_due(self) -> bool:
+        every = self._job.settings.checkpoint_every
+        if every is not None:
+            return self._job.step % every == 0
+        pause = max(CHECKPOINT_SECONDS, self._writing_seconds / CHECKPOINT_SHARE)
+        return time.perf_counter() - self._saved_at >= pause
+
+    # --- when a number is not finite -------------------------------------------------------
+
+    def _not_finite(self, window: Window, loss: float, norm: float) -> NoReturn:
+        """Save the state before this step, find the examples, and stop.
+
+        Raises:
+            TrainingError: always.
+        """
+        job = self._job
+        what = f"the loss is {loss}"
+        if math.isfinite(loss):
+            what = f"the gradient's norm is {norm}"
+        job.clear_gradient()
+        self.save()
+        rows = [
+            f"{job.where(example)}: its {problem}"
+            for example in window.examples
+            if (problem := self._problem_of(example)) is not None
+        ]
+        job.clear_gradient()
+        stopped = f"Stopped in step {window.step + 1}, before the weights moved: {what}"
+        found = f"{stopped}, though that of each of its rows alone is finite."
+        if rows:
+            found = collected(f"{stopped}. The rows behind it", rows)
+        raise TrainingError(
+            f"{found}\nThe state after step {job.step} is saved in {self._folder.checkpoints}. "
+            "Look at these rows, lower --lr, or use --dtype float32; then start a new run."
+        )
+
+    def _problem_of(self, example: Example) -> str | None:
+        with training_mode(self._model, self._adapted):
+            self._job.clear_gradient()
+            loss = float(self._backward([example], 1))
+        norm = self._job.gradient_norm()
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+        return None if math.isfinite(norm) else f"gradient's norm is {norm}"
+
+
+@contextlib.contextmanager
+def training_mode(model: nn.Module, adapted: Sequence[str]) -> Iterator[None]:
+    """Training mode for the adapted modules alone, evaluation mode for all others.
+
+    The base is frozen, so its own dropout and batch statistics would be noise that depends on
+    how a batch is cut; the adapters' dropout is keyed and is not.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        for path in adapted:
+            model.get_submodule(path).training = True
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _clear_memory_errors(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        tokens = job.settings.micro_batch_tokens
+        raise TrainingError(
+            f"out of memory in step {job.step + 1} ({error}). Give a smaller "
+            f"--micro-batch-tokens than {tokens}: a batch then goes through in more parts, with "
+            "the same result."
+        ) from error
+
+
+def check_first_forward(model: nn.Module, handle: Handle, job: Job) -> None:
+    """Run one example, so that what cannot work is known before anything is written.
+
+    Raises:
+        TargetError: adapted modules that are never called.
+        BaseError: a model that computes no loss over tokens.
+    """
+    example = next(job.window().examples)
+    with training_mode(model, []), torch.no_grad():
+        PackedModel(model, handle).supervised_loss(pack([example]), Routing.uniform(job.name))

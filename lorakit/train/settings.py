@@ -1,0 +1,343 @@
+"""``TrainSettings``: how a run trains, and the only home of the defaults.
+
+A field that is ``None`` is chosen from the data and the base when the run starts;
+:meth:`TrainSettings.resolve` makes these choices and gives a sentence with the reason of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from lorakit.errors import SpecError, collected
+
+Schedule = Literal["constant", "linear", "cosine"]
+Optimizer = Literal["adamw", "sgd"]
+
+DEFAULT_EPOCHS = 3.0
+DEFAULT_BETAS = (0.9, 0.999)
+#: tokens of one forward where nobody said: enough to fill the processor, few enough that the
+#: activations stay small beside the weights
+DEFAULT_TOKENS = {"cpu": 2048, "mps": 4096}
+DEFAULT_TOKENS_GPU = 8192
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choices depend on."""
+
+    num_examples: int
+    """Examples that can be trained on, after the validation part was taken out."""
+    num_validation: int = 0
+    """Examples that can be evaluated; 0 without validation."""
+    hidden_size: int | None = None
+    """Width of the base's residual stream; ``None`` if it has none."""
+    device: str = "cpu"
+    """``"cpu"``, ``"cuda"``, ``"mps"``, …"""
+    context: int | None = None
+    """Tokens of the longest example."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a run trains.
+
+    Raises:
+        SpecError: a value is impossible, or one setting switches another off. All are listed.
+    """
+
+    steps: int | None = None
+    """Optimizer steps. ``None``: as many as ``epochs`` needs."""
+    epochs: float | None = None
+    """Passes over the data. ``None``: 3, unless ``steps`` is given."""
+    batch_size: int = 8
+    """Examples per optimizer step. More than 32 tends to hurt LoRA."""
+    micro_batch: int | None = None
+    """Examples per forward at most; the rest of the batch is accumulated, with the same result.
+    ``None``: only ``micro_batch_tokens`` limits."""
+    micro_batch_tokens: int | None = None
+    """Tokens per forward at most; one longer example still goes through alone. Bounds the memory
+    of a step. ``None``: chosen for the device."""
+    lr: float | None = None
+    """Highest learning rate. ``None``: from the width of the base."""
+    schedule: Schedule = "linear"
+    """What the rate does after the warm-up: stays (``constant``), or falls to zero in a straight
+    line (``linear``) or along half a cosine (``cosine``)."""
+    warmup: int | None = None
+    """Steps in which the rate rises to ``lr``. ``None``: a twentieth of all steps, at most 100."""
+    optimizer: Optimizer = "adamw"
+    """``adamw`` (Loshchilov & Hutter, arXiv 1711.05101) or ``sgd`` without momentum."""
+    betas: tuple[float, float] = DEFAULT_BETAS
+    """Decay of AdamW's two averages."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay: each step shrinks A and B by ``lr · weight_decay``."""
+    clip: float = 1.0
+    """Largest L2 norm of the adapter's gradient; a longer one is scaled down. 0: no limit."""
+    seed: int = 0
+    """Of the initial weights, the order of the data, the split and the dropout."""
+    validation_fraction: float | None = None
+    """Share of the data held out where no validation data is given, in whole prompts. 0: none.
+    ``None``: a twentieth, between 16 and 256 rows, and none of fewer than 40 rows."""
+    eval_every: int | None = None
+    """Steps between two evaluations. 0: only before the first step and after the last.
+    ``None``: an eighth of all steps, at least 20."""
+    eval_rows: int | None = None
+    """Validation rows of each evaluation, always the same. 0: all. ``None``: as many as cost
+    about a tenth of the training, between 32 and 256."""
+    patience: int = 0
+    """Evaluations in a row without a new best after which the run stops. 0: never."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints. ``None``: every minute, or more rarely where the writing
+    would take over a hundredth of the time."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    samples: int = 4
+    """Validation items that base and adapter answer at the end, for the report. 0: none."""
+    sample_tokens: int = 96
+    """Longest such answer, in tokens."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.betas, list):  # as YAML gives it
+            object.__setattr__(self, "betas", tuple(self.betas))
+        problems = list(self._problems()) or list(self._conflicts())
+        if problems:
+            raise SpecError(collected("These training settings are impossible", problems))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            SpecError: a name is unknown, or a value impossible.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise SpecError(
+                f"there is no training setting {', '.join(unknown)}; the settings are "
+                f"{', '.join(sorted(known))}"
+            )
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for YAML and JSON."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._wrong_counts()
+        yield from self._wrong_numbers()
+        for name, allowed in (
+            ("schedule", ("constant", "linear", "cosine")),
+            ("optimizer", ("adamw", "sgd")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                yield f"{name} is {value!r}; it must be one of {', '.join(allowed)}"
+
+    def _wrong_counts(self) -> Iterator[str]:
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            if value is None and name in _CHOSEN:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                yield f"{name} is {value!r}; it must be a whole number of at least {least}"
+
+    def _wrong_numbers(self) -> Iterator[str]:
+        for name, (fits, expected) in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is None and name in _CHOSEN:
+                continue
+            if not _is_number(value) or not fits(value):
+                yield f"{name} is {value!r}; it must be {expected}"
+        if (
+            not isinstance(self.betas, tuple)
+            or len(self.betas) != 2
+            or not all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas)
+        ):
+            yield f"betas is {self.betas!r}; it must be two numbers in [0, 1)"
+
+    def _conflicts(self) -> Iterator[str]:
+        """Settings that would be accepted and then not act; asked once the types are right."""
+        if self.steps is not None and self.epochs is not None:
+            yield f"steps is {self.steps} and epochs {self.epochs:g}; give one of them"
+        if self.micro_batch is not None and self.micro_batch > self.batch_size:
+            yield (
+                f"micro_batch is {self.micro_batch}, larger than batch_size {self.batch_size}; "
+                "it cuts a batch into parts"
+            )
+        if self.steps is not None and self.warmup is not None and self.warmup >= self.steps:
+            yield (
+                f"warmup is {self.warmup} of {self.steps} steps; the rate would never reach lr. "
+                "Give fewer"
+            )
+        if self.patience and self.eval_every == 0:
+            yield f"patience is {self.patience}, but eval_every is 0; there is nothing to wait for"
+        if self.optimizer == "sgd":
+            if self.weight_decay:
+                yield f"weight_decay is {self.weight_decay:g}, but sgd has no decoupled decay"
+            if self.betas != DEFAULT_BETAS:
+                yield f"betas is {self.betas}, but sgd keeps no averages"
+
+    def resolve(self, facts: Facts) -> tuple[TrainSettings, list[str]]:
+        """These settings with every choice made, and a sentence on each.
+
+        Settings that are resolved already come back as they are, without a sentence.
+
+        Raises:
+            SpecError: a setting cannot act with this data.
+        """
+        chosen: dict[str, Any] = {}
+        notes: list[str] = []
+        problems: list[str] = []
+
+        def choose(name: str, value: Any, reason: str) -> None:
+            if getattr(self, name) is None:
+                chosen[name] = value
+                notes.append(f"{name} is {_shown(value)}: {reason}")
+
+        steps = self.steps
+        if steps is None:
+            epochs = DEFAULT_EPOCHS if self.epochs is None else self.epochs
+            steps = max(1, math.ceil(epochs * facts.num_examples / self.batch_size))
+            choose(
+                "steps",
+                steps,
+                f"{epochs:g} epochs of {facts.num_examples} examples, {self.batch_size} a step",
+            )
+            chosen["epochs"] = None
+        if self.batch_size > facts.num_examples:
+            notes.append(
+                f"batch_size is {self.batch_size} and there are {facts.num_examples} examples, "
+                "so a batch holds some of them several times"
+            )
+        choose("lr", *_learning_rate(facts.hidden_size))
+        choose("warmup", min(100, steps // 20), "a twentieth of the steps, at most 100")
+        if self.warmup is not None and self.warmup >= steps:
+            problems.append(f"warmup is {self.warmup} of {steps} steps; give fewer")
+        tokens = DEFAULT_TOKENS.get(facts.device, DEFAULT_TOKENS_GPU)
+        choose(
+            "micro_batch_tokens",
+            tokens,
+            f"enough to fill a {facts.device} device, and it bounds the memory; a larger batch "
+            "is accumulated",
+        )
+        self._resolve_evaluation(facts, steps, choose, chosen, problems)
+        if problems:
+            raise SpecError(collected("These training settings cannot act", problems))
+        return dataclasses.replace(self, **chosen), notes
+
+    def _resolve_evaluation(
+        self, facts: Facts, steps: int, choose: Any, chosen: dict[str, Any], problems: list[str]
+    ) -> None:
+        if not facts.num_validation:
+            given = {"eval_every": self.eval_every, "eval_rows": self.eval_rows}
+            given["patience"] = self.patience
+            problems += [
+                f"{name} is {value}, but there is no validation data; give some, or hold some out"
+                for name, value in given.items()
+                if value
+            ]
+            chosen["eval_every"] = chosen["eval_rows"] = 0
+            return
+        every = self.eval_every
+        if every is None:
+            every = max(20, math.ceil(steps / 8))
+            choose("eval_every", every, "eight evaluations a run, but not under 20 steps apart")
+        evaluations = 2 + (steps - 1) // every if every else 2
+        if self.eval_rows is None:
+            # an evaluation's forward costs about a third of a training step's work per row
+            rows = 0.3 * steps * self.batch_size / evaluations
+            rows = min(256, max(32, int(rows)), facts.num_validation)
+            choose(
+                "eval_rows",
+                0 if rows == facts.num_validation else rows,
+                f"{evaluations} evaluations of {rows} of the {facts.num_validation} validation "
+                "rows cost about a tenth of the training"
+                if rows < facts.num_validation
+                else f"all {rows} validation rows",
+            )
+
+    def held_out(self, num_rows: int) -> float:
+        """Share of ``num_rows`` rows to hold out where there is no validation data; 0 for none."""
+        if self.validation_fraction is not None:
+            return self.validation_fraction
+        if num_rows < 40:
+            return 0.0
+        return min(256.0, max(16.0, num_rows / 20)) / num_rows
+
+
+def rate_at(step: int, settings: TrainSettings) -> float:
+    """Learning rate of a step, the first being 0; ``settings`` are resolved.
+
+    The warm-up ends at ``lr`` itself, and the last step's rate is above zero.
+    """
+    assert settings.lr is not None
+    assert settings.steps is not None
+    assert settings.warmup is not None
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / (settings.warmup + 1)
+    if settings.schedule == "constant":
+        return settings.lr
+    left = (settings.steps - step) / (settings.steps - settings.warmup)
+    if settings.schedule == "linear":
+        return settings.lr * left
+    return settings.lr * 0.5 * (1.0 - math.cos(math.pi * left))
+
+
+def _learning_rate(hidden_size: int | None) -> tuple[float, str]:
+    """A rate that is seldom far off, and why.
+
+    With alpha 32 and scale alpha/r the best LoRA rate hardly depends on the rank and lies near
+    ten times that of full fine-tuning; over widths it falls like 5e-4 · (2000/width)^0.78
+    (Schulman et al., "LoRA Without Regret", 2025).
+    """
+    if not hidden_size:
+        return 1e-3, "usual for LoRA; the base states no width to choose by"
+    rate = 5e-4 * (2000 / hidden_size) ** 0.78
+    rate = float(f"{min(2e-3, max(1e-4, rate)):.2g}")
+    return rate, f"what LoRA with alpha 32 likes at width {hidden_size}; `--lr` sets another"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+#: fields that may be None
+_CHOSEN = frozenset(
+    field.name for field in dataclasses.fields(TrainSettings) if field.default is None
+)
+
+#: whole numbers, with the least that is possible
+_COUNTS = {
+    "steps": 1,
+    "batch_size": 1,
+    "micro_batch": 1,
+    "micro_batch_tokens": 1,
+    "warmup": 0,
+    "seed": 0,
+    "eval_every": 0,
+    "eval_rows": 0,
+    "patience": 0,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "samples": 0,
+    "sample_tokens": 1,
+}
+
+_NUMBERS = {
+    "epochs": (lambda x: x > 0, "a number above 0"),
+    "lr": (lambda x: x > 0, "a number above 0"),
+    "eps": (lambda x: x > 0, "a number above 0"),
+    "weight_decay": (lambda x: x >= 0, "a number of at least 0"),
+    "clip": (lambda x: x >= 0, "a number of at least 0; 0 means no limit"),
+    "validation_fraction": (lambda x: 0 <= x < 1, "a number in [0, 1)"),
+}

@@ -1,0 +1,272 @@
+"""Checkpoints and the run folder: whole or absent, the last two, damage and a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorakit.core import files
+from lorakit.errors import InputError, TrainingError
+from lorakit.train import checkpoint as checkpoints
+from lorakit.train.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
+from lorakit.train.folder import RunFolder
+from lorakit.train.randomness import random_tensors, seeded, set_random_tensors
+
+
+def make(step: int) -> Checkpoint:
+    return Checkpoint(
+        step,
+        {"flat": torch.randn(5), "step": torch.tensor(3.0), "bytes": torch.arange(4).byte()},
+        {"loss": 0.1 + 0.2, "nothing": None, "nested": {"a": [1, 2]}},
+    )
+
+
+def test_what_is_written_is_read(tmp_path):
+    written = make(12)
+    path = write_checkpoint(tmp_path, written, keep=2)
+    read = read_checkpoint(path)
+    assert read.step == 12
+    assert read.state == written.state
+    for name, tensor in load_file(path).items():  # the library's own reader
+        assert torch.equal(tensor, written.tensors[name])
+        assert torch.equal(read.tensors[name], tensor)
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    for step in (5, 10, 100, 99):
+        write_checkpoint(tmp_path, make(step), keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step-00000099.safetensors",
+        "step-00000100.safetensors",
+    ]
+    assert latest_checkpoint(tmp_path)[0].step == 100
+
+
+def test_none_yet(tmp_path):
+    assert latest_checkpoint(tmp_path / "checkpoints") == (None, [])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other"])
+def test_a_damaged_one_is_said_and_the_one_before_is_used(tmp_path, damage):
+    write_checkpoint(tmp_path, make(1), keep=2)
+    path = write_checkpoint(tmp_path, make(2), keep=2)
+    content = path.read_bytes()
+    path.write_bytes(
+        {"truncated": content[:-7], "empty": b"", "other": b"not a checkpoint at all"}[damage]
+    )
+    found, notes = latest_checkpoint(tmp_path)
+    assert found.step == 1
+    assert len(notes) == 1
+    assert f"{path} is damaged" in notes[0]
+    list_checkpoints(tmp_path)[0].write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"No checkpoint in .* can be read"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_newer_layout_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LAYOUT", 99)
+    path = write_checkpoint(tmp_path, make(1), keep=2)
+    monkeypatch.undo()
+    with pytest.raises(TrainingError, match="has layout 99; this version reads 1"):
+        read_checkpoint(path)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    """A limit on the size of files stands in for the disk; a child process, for it cannot go."""
+    script = f"""
+import errno, resource, signal, sys
+from pathlib import Path
+import torch
+from lorakit.errors import TrainingError
+from lorakit.train import checkpoint as c
+folder = Path({str(tmp_path)!r})
+c.write_checkpoint(folder, c.Checkpoint(1, {{"x": torch.zeros(10)}}), keep=2)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    c.write_checkpoint(folder, c.Checkpoint(2, {{"x": torch.zeros(100_000)}}), keep=2)
+except OSError as error:
+    assert error.errno == errno.EFBIG, error
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "refused", done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
+    assert latest_checkpoint(tmp_path)[0].step == 1
+
+
+@pytest.mark.parametrize("where", ["save", "flush", "rename"])
+def test_enospc_is_a_clear_error(tmp_path, monkeypatch, where):
+    write_checkpoint(tmp_path, make(1), keep=2)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "save":
+        from safetensors import SafetensorError
+
+        def refuse(*_):
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
+
+        monkeypatch.setattr(checkpoints, "save_file", refuse)
+    elif where == "flush":
+        monkeypatch.setattr(files, "_flush", full)
+    else:
+        monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(TrainingError, match="is full; nothing that was complete is lost"):
+        write_checkpoint(tmp_path, make(2), keep=2)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
+
+
+# --- random states -------------------------------------------------------------------------------
+
+
+def draw():
+    return (
+        [random.random(), random.gauss(0, 1)],
+        np.random.standard_normal(3).tolist(),
+        torch.rand(3).tolist(),
+    )
+
+
+def test_random_states_go_through_a_checkpoint(tmp_path):
+    random.gauss(0, 1)  # leaves a second number behind, which is part of the state
+    np.random.standard_normal()
+    path = write_checkpoint(tmp_path, Checkpoint(1, random_tensors()), keep=2)
+    expected = draw()
+    draw()
+    set_random_tensors(read_checkpoint(path).tensors)
+    assert draw() == expected
+
+
+def test_seeded_leaves_no_trace():
+    before = random_tensors()
+    with seeded(3):
+        first = draw()
+    with seeded(3):
+        assert draw() == first
+    with seeded(4):
+        assert draw() != first
+    after = random_tensors()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# --- the run folder ------------------------------------------------------------------------------
+
+
+def test_a_folder_is_made_in_one_stroke(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "runs" / "a")
+    folder.create({"train": {"lr": 1e-3, "betas": [0.9, 0.99]}, "text": "größer"}, None, ["why"])
+    assert folder.read_settings() == {
+        "train": {"lr": 1e-3, "betas": [0.9, 0.99]},
+        "text": "größer",
+    }
+    assert folder.metrics.read_text() == '{"kind": "note", "text": "why"}\n'
+    assert sorted(path.name for path in folder.path.iterdir()) == ["metrics.jsonl", "run.yaml"]
+    assert sorted(path.name for path in folder.path.parent.iterdir()) == ["a"]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(TrainingError, match="is full"):
+        RunFolder(tmp_path / "b").create({}, None, [])
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_place_that_is_taken_is_refused_untouched(tmp_path):
+    folder = RunFolder(tmp_path / "a")
+    folder.create({"x": {}}, None, [])
+    with pytest.raises(InputError, match=r"holds a run already.*--resume"):
+        folder.create({"y": {}}, None, [])
+    assert folder.read_settings() == {"x": {}}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="is not empty"):
+        RunFolder(tmp_path / "other").check_new()
+    with pytest.raises(InputError, match="is a file"):
+        RunFolder(tmp_path / "other" / "thesis.txt").check_new()
+    (tmp_path / "empty").mkdir()
+    RunFolder(tmp_path / "empty").create({"z": {}}, None, [])
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.mkdir(), "has no run.yaml"),
+        (lambda path: (path.mkdir(), (path / "run.yaml").write_text("a: [")), "cannot be read"),
+        (lambda path: (path.mkdir(), (path / "run.yaml").write_text("text")), "no settings"),
+        (lambda path: (path.mkdir(), (path / "run.yaml").write_bytes(b"\xff")), "cannot be read"),
+    ],
+)
+def test_no_run_to_resume(tmp_path, prepare, message):
+    prepare(tmp_path / "a")
+    with pytest.raises(InputError, match=message):
+        RunFolder(tmp_path / "a").read_settings()
+
+
+def test_metrics_are_cut_where_the_checkpoint_was(tmp_path):
+    folder = RunFolder(tmp_path / "a")
+    folder.create({"x": {}}, None, ["one", "two"])
+    metrics = folder.open_metrics(None)
+    metrics.append({"kind": "step", "loss": 1.5})
+    length = metrics.length
+    metrics.append({"kind": "eval", "loss": float("nan")})
+    metrics.close()
+    lines = folder.metrics.read_text().splitlines()
+    assert lines[2:] == ['{"kind": "step", "loss": 1.5}', '{"kind": "eval", "loss": null}']
+    with open(folder.metrics, "ab") as file:
+        file.write(b'{"kind": "st')  # killed in the middle of a row
+    folder.open_metrics(length).close()
+    assert folder.metrics.read_text().splitlines() == lines[:3]
+    folder.open_metrics(10**6).close()  # never longer than it is
+    assert folder.metrics.read_text().splitlines() == lines[:3]
+    folder.open_metrics(None).close()
+    assert folder.metrics.read_text().splitlines() == lines[:2]
+
+
+def test_one_process_at_a_time(tmp_path):
+    folder = RunFolder(tmp_path / "a")
+    folder.create({"x": {}}, None, [])
+    with (
+        folder.locked(),
+        pytest.raises(InputError, match="another process is running"),
+        RunFolder(folder.path).locked(),
+    ):
+        raise AssertionError
+    with folder.locked():
+        pass
+
+
+def test_what_a_kill_left_is_removed(tmp_path):
+    folder = RunFolder(tmp_path / "a")
+    folder.create({"x": {}}, None, [])
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / ".step-00000001.safetensors.abc.tmp").write_bytes(b"half")
+    (folder.path / ".adapter.abc.tmp").mkdir()
+    (folder.path / ".adapter.abc.tmp" / "x").write_bytes(b"half")
+    folder.clean()
+    assert not list(folder.checkpoints.iterdir())
+    assert sorted(p.name for p in folder.path.iterdir()) == [
+        "checkpoints",
+        "metrics.jsonl",
+        "run.yaml",
+    ]
