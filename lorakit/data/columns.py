@@ -73,11 +73,11 @@ class Columns:
             prompt = f"{prompt}\n\n{self.text(values, 'input')}"
         return prompt, self.text(values, "output")
 
-    def text(self, values: Mapping[str, Any], field: str) -> str:
-        """The text of a field.
+    def value(self, values: Mapping[str, Any], field: str) -> Any:
+        """What a row holds for a field.
 
         Raises:
-            RowError: the column is missing in this row, is empty, or holds something else.
+            RowError: the column is missing in this row.
         """
         column = self.names[field]
         if column not in values:
@@ -87,7 +87,15 @@ class Columns:
                 f"it has no column '{column}' (the {field}); it has {has}."
                 f"{closest(column, values)}",
             )
-        return checked_text(values[column], f"column '{column}'", field)
+        return values[column]
+
+    def text(self, values: Mapping[str, Any], field: str) -> str:
+        """The text of a field.
+
+        Raises:
+            RowError: the column is missing in this row, is empty, or holds something else.
+        """
+        return checked_text(self.value(values, field), f"column '{self.names[field]}'", field)
 
 
 def checked_text(value: Any, where: str, field: str) -> str:

@@ -75,8 +75,8 @@ class Encoder:
             return Sample("", columns.text(values, "text"))
         if columns.kind != "messages":
             return Sample(*columns.prompt_and_completion(values))
-        column = columns.names["messages"]
-        messages = with_system(read_messages(values.get(column), column), self.system)
+        chat = read_messages(columns.value(values, "messages"), columns.names["messages"])
+        messages = with_system(chat, self.system)
         last = [message for message in messages if is_trained(message)][-1]
         return Sample("", last["content"], tuple(messages), _tools(values.get("tools")))
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from sys import byteorder
 from typing import Any
 
 import numpy as np
@@ -181,12 +182,12 @@ class Builder:
             ids=ids,
             supervised=mask,
             text=text,
-            lengths=len(encoded.ids).to_bytes(8, _ORDER),
-            text_lengths=len(text).to_bytes(8, _ORDER),
-            prompt_lengths=encoded.prompt_length.to_bytes(4, _ORDER),
-            numbers=row.number.to_bytes(8, _ORDER),
-            lines=(-1 if row.line is None else row.line).to_bytes(8, _ORDER, signed=True),
-            files=spot.to_bytes(4, _ORDER),
+            lengths=len(encoded.ids).to_bytes(8, byteorder),
+            text_lengths=len(text).to_bytes(8, byteorder),
+            prompt_lengths=encoded.prompt_length.to_bytes(4, byteorder),
+            numbers=row.number.to_bytes(8, byteorder),
+            lines=(-1 if row.line is None else row.line).to_bytes(8, byteorder, signed=True),
+            files=spot.to_bytes(4, byteorder),
             keys=key,
             contents=content[:8],
         )
@@ -241,14 +242,11 @@ def _prompt_items(
         )
 
 
-_ORDER: Any = "little" if np.dtype(np.int64).isnative and np.array(1).tobytes()[0] else "big"
-
-
 def _starts(lengths: np.ndarray) -> np.ndarray:
     """[len + 1]: where each example begins, and the end of the last."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def _json(value: Any) -> bytes:
-    # surrogatepass: a column that is not trained on may hold anything, and must come back
+    # ensure_ascii: a column that is not trained on may hold halves of surrogate pairs
     return json.dumps(value, ensure_ascii=True, default=str).encode("ascii")
