@@ -81,14 +81,18 @@ def vit() -> nn.Module:
 
 
 class ConvNet(nn.Module):
-    """Convolutions in one, two and three dimensions, with groups, strides and dilation."""
+    """Convolutions in one, two and three dimensions, with groups, stride and padding.
+
+    Dilation and other paddings than zeros are left out: PEFT's A ignores both, so that its own
+    forward fails or differs from the layer that it adapts.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 8)
         self.one = nn.Conv1d(8, 12, 3, padding=1, groups=4)
-        self.two = nn.Conv2d(3, 6, 3, stride=2, padding=1, padding_mode="reflect")
-        self.grouped = nn.Conv2d(6, 8, (3, 1), groups=2, dilation=(2, 1))
+        self.two = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(6, 8, (3, 1), groups=2, padding=(1, 0))
         self.three = nn.Conv3d(2, 4, 2)
         self.head = nn.Linear(12 + 8 + 4, 3)
 
@@ -133,9 +137,10 @@ CASES = {
         ids,
     ),
     "llama, expression": Case(
-        llama, {"target_modules": r".*\.(q|v)_proj", "exclude_modules": ["layers.0.mlp"]}, ids,
-        warns=("You have passed exclude_modules",),
-    ),  # fmt: skip
+        llama,
+        {"target_modules": r".*\.(q|v)_proj", "exclude_modules": ["layers.0.mlp"]},
+        ids,
+    ),
     "llama, one layer": Case(
         llama,
         {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
@@ -176,12 +181,15 @@ CASES = {
     ),
     "vit": Case(
         vit,
-        {"target_modules": ["query", "value", "projection"], "modules_to_save": ["classifier"]},
+        {"target_modules": ["q_proj", "fc1", "projection"], "modules_to_save": ["classifier"]},
         _pixels,
     ),
     "conv": Case(
         ConvNet,
-        {"target_modules": ["one", "two", "grouped", "three", "embed"], "modules_to_save": ["head"]},
+        {
+            "target_modules": ["one", "two", "grouped", "three", "embed"],
+            "modules_to_save": ["head"],
+        },
         conv_inputs,
         warns=(GROUPS,),
     ),

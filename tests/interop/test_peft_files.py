@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from peft_cases import CASES, Case, load_with_peft, logits, train_with_peft
 from safetensors.torch import load_file
 
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Replace
 from lorakit.formats import load_adapter, save_adapter
+from tests.interop.peft_cases import CASES, Case, load_with_peft, logits, train_with_peft
 
 PREFIX = "base_model.model."
 
@@ -72,7 +72,7 @@ def test_reads_every_tensor_of_the_file_once(trained):
 
 
 def test_replaced_values_are_the_trained_ones(trained):
-    case, model, folder = trained
+    _, model, folder = trained
     live = dict(model.named_parameters())
     for path, site in load_adapter(folder).replaced.items():
         for name, tensor in site.tensors_by_name.items():
@@ -148,14 +148,13 @@ def test_peft_takes_every_rank_and_scaling(trained, tmp_path):
     }
 
 
-def test_the_config_selects_no_more_than_the_sites(trained, tmp_path):
-    """PEFT's words for the targets stay where they are exact: a short list, not all paths."""
-    _, _, folder = trained
+def test_the_words_for_the_targets_stay(trained, tmp_path):
+    """A short list where PEFT had one, not all paths."""
+    case, _, folder = trained
+    if "layers_pattern" in case.config:
+        pytest.skip("becomes one expression")
     theirs = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
     ours = json.loads(
         (save_adapter(load_adapter(folder), tmp_path / "a") / "adapter_config.json").read_text()
     )["target_modules"]
-    if isinstance(theirs, list):
-        assert ours == sorted(theirs)
-    else:
-        assert ours == theirs
+    assert ours == (sorted(theirs) if isinstance(theirs, list) else theirs)

@@ -1,0 +1,255 @@
+"""Keys of PEFT's ``adapter_model.safetensors`` and the sites of an adapter, both ways.
+
+===================================  =======================================================
+key, behind ``base_model.model.``    site
+===================================  =======================================================
+``<path>.lora_A.weight``             ``LowRank`` at ``<path>``; [r, d_in] linear, [r, c, k…] conv
+``<path>.lora_B.weight``             [d_out, r] or [c_out, r/groups, 1…]
+``<path>.lora_B.bias``               its bias, [d_out] (``lora_bias``)
+``<path>.lora_embedding_A``, ``_B``  ``LowRank`` of an embedding, [r, V] and [d, r]
+``<path>.bias``                      ``Replace`` at ``<path>.bias`` (``bias="all"``)
+``<path>.base_layer.bias``           the same, of a module that has a low-rank site too
+``<path>.<name>``                    ``Replace`` at ``<path>``, if ``modules_to_save`` names it
+``<path>.base_layer.weight``         the base's own embedding, dropped (see :class:`Reading`)
+``<embedding>.weight``               ``Replace``: the vocabulary grew, PEFT saves it whole
+===================================  =======================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.core.sites import Kind, LowRank, Replace, Site
+from lorakit.formats.dialects import describe_keys
+
+PREFIX = "base_model.model."
+
+#: embeddings and heads that PEFT saves whole when their number of rows differs from the base's
+VOCABULARY_MODULES = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in")
+
+#: heads that PEFT adds to ``modules_to_save`` by itself
+AUTOMATIC_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+_FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)\.(weight|bias)|lora_embedding_(A|B))")
+_NAMED = re.compile(r".+\.lora_(?:A|B|embedding_A|embedding_B)\.([^.]+)(?:\.(?:weight|bias))?")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the config and the header say about the keys."""
+
+    saved: tuple[str, ...] = ()
+    """``modules_to_save``: ends of module paths, in PEFT's sense not even cut at a dot."""
+    biases: bool = False
+    """Whether keys that end in ``.bias`` are expected outside of saved modules."""
+    replaced: tuple[str, ...] | None = None
+    """Paths of all ``Replace`` sites, where lorakit wrote the file and knows."""
+    keep_base_weights: bool = False
+    """Whether the weight that PEFT stores beside an adapted embedding becomes a ``Replace``.
+
+    It equals the base's unless the vocabulary was resized before training, which the file does
+    not tell; it is the largest part of such a file."""
+
+
+@dataclass
+class Found:
+    """The sites' tensors, and what was wrong or worth a note."""
+
+    factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def sort_keys(tensors: Mapping[str, Tensor], reading: Reading) -> Found:
+    """Assign every tensor to a site, or to a problem."""
+    found = Found()
+    strangers = [key for key in tensors if not key.startswith(PREFIX)]
+    if len(strangers) == len(tensors):
+        found.problems.append(
+            f"none of its {len(tensors)} keys is PEFT's; these are {describe_keys(strangers)}"
+        )
+        return found
+    found.problems += [f"{key}: does not begin with {PREFIX!r}" for key in sorted(strangers)]
+    for key in sorted(set(tensors) - set(strangers)):
+        _sort_key(key.removeprefix(PREFIX), tensors[key], reading, found)
+    for path, parts in found.whole.items():
+        _fold_copies(path, parts, found)
+    found.whole = {path: parts for path, parts in found.whole.items() if parts}
+    return found
+
+
+def _sort_key(key: str, tensor: Tensor, reading: Reading, found: Found) -> None:
+    match = _FACTOR.fullmatch(key)
+    if match is not None and ".base_layer." not in key:
+        path, factor, what, embedding = match.groups()
+        name = f"E{embedding}" if embedding else (factor if what == "weight" else f"{factor}.bias")
+        found.factors.setdefault(path, {})[name] = tensor
+        return
+    owner, inside, tail = key.rpartition(".base_layer.")
+    key = f"{owner}.{tail}" if inside else key
+    if reading.replaced is not None:
+        place = _listed(key, reading.replaced)
+    elif inside:
+        place = (key, "") if tail == "bias" else None
+    else:
+        place = _inferred(key, reading)
+    if place is not None:
+        found.whole.setdefault(place[0], {})[place[1]] = tensor
+    elif inside and tail == "weight" and reading.keep_base_weights:
+        found.whole[key] = {"": tensor}
+    elif inside and tail == "weight":
+        found.notes.append(
+            f"{owner}: the file holds this module's own weight {list(tensor.shape)} too; it was "
+            "left out, since it is the base's. If the vocabulary was resized before training, "
+            "load with keep_base_weights=True"
+        )
+    else:
+        found.problems.append(_unknown(key, owner if inside else ""))
+
+
+def _listed(key: str, paths: Iterable[str]) -> tuple[str, str] | None:
+    """(path, name) of a key under one of the paths, the longest first."""
+    for path in sorted(paths, key=len, reverse=True):
+        if key == path:
+            return path, ""
+        if key.startswith(path + "."):
+            return path, key[len(path) + 1 :]
+    return None
+
+
+def _inferred(key: str, reading: Reading) -> tuple[str, str] | None:
+    path = saved_path(key, reading.saved)
+    if path is not None:
+        return path, key[len(path) + 1 :]
+    if key.endswith(".bias") and reading.biases:
+        return key, ""
+    path, _, name = key.rpartition(".")
+    if path.rpartition(".")[2] in VOCABULARY_MODULES and name in ("weight", "bias"):
+        return path, name
+    return None
+
+
+def saved_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The ends of module paths that PEFT wraps for this config, its own additions included."""
+    names = config.get("modules_to_save") or ()
+    names = [names] if isinstance(names, str) else names
+    automatic = AUTOMATIC_HEADS.get(str(config.get("task_type")), ())
+    strings = [n for n in names if isinstance(n, str) and n] if isinstance(names, list) else []
+    return tuple(dict.fromkeys([*strings, *automatic]))
+
+
+def saved_path(key: str, names: Collection[str]) -> str | None:
+    """The module that PEFT's ``modules_to_save`` wraps, of which ``key`` is or lies inside."""
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        path = ".".join(parts[:end])
+        if any(path.endswith(name) for name in names):
+            return path
+    return None
+
+
+def _fold_copies(path: str, parts: dict[str, Tensor], found: Found) -> None:
+    """Remove the second and third copy that PEFT writes of a saved module's bias.
+
+    With ``bias="all"`` every key that ends in ``.bias`` is saved, also inside its wrapper:
+    ``modules_to_save.bias`` is the trained one again, ``original_module.bias`` the base's, which
+    nothing uses.
+    """
+    for name in list(parts):
+        wrapper, _, own = name.partition(".")
+        if wrapper == "original_module" and own:
+            del parts[name]
+        elif wrapper == "modules_to_save" and own:
+            own = own.removeprefix("default.")
+            tensor = parts.pop(name)
+            if not torch.equal(parts.setdefault(own, tensor), tensor):
+                found.problems.append(f"{path}: {own} is in the file twice, with other values")
+
+
+def _unknown(key: str, adapted: str) -> str:
+    named = _NAMED.fullmatch(key)
+    if named is not None and named[1] not in ("weight", "bias"):
+        return (
+            f"{key}: the adapter's name {named[1]!r} was left in the key; save it with "
+            "PEFT's save_pretrained, which removes it"
+        )
+    if key.endswith("lora_magnitude_vector"):
+        return f"{key}: belongs to DoRA, which is not plain LoRA"
+    if ".token_adapter." in key or key.endswith("trainable_tokens_delta"):
+        return f"{key}: belongs to single trained tokens, which plain LoRA has not"
+    if adapted:
+        return (
+            f"{key}: lies inside the adapted module {adapted}; that is how PEFT adapts "
+            "nn.MultiheadAttention or bare parameters, which is not read here"
+        )
+    if key.endswith(".bias"):
+        return f"{key}: a bias, but the config says bias = none"
+    return f"{key}: unknown, and no entry of modules_to_save names its module"
+
+
+def low_rank_site(parts: Mapping[str, Tensor], scaling: float) -> tuple[LowRank | None, list[str]]:
+    """The site of one path's tensors, and what is wrong with them."""
+    embedding = "EA" in parts or "EB" in parts
+    names = ("EA", "EB") if embedding else ("A", "B")
+    missing = [_key_part(name) for name in names if name not in parts]
+    surplus = [_key_part(name) for name in parts if name not in (*names, "B.bias")]
+    if embedding and "B.bias" in parts:
+        surplus.append(_key_part("B.bias"))
+    problems = [f"{name} is missing" for name in missing]
+    problems += [f"{name} does not belong to this site" for name in surplus]
+    if problems:
+        return None, problems
+    A, B = parts[names[0]], parts[names[1]]
+    kind: Kind = "embedding" if embedding else ("conv" if A.dim() > 2 else "linear")
+    site = LowRank(A, B, scaling, kind, parts.get("B.bias"))
+    problems = site.problems()
+    return (None if problems else site), problems
+
+
+def _key_part(name: str) -> str:
+    if name.startswith("E"):
+        return f"lora_embedding_{name[1:]}"
+    return f"lora_{name}" if "." in name else f"lora_{name}.weight"
+
+
+def keys_from_sites(sites: Mapping[str, Site], *, lora_bias: bool) -> dict[str, Tensor]:
+    """Every site's tensors under PEFT's keys.
+
+    Args:
+        lora_bias: whether each low-rank site gets a bias; PEFT has one switch for all of them,
+            so where only some have one, the others get zeros, which add nothing.
+    """
+    keys: dict[str, Tensor] = {}
+    for path, site in sites.items():
+        if isinstance(site, Replace):
+            for name, tensor in site.tensors_by_name.items():
+                keys[PREFIX + _parameter_key(path, name, sites)] = tensor
+        elif site.kind == "embedding":
+            keys[f"{PREFIX}{path}.lora_embedding_A"] = site.A
+            keys[f"{PREFIX}{path}.lora_embedding_B"] = site.B
+        else:
+            keys[f"{PREFIX}{path}.lora_A.weight"] = site.A
+            keys[f"{PREFIX}{path}.lora_B.weight"] = site.B
+            bias = site.B.new_zeros(site.B.shape[0]) if site.bias is None else site.bias
+            if lora_bias:
+                keys[f"{PREFIX}{path}.lora_B.bias"] = bias
+    return keys
+
+
+def _parameter_key(path: str, name: str, sites: Mapping[str, Site]) -> str:
+    if name:
+        return f"{path}.{name}"
+    module, _, own = path.rpartition(".")
+    adapted = isinstance(sites.get(module), LowRank)
+    return f"{module}.base_layer.{own}" if adapted else path

@@ -1,0 +1,193 @@
+"""PEFT's rules of which settings hold at a module path, and the settings that a file needs.
+
+The values of an adapter are its sites; the spec beside them may be older (a combined or compressed
+adapter) or richer (a keyword, an open range of layers). What is written must make PEFT's rules
+give exactly the sites.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from lorakit.core.sites import LowRank
+from lorakit.core.spec import LoRASpec
+
+Value = TypeVar("Value", int, float)
+
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+_KEYWORDS = ("all-linear", "attention", "mlp")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The three fields by which PEFT selects modules."""
+
+    target_modules: str | tuple[str, ...]
+    exclude_modules: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+
+    def selects(self, path: str) -> bool:
+        """Whether PEFT adapts the module at this path, as far as these fields go."""
+        if _ends_with_any(path, self.exclude_modules):
+            return False
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, path) is not None
+        if path in self.target_modules:
+            return True
+        if not _ends_with_any(path, self.target_modules):
+            return False
+        if self.layers_to_transform is None:
+            return True
+        # the first number that follows two names; a top-level list of blocks is not seen
+        block = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+        return block is not None and int(block[1]) in self.layers_to_transform
+
+
+def select(spec: LoRASpec, paths: Sequence[str]) -> Selection:
+    """Fields that select ``paths``: the spec's own words where they do, else the paths.
+
+    A keyword, or an expression in a list, means nothing to PEFT. Whether a word also matches
+    modules outside ``paths`` cannot be known without the model; ``attach`` has put words into the
+    spec that do not.
+    """
+    own = _own_words(spec, paths)
+    if own is not None and paths and all(own.selects(path) for path in paths):
+        return own
+    if any("." not in path for path in paths):
+        # as a list entry, a path of one name would also select whatever ends with it
+        return Selection("|".join(re.escape(path) for path in sorted(paths)))
+    return Selection(tuple(sorted(paths)))
+
+
+def _own_words(spec: LoRASpec, paths: Sequence[str]) -> Selection | None:
+    """The spec's words as PEFT's fields, if they have a meaning there."""
+    layers = None if spec.layers is None else _numbers(spec.layers)
+    if (spec.layers is not None and layers is None) or not all(
+        _PLAIN_NAME.fullmatch(word) for word in spec.exclude
+    ):
+        return None
+    words = spec.targets
+    if isinstance(words, str) and not _PLAIN_NAME.fullmatch(words):
+        return Selection(words, spec.exclude) if layers is None else None
+    if words in _KEYWORDS:
+        return None
+    words = (words,) if isinstance(words, str) else words
+    # an expression in a list selects nothing, and goes
+    used = {word for word in words if any(_ends_with_any(path, [word]) for path in paths)}
+    return Selection(tuple(sorted(used)), spec.exclude, layers)
+
+
+def _numbers(layers: str) -> tuple[int, ...] | None:
+    """``"0-2,5"`` as numbers; ``None`` where the end is open."""
+    found: set[int] = set()
+    for part in layers.replace(" ", "").split(","):
+        bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if bounds is None:
+            return None
+        found.update(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
+    return tuple(sorted(found))
+
+
+def _ends_with_any(path: str, words: Iterable[str]) -> bool:
+    return any(path == word or path.endswith("." + word) for word in words)
+
+
+# --- rank and alpha ----------------------------------------------------------------------------
+
+
+class Patterned(Generic[Value]):
+    """A default and PEFT's patterns: the first that matches the end of a path, at a dot, counts."""
+
+    def __init__(self, default: Value, pattern: Mapping[str, Value]) -> None:
+        self._default: Value = default
+        # compiled here: with one pattern a layer, Python's own cache is too small
+        self._pattern: list[tuple[re.Pattern[str], str, Value]] = [
+            (_expression(text), text, value) for text, value in pattern.items()
+        ]
+
+    def at(self, path: str) -> Value:
+        """The value at a module path."""
+        for expression, _, value in self._pattern:
+            if expression.match(path):
+                return value
+        return self._default
+
+    def used(self, paths: Iterable[str]) -> dict[str, Value]:
+        """The patterns that match one of these paths."""
+        known = list(paths)
+        return {t: v for expression, t, v in self._pattern if any(map(expression.match, known))}
+
+    def gives(self, values: Mapping[str, Value]) -> bool:
+        """Whether this is the value at each of these paths."""
+        return all(self.at(path) == value for path, value in values.items())
+
+
+def scalings(spec: LoRASpec, paths: Iterable[str]) -> dict[str, float]:
+    """The factor on B·A that the settings give at each path."""
+    ranks = Patterned(spec.rank, spec.rank_pattern)
+    alphas = Patterned(spec.alpha, spec.alpha_pattern)
+    return {path: spec.scaling_of(ranks.at(path), alphas.at(path)) for path in paths}
+
+
+def fitting_spec(spec: LoRASpec, sites: Mapping[str, LowRank]) -> LoRASpec:
+    """The spec with rank, alpha and their patterns such that they give the sites' values.
+
+    The spec's own stay where they do. An expression that matches no site goes, because PEFT warns
+    about it.
+    """
+    if not sites:
+        return replace(spec, rank_pattern={}, alpha_pattern={})
+    spec = replace(
+        spec,
+        rank_pattern=Patterned(spec.rank, spec.rank_pattern).used(sites),
+        alpha_pattern=Patterned(spec.alpha, spec.alpha_pattern).used(sites),
+    )
+    ranks = {path: site.rank for path, site in sites.items()}
+    if not Patterned(spec.rank, spec.rank_pattern).gives(ranks):
+        rank, rank_pattern = _derive(ranks)
+        spec = replace(spec, rank=rank, rank_pattern=rank_pattern)
+    if scalings(spec, sites) != {path: site.scaling for path, site in sites.items()}:
+        alpha, alpha_pattern = _derive(
+            {path: exact_alpha(spec, site.rank, site.scaling) for path, site in sites.items()}
+        )
+        spec = replace(spec, alpha=alpha, alpha_pattern=alpha_pattern)
+    return spec
+
+
+def exact_alpha(spec: LoRASpec, rank: int, scaling: float) -> float:
+    """The alpha whose division gives ``scaling`` to the last bit, where there is one."""
+    alpha = spec.alpha_of(rank, scaling)
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((a for a in near if spec.scaling_of(rank, a) == scaling), alpha)
+
+
+def _expression(text: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({text})$")
+
+
+def _derive(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
+    """The commonest value, and a short pattern for the rest.
+
+    Where all modules of one last name agree (every ``down_proj``), the name stands for them.
+    """
+    counts = Counter(values.values())
+    default = min(counts, key=lambda value: (-counts[value], value))
+    by_name: dict[str, set[Value]] = {}
+    for path, value in values.items():
+        by_name.setdefault(path.rpartition(".")[2], set()).add(value)
+    pattern: dict[str, Value] = {}
+    for path, value in sorted(values.items()):
+        name = path.rpartition(".")[2]
+        # a list of modules has numbers for names, which say nothing
+        agreed = len(by_name[name]) == 1 and not name.isdigit()
+        if value != default:
+            pattern[name if agreed else path] = value
+    if all(map(_PLAIN_NAME.fullmatch, pattern)) and Patterned(default, pattern).gives(values):
+        return default, pattern
+    # a path that is the end of another, or holds characters of an expression
+    return default, {f"^{re.escape(p)}": v for p, v in sorted(values.items()) if v != default}

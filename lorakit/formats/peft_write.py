@@ -1,0 +1,223 @@
+"""Writing the PEFT folder: plan all files, check that they read back, then touch the disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorakit.core.adapter import Adapter
+from lorakit.core.sites import Replace
+from lorakit.errors import FormatError, collected
+from lorakit.formats import peft_config, peft_match
+from lorakit.formats.card import model_card
+from lorakit.formats.folder import CARD, CONFIG, WEIGHTS, Content, write_folder
+from lorakit.formats.header import Header, spec_difference, write_header
+from lorakit.formats.peft_keys import (
+    AUTOMATIC_HEADS,
+    VOCABULARY_MODULES,
+    Reading,
+    keys_from_sites,
+    saved_names,
+    saved_path,
+    sort_keys,
+)
+from lorakit.formats.safetensors_io import write_safetensors
+from lorakit.formats.tokenizer_files import is_tokenizer_file
+
+#: models whose linears are transformers' Conv1D, for which PEFT wants ``fan_in_fan_out``
+_TRANSPOSED = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
+
+
+def write_peft(adapter: Adapter, folder: Path) -> None:
+    """Write the folder; the same adapter always gives the same bytes.
+
+    Raises:
+        FormatError: something that the folder cannot hold. All is listed, nothing is written.
+        InputError: the place cannot be written to.
+        TrainingError: the disk is full.
+    """
+    write_folder(folder, plan_files(adapter))
+
+
+def plan_files(adapter: Adapter) -> dict[str, Content]:
+    """File name → content; the weights are written by a function, so that they exist once."""
+    problems = [*_unwritable(adapter), *_unwritable_files(adapter.tokenizer_files)]
+    if problems:
+        raise FormatError(collected("The adapter does not fit PEFT's format", problems))
+    config, header = _plan(adapter)
+    keys = keys_from_sites(adapter.sites, lora_bias=bool(config.get("lora_bias")))
+    metadata = write_header(header)
+    _check_reads_back(adapter, config, keys, header)
+    text = json.dumps(config, indent=2) + "\n"
+    return {
+        CONFIG: text.encode(),
+        CARD: model_card(adapter, config["base_model_name_or_path"]).encode(),
+        **dict(sorted(adapter.tokenizer_files.items())),
+        WEIGHTS: partial(write_safetensors, tensors=keys, metadata=metadata),
+    }
+
+
+def _plan(adapter: Adapter) -> tuple[dict[str, Any], Header]:
+    """The config, and what it leaves out."""
+    low_rank = adapter.low_rank
+    spec = peft_match.fitting_spec(adapter.spec, low_rank)
+    spec = replace(spec, bias=_bias_mode(adapter))
+    selection = peft_match.select(spec, list(low_rank))
+    lora_bias = any(site.bias is not None for site in low_rank.values())
+    facts = _file_facts(adapter)
+    config = peft_config.config_from_spec(
+        spec,
+        target_modules=selection.target_modules,
+        exclude_modules=selection.exclude_modules,
+        layers_to_transform=selection.layers_to_transform,
+        modules_to_save=_modules_to_save(adapter),
+        lora_bias=lora_bias,
+        **facts,
+    )
+    given_back, _ = peft_config.read_config(config, trained=True)
+    scalings = peft_match.scalings(spec, low_rank)
+    no_bias = [p for p, s in low_rank.items() if s.bias is None] if lora_bias else []
+    header = Header(
+        base=adapter.base,
+        provenance=adapter.provenance,
+        spec=spec_difference(adapter.spec, given_back),
+        replaced=tuple(adapter.replaced),
+        task_type=adapter.task_type if adapter.task_type != facts["task_type"] else None,
+        scaling={p: s.scaling for p, s in low_rank.items() if scalings[p] != s.scaling},
+        no_bias=tuple(no_bias),
+    )
+    return config, header
+
+
+def _file_facts(adapter: Adapter) -> dict[str, Any]:
+    """Fields of the config that belong to the file rather than to the settings."""
+    told = adapter.provenance.get("peft")
+    told = told if isinstance(told, Mapping) else {}
+    facts: dict[str, Any] = {name: told.get(name) for name in peft_config.FILE_FACTS}
+    if adapter.base is not None:
+        facts["base_model_name_or_path"] = adapter.base.name
+        facts["revision"] = adapter.base.revision
+    facts["fan_in_fan_out"] = bool(facts["fan_in_fan_out"]) or _is_transposed(adapter)
+    facts["task_type"] = adapter.task_type
+    heads = AUTOMATIC_HEADS.get(adapter.task_type or "")
+    if heads and not (
+        any(path.endswith(heads) for path in adapter.replaced) and _can_wrap(adapter, heads)
+    ):
+        # for this task PEFT demands a head in the file, and fails where the base's own is used
+        facts["task_type"] = None
+    return facts
+
+
+def _is_transposed(adapter: Adapter) -> bool:
+    """Whether the adapted modules store their weight as [d_in, d_out], for which PEFT asks."""
+    if adapter.base is None or all(s.kind != "linear" for s in adapter.low_rank.values()):
+        return False
+    shapes = adapter.base.shapes
+    return adapter.base.architecture.startswith(_TRANSPOSED) and not any(
+        shapes.get(f"{path}.weight") == (site.B.shape[0], site.A.shape[1])
+        for path, site in adapter.low_rank.items()
+        if site.kind == "linear" and site.B.shape[0] != site.A.shape[1]
+    )
+
+
+def _bias_mode(adapter: Adapter) -> Any:
+    """The spec's mode, or the narrowest that covers the biases that are there."""
+    owners = [
+        path.removesuffix(".bias")
+        for path, site in adapter.replaced.items()
+        if path.endswith(".bias") and "" in site.tensors_by_name
+    ]
+    if not owners:
+        return "none"
+    only_adapted = all(owner in adapter.low_rank for owner in owners)
+    if adapter.spec.bias == "all" or not only_adapted:
+        return "all"
+    return "lora"
+
+
+def _modules_to_save(adapter: Adapter) -> list[str]:
+    """The spec's names that cover a module here, and the paths of modules that none covers.
+
+    What is left out is in the file all the same, and PEFT loads it into the base's own module:
+    an embedding whose vocabulary grew, as PEFT itself does it, and a module whose name, as PEFT
+    matches names, would also cover an adapted one.
+    """
+    modules = [p for p, site in adapter.replaced.items() if "" not in site.tensors_by_name]
+    names = [n for n in adapter.spec.train_modules if any(p.endswith(n) for p in modules)]
+    names += [
+        path
+        for path in modules
+        if not path.endswith(tuple(names)) and path.rpartition(".")[2] not in VOCABULARY_MODULES
+    ]
+    return [name for name in names if _can_wrap(adapter, [name])]
+
+
+def _can_wrap(adapter: Adapter, names: Sequence[str]) -> bool:
+    """Whether PEFT, told to save modules of these names, leaves the adapted ones alone."""
+    return all(saved_path(f"{path}.weight", names) is None for path in adapter.low_rank)
+
+
+def _unwritable(adapter: Adapter) -> list[str]:
+    """What PEFT's format has no place for."""
+    problems = []
+    low_rank = adapter.low_rank
+    whole = [p for p, site in adapter.replaced.items() if "" not in site.tensors_by_name]
+    with_bias = [path for path, site in low_rank.items() if site.bias is not None]
+    for path, site in low_rank.items():
+        if not math.isfinite(site.scaling):
+            problems.append(f"{path}: its scaling is {site.scaling}")
+        inside = [p for p in whole if path == p or path.startswith(p + ".")]
+        if inside:
+            problems.append(f"{path}: is adapted, and {inside[0]} was trained whole; keep one")
+        if with_bias and site.kind == "embedding":
+            problems.append(
+                f"{path}: an embedding, beside {with_bias[0]}, which has a bias of B; PEFT's "
+                "lora_bias covers all sites and refuses embeddings"
+            )
+    if adapter.task_type is not None and adapter.task_type not in peft_config.TASK_TYPES:
+        problems.append(
+            f"task_type is {adapter.task_type!r}; expected one of "
+            + ", ".join(peft_config.TASK_TYPES)
+        )
+    return problems
+
+
+def _unwritable_files(files: Mapping[str, bytes]) -> list[str]:
+    return [
+        f"{name!r} is no name of a tokenizer's file, so nothing would read it back"
+        for name in files
+        if not is_tokenizer_file(name)
+    ]
+
+
+def _check_reads_back(
+    adapter: Adapter, config: Mapping[str, Any], keys: Mapping[str, Tensor], header: Header
+) -> None:
+    """Names of modules are free, so a key may mean something else than it came from.
+
+    Raises:
+        FormatError: names the sites that would be read as others.
+    """
+    reading = Reading(saved_names(config), config["bias"] != "none", header.replaced)
+    found = sort_keys(keys, reading)
+    expected = {
+        path: set(site.tensors_by_name) if isinstance(site, Replace) else None
+        for path, site in adapter.sites.items()
+    }
+    got: dict[str, set[str] | None] = dict.fromkeys(found.factors)
+    got |= {path: set(tensors) for path, tensors in found.whole.items()}
+    wrong = sorted(p for p in expected | got if expected.get(p, 0) != got.get(p, 0))
+    if wrong or found.problems or found.notes:
+        raise FormatError(
+            collected(
+                "These sites cannot be told apart under PEFT's names; rename or leave them out",
+                [*wrong, *found.problems],
+            )
+        )

@@ -1,0 +1,214 @@
+"""The safetensors file, read defensively and written reproducibly.
+
+The layout is eight bytes with the header's length N (little endian), N bytes of JSON, then the
+tensors' bytes without gaps. The usual writer orders the header's metadata by a random hash, so the
+same adapter would give different files; this one sorts it. The reader checks every number in the
+header before it believes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import FormatError, collected
+
+#: the largest header that the format's own reader accepts
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_NEXT = "The file is damaged or no safetensors file; copy or download it again."
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where one tensor lies in the data part of a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, on the CPU in their stored dtype, and the header's metadata.
+
+    Raises:
+        FormatError: the file is no sound safetensors file. It names the file and what is wrong.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            header, data_start = _read_header(file, size, path)
+            metadata = _metadata(header.pop("__metadata__", {}), path)
+            entries = _entries(header, size - data_start, path)
+            return {
+                name: _read_tensor(file, data_start, entry) for name, entry in entries.items()
+            }, metadata
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a file whose bytes depend on nothing but the arguments' values.
+
+    Wider dtypes come first, so that every tensor is aligned, and equal ones by name: the order
+    that the format's own writer uses.
+
+    Raises:
+        FormatError: a dtype that the format has no name for.
+    """
+    foreign = [f"{k}: {t.dtype}" for k, t in tensors.items() if t.dtype not in _NAMES]
+    if foreign:
+        raise FormatError(collected("safetensors cannot hold these dtypes", foreign))
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    begin = 0
+    for name in order:
+        tensor = tensors[name]
+        end = begin + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in order:
+            if tensors[name].numel():
+                file.write(_bytes_of(tensors[name].detach().cpu().contiguous()))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor; numpy has no bfloat16, so it goes as bytes."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read_tensor(file: BufferedReader, data_start: int, entry: _Entry) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    if tensor.numel():
+        file.seek(data_start + entry.begin)
+        file.readinto(_bytes_of(tensor))
+    return tensor
+
+
+def _read_header(file: BufferedReader, size: int, path: Path) -> tuple[dict[str, Any], int]:
+    if size < 8:
+        _damaged(path, f"it has {size} bytes; a header alone has more")
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        _damaged(path, f"its header claims {length} bytes; {size - 8} bytes follow")
+    text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except _Duplicate as error:
+        _damaged(path, f"its header names {error} twice")
+    except (ValueError, RecursionError) as error:
+        _damaged(path, f"its header is no JSON ({error or type(error).__name__})")
+    if not isinstance(header, dict):
+        _damaged(path, "its header is no JSON object")
+    return header, 8 + length
+
+
+class _Duplicate(Exception):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Duplicate(repr(next(name for name in names if names.count(name) > 1)))
+    return found
+
+
+def _metadata(raw: Any, path: Path) -> dict[str, str]:
+    if not isinstance(raw, dict) or not all(isinstance(v, str) for v in raw.values()):
+        _damaged(path, "its metadata is no mapping of strings to strings")
+    return raw
+
+
+def _entries(header: Mapping[str, Any], data_size: int, path: Path) -> dict[str, _Entry]:
+    """The checked entries, in the order of the file."""
+    entries: dict[str, _Entry] = {}
+    problems = []
+    for name, raw in header.items():
+        try:
+            entries[name] = _entry(raw)
+        except (ValueError, TypeError, KeyError) as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        _damaged(path, *problems)
+    position = 0
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    for name, entry in ordered.items():
+        if entry.begin != position:
+            what = "overlaps the tensor before it" if entry.begin < position else "leaves a gap"
+            problems.append(f"{name}: begins at byte {entry.begin}, expected {position}; it {what}")
+        position = max(position, entry.end)
+    if position != data_size:
+        less = "the file is cut off" if position > data_size else "bytes are left over"
+        problems.append(f"the tensors take {position} bytes, the file has {data_size}; {less}")
+    if problems:
+        _damaged(path, *problems)
+    return ordered
+
+
+def _entry(raw: Any) -> _Entry:
+    """One tensor's place.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("its entry needs exactly dtype, shape and data_offsets")
+    if raw["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {raw['dtype']!r}; expected one of {', '.join(DTYPES)}")
+    dtype, shape, offsets = DTYPES[raw["dtype"]], raw["shape"], raw["data_offsets"]
+    if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"shape {shape!r} and data_offsets {offsets!r} must be lists of counts")
+    if prod(max(n, 1) for n in shape) >= 2**63:
+        raise ValueError(f"shape {shape} is beyond any memory")
+    begin, end = offsets
+    needed = prod(shape) * dtype.itemsize
+    if end - begin != needed:
+        raise ValueError(f"shape {shape} needs {needed} bytes, its place has {end - begin}")
+    return _Entry(dtype, tuple(shape), begin, end)
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _damaged(path: Path, *problems: str) -> NoReturn:
+    raise FormatError(collected(f"{path} cannot be read", problems) + f"\n{_NEXT}")
