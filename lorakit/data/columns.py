@@ -168,8 +168,9 @@ def find_columns(spec: DataSpec, present: Sequence[str], where: str, notes: list
 def _with_template(
     template: Template, wanted: dict[str, str], present: Sequence[str], where: str
 ) -> Columns:
-    rest = [c for c in _COMPLETIONS if c in present and c not in template.columns]
-    column = wanted.get("completion") or (rest[0] if rest else None)
+    known = [c for c in _COMPLETIONS if c in present]
+    known.sort(key=lambda column: column in template.columns)
+    column = wanted.get("completion") or (known[0] if known else None)
     if column is None:
         raise DataError(
             f"{where}: the template writes the prompt, but no column is known as the completion "

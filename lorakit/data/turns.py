@@ -53,12 +53,15 @@ def _turn(
     before = template.render(messages[:n], tools=tools)
     if whole.startswith(before):
         start = len(before)
-        end_mark = template.turn_end if template.ends_inside else ""
         if _is_plain(messages[n]):
+            end_mark = template.turn_end if template.ends_inside else ""
             content = messages[n]["content"]
-            for text in (content, content.strip()):
-                if whole.startswith(text + end_mark, start):
-                    return start, start + len(text) + len(end_mark)
+            # some templates put white space before an answer once it is past
+            gap = len(whole[start:]) - len(whole[start:].lstrip())
+            for begin in (start, start + gap):
+                for text in (content, content.strip()):
+                    if whole.startswith(text + end_mark, begin):
+                        return begin, begin + len(text) + len(end_mark)
         else:
             written = _finished(template, messages[: n + 1], before, tools)
             if written is not None and whole.startswith(written, start):

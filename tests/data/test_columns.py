@@ -1,0 +1,108 @@
+"""Kinds of rows: recognised, mapped, written by a template."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lorakit.data import DataSpec, load_data
+from lorakit.errors import DataError
+
+from .toys import make_tokenizer, write_jsonl
+
+TOKENIZER = make_tokenizer(None)
+
+
+def load(tmp_path, row, **settings):
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    return load_data(DataSpec(path, **settings), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "prompt", "completion"),
+    [
+        ({"prompt": "p", "completion": "c"}, "prompt/completion", "p", "c"),
+        ({"question": "p", "answer": "c", "id": 3}, "prompt/completion", "p", "c"),
+        ({"prompt": "p", "response": "c"}, "prompt/completion", "p", "c"),
+        ({"input": "p", "output": "c"}, "prompt/completion", "p", "c"),
+        ({"instruction": "p", "output": "c"}, "instruction", "p", "c"),
+        ({"instruction": "p", "input": "x", "output": "c"}, "instruction", "p\n\nx", "c"),
+        ({"instruction": "p", "input": "", "output": "c", "text": "all"}, "instruction", "p", "c"),
+        ({"instruction": "p", "input": None, "output": "c"}, "instruction", "p", "c"),
+    ],
+)
+def test_kinds_are_recognised(tmp_path, row, kind, prompt, completion):
+    data = load(tmp_path, row)
+    assert data.report.kind == kind
+    assert data.item(0).prompt == prompt + "\n"
+    assert data.item(0).completion == completion
+    assert data.item(0).fields == row
+
+
+def test_columns_that_nothing_reads_are_said(tmp_path):
+    data = load(tmp_path, {"question": "p", "answer": "c", "id": 3, "source": "x"})
+    assert data.report.unused_columns == ("id", "source")
+    assert "Columns not used: id, source" in data.report.lines()
+    assert "prompt=question, completion=answer" in data.report.lines()[0]
+
+
+def test_a_map_wins_over_what_would_be_recognised(tmp_path):
+    row = {"prompt": "p", "completion": "c", "ref": "r", "mr": "m"}
+    data = load(tmp_path, row, map={"completion": "ref"})
+    assert (data.item(0).prompt, data.item(0).completion) == ("p\n", "r")
+    data = load(tmp_path, row, map={"text": "mr"})
+    assert (data.report.kind, data.item(0).completion) == ("text", "m")
+    data = load(tmp_path, row, map={"instruction": "mr", "input": "prompt", "output": "ref"})
+    assert (data.item(0).prompt, data.item(0).completion) == ("m\n\np\n", "r")
+
+
+def test_a_template_writes_the_prompt(tmp_path):
+    row = {"a": "cat", "n": 3, "answer": "yes"}
+    data = load(tmp_path, row, template="Is {a} {{or}} {n}?\nSay:\n")
+    assert data.item(0).prompt == "Is cat {or} 3?\nSay:\n"
+    assert data.item(0).completion == "yes"
+    assert data.report.columns == {"prompt": "template of {a} + {n}", "completion": "answer"}
+    data = load(tmp_path, row, template="{answer}?", map={"completion": "a"})
+    assert (data.item(0).prompt, data.item(0).completion) == ("yes?\n", "cat")
+
+
+def test_a_template_may_lie_in_a_file(tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text("Is it\n{a}?\n")
+    data = load(tmp_path, {"a": "cat", "answer": "yes"}, template=str(file))
+    assert data.item(0).prompt == "Is it\ncat?\n"
+    assert any(str(file) in note for note in data.report.notes)
+    with pytest.raises(DataError, match="there is no file"):
+        load(tmp_path, {"a": "cat", "answer": "yes"}, template=str(tmp_path / "no.txt"))
+
+
+def test_a_backslash_n_in_a_template_is_pointed_out(tmp_path):
+    data = load(tmp_path, {"a": "cat", "answer": "yes"}, template=r"Is it\n{a}?")
+    assert any("backslash" in note for note in data.report.notes)
+
+
+def test_sharegpt_and_openai_dialects_are_one(tmp_path):
+    tokenizer = make_tokenizer()
+    theirs = [
+        {"from": "system", "value": "s"},
+        {"from": "human", "value": "u"},
+        {"from": "gpt", "value": "a"},
+    ]
+    ours = [
+        {"role": "system", "content": "s", "name": None},
+        {"role": "user", "content": [{"type": "text", "text": "u"}]},
+        {"role": "assistant", "content": "a"},
+    ]
+    rows = [
+        {"conversations": theirs},
+        {"messages": ours},
+        {"messages": json.dumps(ours)},
+        {"conversation": ours},
+    ]
+    ids = []
+    for n, row in enumerate(rows):
+        data = load_data(DataSpec(write_jsonl(tmp_path / f"{n}.jsonl", [row])), tokenizer)
+        assert data.report.kind == "messages"
+        ids.append(data[0].ids.tolist())
+    assert ids == [ids[0]] * 4
