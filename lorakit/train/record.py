@@ -60,8 +60,9 @@ class Record:
         return min(finite, key=lambda row: float(row["loss"]), default=None)
 
     @property
-    def base_eval(self) -> Mapping[str, Any] | None:
-        """The evaluation at step 0, which is the base's."""
+    def start_eval(self) -> Mapping[str, Any] | None:
+        """The evaluation before the first step: that of the base, or of the adapter that the run
+        went on with."""
         return next((row for row in self.evals if row.get("step") == 0), None)
 
     @property
@@ -69,6 +70,11 @@ class Record:
         """Wall time of all steps and evaluations."""
         rows = (*self.steps, *self.evals)
         return sum(float(r["seconds"]) for r in rows if is_finite(r.get("seconds")))
+
+    @property
+    def train_seconds(self) -> float:
+        """Wall time of the steps alone."""
+        return self.total("seconds")
 
     def total(self, name: str) -> float:
         """Sum of one number over the steps."""
@@ -127,6 +133,18 @@ def read_run(folder: str | os.PathLike[str], *, with_adapter: bool = True) -> Re
         adapter=_read_adapter(path / "adapter", missing) if with_adapter else None,
         missing=tuple(missing),
     )
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level with dotted names; what is no plain value becomes its text."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            plain = value is None or isinstance(value, str | int | float | bool)
+            flat[f"{prefix}{name}"] = value if plain else str(value)
+    return flat
 
 
 def environment() -> dict[str, dict[str, Any]]:

@@ -31,6 +31,7 @@ from lorakit.core.files import write_atomic
 from lorakit.errors import InputError, collected
 from lorakit.optional import require
 from lorakit.train.callbacks import Callback, EvalMetrics, RunInfo, RunResult, StepMetrics
+from lorakit.train.record import flatten
 
 #: where MLflow's numbers wait at most before they are sent: a request per step would slow training
 _MLFLOW_SECONDS = 5.0
@@ -292,18 +293,6 @@ def make_trackers(names: Iterable[str]) -> list[Tracker]:
     if problems:
         raise InputError(collected("These trackers cannot be used", problems))
     return [Tracker(name, SINKS[name]()) for name in wanted]
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level with dotted names; what is no plain value becomes its text."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            plain = value is None or isinstance(value, str | int | float | bool)
-            flat[f"{prefix}{name}"] = value if plain else str(value)
-    return flat
 
 
 def _identities(out: Path) -> dict[str, str]:

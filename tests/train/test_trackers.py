@@ -17,7 +17,8 @@ import pytest
 
 from lorakit.errors import InputError, MissingDependencyError, TrainingError
 from lorakit.train.callbacks import CallbackList, EvalMetrics, RunInfo, RunResult, StepMetrics
-from lorakit.train.trackers import SINKS, MLflowSink, Tracker, flatten, make_trackers
+from lorakit.train.record import flatten
+from lorakit.train.trackers import SINKS, MLflowSink, Tracker, make_trackers
 
 SETTINGS = {"base": {"ref": "smollm2"}, "train": {"lr": 1e-3, "betas": [0.9, 0.99]}, "note": None}
 
@@ -410,12 +411,3 @@ def test_a_refused_login_stops_before_the_first_step(
         CallbackList(make_trackers(["wandb"])) as events,
     ):
         events.on_start(RunInfo(out=tmp_path, total_steps=9))
-
-
-def test_flatten_makes_dotted_names_of_plain_values() -> None:
-    assert flatten({"a": {"b": {"c": 1}, "empty": {}}, "d": [1, 2], "e": None}) == {
-        "a.b.c": 1,
-        "a.empty": "{}",
-        "d": "[1, 2]",
-        "e": None,
-    }
