@@ -101,7 +101,7 @@ class PackedModel:
         self.mode: Mode = mode or "packed"
         self._body, self._head = _split(model)
         self._finish: Head | None = None
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             self._probe(fixed=mode is not None)
         for note in self.notes:
             log.info("%s", note)
@@ -194,7 +194,7 @@ class PackedModel:
         """Last hidden states [B, T, d], and the supervised positions in [B·T]."""
         inputs, rows = self._arranged(part)
         with self._attention(part):
-            states = self._body(**inputs, **_accepted(self._body, use_cache=False))[0]
+            states = self._body(**inputs, **accepted(self._body, use_cache=False))[0]
         return states, rows
 
     def _hidden(self, part: _Input) -> Tensor:
@@ -213,7 +213,7 @@ class PackedModel:
         inputs, rows = self._arranged(part)
         width = inputs["input_ids"].shape[1]
         columns, inverse = torch.unique(rows % width, return_inverse=True)
-        options = _accepted(self.model, use_cache=False, logits_to_keep=columns)
+        options = accepted(self.model, use_cache=False, logits_to_keep=columns)
         with self._attention(part):
             logits: Tensor = self.model(**inputs, **options).logits
         if "logits_to_keep" in options:
@@ -225,7 +225,7 @@ class PackedModel:
         if self.mode == "packed":
             return {"input_ids": part.ids, "position_ids": part.positions}, part.supervised
         inputs, rows = part.padded()
-        if "position_ids" not in _accepted(self._body, position_ids=None):
+        if "position_ids" not in accepted(self._body, position_ids=None):
             del inputs["position_ids"]
         return inputs, rows
 
@@ -266,7 +266,7 @@ class PackedModel:
                 f"{type(self.model).__name__} is an encoder-decoder; its loss over packed "
                 "examples is not supported. Give a causal language model."
             )
-        sequences = _probe_sequences(self.model, self.device)
+        sequences = probe_sequences(self.model, self.device)
         with self._bare():
             alone = torch.cat([self._logits_alone(ids) for ids in sequences])
         whole = _Input.of(sequences)
@@ -298,7 +298,7 @@ class PackedModel:
             with self._bare():
                 logits = self._logits_alone(ids)
             with self._bare_scope():
-                hidden = self._body(ids[None], **_accepted(self._body, use_cache=False))[0][0]
+                hidden = self._body(ids[None], **accepted(self._body, use_cache=False))[0][0]
                 mine = self._head(hidden)
         except Exception as error:
             self.notes.append(
@@ -307,7 +307,7 @@ class PackedModel:
             )
             return
         for finish in _finishes(getattr(self.model, "config", None)):
-            if _close(finish(mine), logits):
+            if close(finish(mine), logits):
                 self._finish = finish
                 return
         self.notes.append(
@@ -324,7 +324,7 @@ class PackedModel:
             logits = torch.cat([self._probe_logits(part) for part in parts])
         except Exception as error:  # whatever a model's own code raises on what it cannot do
             return f"the model does not take them ({type(error).__name__}: {error})"
-        if _close(logits, alone):
+        if close(logits, alone):
             return None
         worst = float((logits - alone).abs().max() / alone.abs().max())
         return f"logits differ by {worst:.1e} from those of each example alone"
@@ -338,7 +338,7 @@ class PackedModel:
 
     def _logits_alone(self, ids: Tensor) -> Tensor:
         """The model's own logits of one sequence, [n, V]."""
-        out = self.model(ids[None], **_accepted(self.model, use_cache=False))
+        out = self.model(ids[None], **accepted(self.model, use_cache=False))
         logits = getattr(out, "logits", None)
         if logits is None or logits.ndim != 3:
             raise BaseError(
@@ -478,19 +478,19 @@ def _finishes(config: Any) -> list[Head]:
     return found
 
 
-def _accepted(module: Any, **options: Any) -> dict[str, Any]:
+def accepted(module: Any, **options: Any) -> dict[str, Any]:
     """The options that a module's forward names."""
     names = inspect.signature(module.forward).parameters
     return {name: value for name, value in options.items() if name in names}
 
 
-def _close(mine: Tensor, reference: Tensor) -> bool:
+def close(mine: Tensor, reference: Tensor) -> bool:
     scale = reference.abs().max().clamp_min(1e-30)
     limit = _ROUNDING.get(reference.dtype, _ROUNDING_HALF)
     return bool((mine - reference).abs().max() <= limit * scale)
 
 
-def _probe_sequences(model: nn.Module, device: torch.device) -> list[Tensor]:
+def probe_sequences(model: nn.Module, device: torch.device) -> list[Tensor]:
     """Two sequences of different length and content, the same for every call."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     vocabulary = embedding.weight.shape[0] if embedding is not None else 2
@@ -501,7 +501,7 @@ def _probe_sequences(model: nn.Module, device: torch.device) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout), then each module as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()

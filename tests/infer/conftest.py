@@ -59,16 +59,35 @@ FAMILIES = {
 }
 
 
-def make(family, *, seed=0):
+def make(family, *, seed=0, **more):
     """A tiny random model in evaluation mode, float32."""
     config_class, model_class, changes = FAMILIES[family]
-    settings = {k: v for k, v in {**COMMON, **changes}.items() if v is not None}
+    settings = {k: v for k, v in {**COMMON, **changes, **more}.items() if v is not None}
     torch.manual_seed(seed)
     model = model_class(config_class(**settings))
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start at 0 and 1 otherwise
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def byte_tokenizer():
+    """One token a byte, then pad, bos and eos: 259 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "<pad>", "<bos>", "<eos>"])}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()
 
 
 @pytest.fixture
