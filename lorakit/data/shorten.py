@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lorakit.data.encode import Encoded, Encoder, Sample
 from lorakit.data.messages import is_trained
-from lorakit.data.rows import RowError
+from lorakit.data.rows import RowError, plural
 
 
 @dataclass
@@ -28,13 +28,13 @@ class Cuts:
         """One sentence a kind of cut."""
         found = []
         if self.prompts:
-            found.append(f"{self.prompts:,} prompts were shortened from their left")
+            found.append(f"{plural(self.prompts, 'prompt')} shortened from the left")
         if self.chats:
-            found.append(f"{self.chats:,} chats lost their oldest turns")
+            found.append(f"{plural(self.chats, 'chat')} without the oldest turns")
         if self.ends:
-            found.append(f"{self.ends:,} examples lost their end, and their end token with it")
+            found.append(f"{plural(self.ends, 'example')} cut at the end, the end token with it")
         if found:
-            found.append(f"{self.tokens:,} tokens were cut away in all")
+            found.append(f"{plural(self.tokens, 'token')} cut away in all")
         return found
 
 

@@ -78,7 +78,7 @@ TABLE = {
         {},
         ["a.csv row 2 (line 3)", "3 values for the 2 columns prompt, completion", "unquoted"],
     ),
-    "too few values": ("a.csv", "prompt,completion\na\n", {}, ["row 1 (line 2)", "1 values"]),
+    "too few values": ("a.csv", "prompt,completion\na\n", {}, ["row 1 (line 2)", "1 value for"]),
     "an open quote": (
         "a.csv",
         'prompt,completion\na,"b\nc,d\n',

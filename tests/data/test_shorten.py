@@ -29,7 +29,7 @@ def test_a_prompt_loses_its_left_and_keeps_its_template(tmp_path):
     assert text.endswith(f"198,199,{end}the cat<|im_end|>")
     assert 70 <= len(data[0].ids) <= 80
     assert data.item(0).prompt == text.removesuffix("the cat<|im_end|>")
-    assert data.report.cuts[0] == "1 prompts were shortened from their left"
+    assert data.report.cuts[0] == "1 prompt shortened from the left"
     assert any("Truncated" in line for line in data.report.lines())
 
 
@@ -39,7 +39,7 @@ def test_a_completion_that_does_not_fit_loses_its_end(tmp_path):
     assert len(data[0].ids) == 64
     assert TOKENIZER.decode(data[0].ids).startswith(FRAME.format("what") + "0,1,2,")
     assert not supervised_text(TOKENIZER, data[0])[0].endswith("<|im_end|>")
-    assert "lost their end" in data.report.cuts[0]
+    assert "cut at the end" in data.report.cuts[0]
 
 
 def test_chats_lose_their_oldest_turns(tmp_path):
@@ -55,7 +55,7 @@ def test_chats_lose_their_oldest_turns(tmp_path):
     assert text.endswith("the 11<|im_end|>")
     assert "what is 0" not in text
     assert len(data[0].ids) <= 120
-    assert "1 chats lost their oldest turns" in data.report.cuts
+    assert "1 chat without the oldest turns" in data.report.cuts
 
 
 def test_plain_text_loses_its_end(tmp_path):

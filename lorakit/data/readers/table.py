@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lorakit.data.readers.textfile import bad_byte, open_text
-from lorakit.data.rows import Row
+from lorakit.data.rows import Row, plural
 from lorakit.errors import DataError, collected
 
 #: longest cell, in characters; Python's own limit of 131,072 is below one long document
@@ -54,8 +54,8 @@ def _row(name: str, number: int, line: int, header: list[str], cells: list[str])
     if len(cells) != len(header):
         cause = "an unquoted separator?" if len(cells) > len(header) else "a quote left open?"
         problem = (
-            f"{len(cells)} values for the {len(header)} columns {', '.join(header)} ({cause}); "
-            f"the first is {cells[0][:30]!r}"
+            f"{plural(len(cells), 'value')} for the {len(header)} columns {', '.join(header)} "
+            f"({cause}); the first is {cells[0][:30]!r}"
         )
         return Row(name, "row", number, {}, line, problem)
     for column, cell in zip(header, cells, strict=True):
