@@ -58,5 +58,9 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shop(base_folder: Path, tmp_path: Path) -> Workshop:
-    data = tiny.write_rows(tmp_path / "data.jsonl", tiny.rows(60))
-    return Workshop(base_folder, data, tmp_path)
+    return open_shop(base_folder, tmp_path)
+
+
+def open_shop(base_folder: Path, folder: Path) -> Workshop:
+    """A workshop with the same 60 rows wherever it is."""
+    return Workshop(base_folder, tiny.write_rows(folder / "data.jsonl", tiny.rows(60)), folder)
