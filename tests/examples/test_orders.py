@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 FOLDER = Path(__file__).parents[2] / "examples" / "orders"
 
 
-def _module(name: str) -> ModuleType:
+def module(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"orders_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded  # dataclasses look their module up
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
-make_data = _module("make_data")
+make_data = module("make_data")
 
 
 def _committed(name: str) -> list[dict[str, str]]:
