@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from lorakit.bases.source import not_found
 from lorakit.errors import BaseError, LorakitError, MissingDependencyError
 
 _log = logging.getLogger(__name__)
@@ -37,11 +36,8 @@ def explained(location: str, what: str, *, how_to_get: str | None = None) -> Ite
         _log.debug("loading %s from %s", what, location, exc_info=True)
         raise _explanation(location, what, error, how_to_get) from error
     except Exception as error:  # safetensors and pickle raise their own
-        if type(error).__module__.partition(".")[0] not in (
-            "safetensors_rust",
-            "pickle",
-            "_pickle",
-        ):
+        home = type(error).__module__.partition(".")[0]
+        if home not in ("safetensors", "safetensors_rust", "tokenizers", "pickle", "_pickle"):
             raise
         _log.debug("loading %s from %s", what, location, exc_info=True)
         raise _explanation(location, what, error, how_to_get) from error
@@ -87,11 +83,6 @@ def _local(folder: Path, what: str, error: BaseException, text: str) -> str:
         return (
             f"{folder} holds no weights (model.safetensors); it holds: {held}. Copy them there, "
             "or give the folder that has them."
-        )
-    if "size mismatch" in text.lower() or "mismatched" in text.lower():
-        return (
-            f"The weights in {folder} do not have the shapes that its config.json describes: "
-            f"{_first_lines(error)}\nUse the config.json that was saved with them."
         )
     if "model_type" in text or "not recognize this architecture" in text.replace("does ", ""):
         return (
@@ -165,10 +156,7 @@ def _remote(
         "TimeoutException",
     }
     if kinds & offline or "offline mode" in text or "couldn't connect" in text.lower():
-        advice = hint or (
-            " Go online, or give a folder or a .gguf file. If a folder was meant: "
-            + not_found(Path(hub_id))
-        )
+        advice = hint or " Go online, or give a folder or a .gguf file."
         return f"The hub cannot be reached, and {hub_id} was not downloaded before.{advice}"
     if "does not appear to have a file named" in text or "no file named" in text:
         return (

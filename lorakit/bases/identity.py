@@ -48,7 +48,7 @@ def identify(
         values, kind = _read(module, _positions(shape))
         kinds[path] = storage if storage is not None and len(shape) > 1 else kind
         if values is not None:
-            samples[path] = tuple(float(f"{v:.8g}") for v in values.tolist())
+            samples[path] = tuple(float(f"{v:.9g}") for v in values.tolist())
     main = storage or _main_storage(model, kinds)
     return BaseIdentity(
         name=name,
@@ -228,15 +228,25 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _read_4bit(weight: Tensor, state: Any, positions: list[int]) -> Tensor | None:
-    """Values of a weight that bitsandbytes packed, two to a byte."""
-    if weight.is_meta:
-        return None
-    import bitsandbytes.functional as bnb
+    """Values of a weight that bitsandbytes packed: two to a byte, the first in the high half.
 
+    Each is ``code[nibble] · absmax[block]``, and with double quantisation ``absmax`` is
+    ``code2[…] · absmax2[…] + offset`` (Dettmers et al., 2023, arXiv 2305.14314, section 3). Only
+    the numbers at ``positions`` are unpacked.
+    """
+    if weight.is_meta or getattr(state, "packing_format_for_cpu", False):
+        return None  # after its first forward, a CPU kernel may have reordered the bytes
     with torch.no_grad():
-        dense = bnb.dequantize_4bit(weight.detach(), state).reshape(-1)
-        values = dense[torch.tensor(positions, device=dense.device)]
-    return torch.as_tensor(values, dtype=torch.float32, device="cpu")
+        place = torch.tensor(positions, device=weight.device)
+        packed = weight.detach().reshape(-1).view(torch.uint8)[place // 2].long()
+        nibble = torch.where(place % 2 == 0, packed >> 4, packed & 15)
+        block = place // state.blocksize
+        scale = state.absmax[block]
+        if state.nested:
+            scale = state.state2.code[scale.long()]
+            scale = scale * state.state2.absmax[block // state.state2.blocksize] + state.offset
+        values = state.code[nibble].float() * scale.float()
+    return torch.as_tensor(values, device="cpu")
 
 
 def _read_int8(module: nn.Module, weight: Tensor, positions: list[int]) -> Tensor | None:
@@ -250,7 +260,8 @@ def _read_int8(module: nn.Module, weight: Tensor, positions: list[int]) -> Tenso
     with torch.no_grad():
         rows, columns = torch.unravel_index(torch.tensor(positions), weight.shape)
         rows, columns = rows.to(weight.device), columns.to(weight.device)
-        return (weight[rows, columns].float() * scales[rows].float() / 127).cpu()
+        values = weight[rows, columns].float() * scales[rows].float() / 127
+    return torch.as_tensor(values, device="cpu")
 
 
 def _main_storage(model: nn.Module, kinds: dict[str, str]) -> str:

@@ -18,7 +18,13 @@ from lorakit.bases.failures import explained
 from lorakit.bases.gguf_cache import Say, cached_base
 from lorakit.bases.identity import identify
 from lorakit.bases.placement import Placement, choose_placement
-from lorakit.bases.quantize import CHOICES, Quantize, quantization_config
+from lorakit.bases.quantize import (
+    CHOICES,
+    Quantize,
+    check_quantised,
+    keep_bytes_in_order_,
+    quantization_config,
+)
 from lorakit.bases.quiet import quiet_transformers
 from lorakit.bases.source import Source, find_source
 from lorakit.bases.tokenizers import has_tokenizer, read_tokenizer
@@ -228,10 +234,17 @@ def _load_model(
         config = transformers.AutoConfig.from_pretrained(located.location, **options, **labels)
         _check_config(config, auto, task, quantize, source)
         model, report = auto.from_pretrained(
-            located.location, config=config, output_loading_info=True, **place, **options
+            located.location,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the shapes
+            **place,
+            **options,
         )
         if quantize is None and placement.device.type != "cpu":
             model = model.to(placement.device)
+    keep_bytes_in_order_(model)
+    check_quantised(model)  # also of a base that was quantised before
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BaseError(
             f"{source.location} holds an adapter beside the model, so it is not clear which of "
@@ -276,6 +289,15 @@ def _what_was_loaded(source: Source, model: Any, task: Task, report: dict[str, A
     """Refuse weights that the file lacks; say what was made new and what was left over."""
     missing = sorted(report.get("missing_keys") or ())
     left_over = sorted(report.get("unexpected_keys") or ())
+    mismatched = sorted(report.get("mismatched_keys") or ())
+    if mismatched:
+        name, in_file, in_model = mismatched[0]
+        raise BaseError(
+            f"{len(mismatched)} weights of {source.location} do not have the shapes that its "
+            f"config.json and the settings describe, such as {name}: {tuple(in_file)} in the file, "
+            f"{tuple(in_model)} in the model. Use the config.json that was saved with the weights, "
+            "and the num_labels that the head was trained with."
+        )
     in_blocks = [key for key in missing if any(part.isdigit() for part in key.split("."))]
     if missing and (in_blocks or task in ("causal-lm", "seq2seq")):
         other = f" The file holds others, such as {left_over[0]}." if left_over else ""

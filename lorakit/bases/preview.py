@@ -52,8 +52,7 @@ def load_tokenizer(
         return read_tokenizer(folder, **options)[0]
     if source.kind == "gguf":
         return _tokenizer_of_gguf(Path(source.location))
-    with explained(source.location, "the tokenizer", how_to_get=source.how_to_get):
-        return read_tokenizer(source.location, **options)[0]
+    return read_tokenizer(source.location, how_to_get=source.how_to_get, **options)[0]
 
 
 def base_config(

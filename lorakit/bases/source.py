@@ -92,7 +92,7 @@ def find_source(ref: str | os.PathLike[str], revision: str | None = None) -> Sou
 
 def not_found(path: Path) -> str:
     """The message for a path that does not exist, with what is close to it on the disk."""
-    missing, parent = path, path.parent
+    missing, parent = path, path.absolute().parent
     while not parent.exists() and parent != parent.parent:
         missing, parent = parent, parent.parent
     return f"There is no file or folder {path}. " + _neighbours(missing.name, parent)

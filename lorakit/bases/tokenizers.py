@@ -33,9 +33,16 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_tokenizer(
-    location: str, *, revision: str | None = None, trust_remote_code: bool = False
+    location: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    how_to_get: str | None = None,
 ) -> tuple[Any, list[str]]:
     """Load the tokenizer of a folder or a hub id.
+
+    Args:
+        how_to_get: what to do where the hub cannot be reached.
 
     Returns:
         The tokenizer, and what the user should know about it.
@@ -52,7 +59,7 @@ def read_tokenizer(
         )
     from transformers import AutoTokenizer
 
-    with quiet_transformers(), explained(location, "the tokenizer"):
+    with quiet_transformers(), explained(location, "the tokenizer", how_to_get=how_to_get):
         tokenizer = AutoTokenizer.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code
         )
