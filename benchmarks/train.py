@@ -82,7 +82,8 @@ def _table(report: dict) -> str:
         f"{hardware['threads']} threads; {report['task']['steps']} steps each, taken in turn, "
         f"batch {report['task']['batch_size']}",
         "",
-        "| | s/step | tok/s | speed (min–max) | loaded MB | peak MB | above MB | first loss | last |",
+        "| | s/step | tok/s | speed (min–max) | loaded MB | peak MB | above MB "
+        "| first loss | last |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["contestants"]:
