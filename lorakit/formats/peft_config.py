@@ -28,6 +28,13 @@ TASK_TYPES = (
     "TOKEN_CLS",
 )
 
+#: heads that PEFT adds to ``modules_to_save`` by itself
+AUTOMATIC_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 #: fields that become settings of a spec
 MAPPED = {
     "alpha_pattern",
@@ -118,6 +125,13 @@ def spec_from_config(raw: Mapping[str, Any]) -> LoRASpec:
         )
     if problems or spec is None:
         raise SpecError(collected("This PEFT config cannot be taken over", problems))
+    heads = AUTOMATIC_HEADS.get(str(_plain(raw.get("task_type"))), ())
+    if heads and not set(heads) & set(spec.train_modules):
+        logger.warning(
+            "for this task PEFT also trains the head (%s) without being told; here, name it in "
+            "train_modules",
+            " or ".join(heads),
+        )
     return spec
 
 

@@ -27,18 +27,12 @@ from torch import Tensor
 
 from lorakit.core.sites import Kind, LowRank, Replace, Site
 from lorakit.formats.dialects import describe_keys
+from lorakit.formats.peft_config import AUTOMATIC_HEADS
 
 PREFIX = "base_model.model."
 
 #: embeddings and heads that PEFT saves whole when their number of rows differs from the base's
 VOCABULARY_MODULES = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in")
-
-#: heads that PEFT adds to ``modules_to_save`` by itself
-AUTOMATIC_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 _FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)\.(weight|bias)|lora_embedding_(A|B))")
 _NAMED = re.compile(r".+\.lora_(?:A|B|embedding_A|embedding_B)\.([^.]+)(?:\.(?:weight|bias))?")

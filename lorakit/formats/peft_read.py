@@ -18,9 +18,8 @@ from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, collected
 from lorakit.formats.folder import CONFIG, PICKLED, WEIGHTS
 from lorakit.formats.header import Header, apply_difference, read_header
-from lorakit.formats.peft_config import FILE_FACTS, read_config
+from lorakit.formats.peft_config import AUTOMATIC_HEADS, FILE_FACTS, read_config
 from lorakit.formats.peft_keys import (
-    AUTOMATIC_HEADS,
     Found,
     Reading,
     low_rank_site,

@@ -20,7 +20,6 @@ from lorakit.formats.card import model_card
 from lorakit.formats.folder import CARD, CONFIG, WEIGHTS, Content, write_folder
 from lorakit.formats.header import Header, spec_difference, write_header
 from lorakit.formats.peft_keys import (
-    AUTOMATIC_HEADS,
     VOCABULARY_MODULES,
     Reading,
     keys_from_sites,
@@ -106,7 +105,7 @@ def _file_facts(adapter: Adapter) -> dict[str, Any]:
         facts["revision"] = adapter.base.revision
     facts["fan_in_fan_out"] = bool(facts["fan_in_fan_out"]) or _is_transposed(adapter)
     facts["task_type"] = adapter.task_type
-    heads = AUTOMATIC_HEADS.get(adapter.task_type or "")
+    heads = peft_config.AUTOMATIC_HEADS.get(adapter.task_type or "")
     if heads and not (
         any(path.endswith(heads) for path in adapter.replaced) and _can_wrap(adapter, heads)
     ):

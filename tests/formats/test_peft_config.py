@@ -152,6 +152,16 @@ def test_random_b_is_said(caplog):
     assert "here B starts at 0" in caplog.text
 
 
+def test_a_head_that_peft_would_train_unasked_is_said(caplog):
+    config = peft.LoraConfig(target_modules=["q"], task_type="SEQ_CLS")
+    assert LoRASpec.from_peft(config).train_modules == ()
+    assert "name it in train_modules" in caplog.text
+    caplog.clear()
+    config = peft.LoraConfig(target_modules=["q"], task_type="SEQ_CLS", modules_to_save=["score"])
+    LoRASpec.from_peft(config)
+    assert not caplog.text
+
+
 def test_a_field_of_the_future(caplog):
     with caplog.at_level(logging.INFO, "lorakit"):
         assert spec_from_config({"target_modules": ["q"], "new_thing": None})

@@ -5,6 +5,7 @@ No weights are downloaded. Every case is a model that the real PEFT trains in th
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -143,11 +144,22 @@ CASES = {
     ),
     "llama, one layer": Case(
         llama,
-        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "layers_to_transform": [1],
+            "layers_pattern": "layers",
+            "lora_alpha": 32,
+        },
         ids,
     ),
     "llama, embedding": Case(
         llama, {"target_modules": ["embed_tokens", "lm_head", "o_proj"], "lora_alpha": 3}, ids
+    ),
+    "llama, tied embedding": Case(
+        lambda: llama(tie_word_embeddings=True),
+        {"target_modules": ["embed_tokens", "o_proj"]},
+        ids,
+        warns=("Model has `tie_word_embeddings=True`",),
     ),
     "llama, embedding saved": Case(
         llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, ids
@@ -210,7 +222,8 @@ def build(case: Case, seed: int = 0) -> nn.Module:
 
 def train_with_peft(case: Case, folder: Path, seed: int = 0) -> nn.Module:
     """A model adapted by PEFT with random values in all that it would train, and saved."""
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **case.config})
+    # a copy, because PEFT extends the list of modules to save
+    config = peft.LoraConfig(**copy.deepcopy({"r": 4, "lora_alpha": 8, **case.config}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(build(case), config)
