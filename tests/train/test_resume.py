@@ -41,7 +41,7 @@ def assert_same(out: Path, expected: dict) -> None:
     assert found["rows"] == expected["rows"]
     assert found["result"] == expected["result"]
     assert found["adapter"] == expected["adapter"]
-    assert not [path for path in out.rglob("*.tmp")], "nothing half-written is left"
+    assert not list(out.rglob("*.tmp")), "nothing half-written is left"
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +168,7 @@ def test_going_on_with_an_adapter_survives_the_loss_of_it(shop, tmp_path):
     assert_same(shop.out / "run", outcome(shop.out / "whole"))
 
 
-# --- what must not go on ---------------------------------------------------------------------------
+# --- what must not go on --------------------------------------------------------------------------
 
 
 def interrupted(shop, **options):
@@ -224,7 +224,7 @@ def test_a_run_that_another_process_runs(shop):
         Trainer.resume(out)
 
 
-# --- numbers that are not finite ---------------------------------------------------------------------
+# --- numbers that are not finite ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -269,7 +269,7 @@ def test_a_number_that_is_not_finite_stops_before_the_step(shop, what, monkeypat
     assert outcome(out)["adapter"] == outcome(shop.out / "whole")["adapter"]
 
 
-# --- a full disk ---------------------------------------------------------------------------------------
+# --- a full disk ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "metrics", "adapter"])
@@ -296,7 +296,7 @@ def test_a_full_disk_loses_nothing(shop, expected, where, monkeypatch):
     assert_same(shop.out / "run", expected)
 
 
-# --- SIGKILL -------------------------------------------------------------------------------------------
+# --- SIGKILL --------------------------------------------------------------------------------------
 
 
 def run_until_killed(shop, ready) -> bool:
