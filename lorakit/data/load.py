@@ -99,6 +99,9 @@ class _Work:
     special_rows: int = 0
     special_first: str = ""
 
+    def __post_init__(self) -> None:
+        self._special = special_pattern(self.encoder.rendering.tokenizer)
+
     def add(self, batch: Sequence[Row], builder: Builder) -> None:
         good: list[tuple[Row, Sample]] = []
         for row in batch:
@@ -151,9 +154,6 @@ class _Work:
         if found is not None:
             self.special_rows += 1
             self.special_first = self.special_first or f"{found[0]!r} in {row.where}"
-
-    def __post_init__(self) -> None:
-        self._special = special_pattern(self.encoder.rendering.tokenizer)
 
     def notes(self) -> Iterator[str]:
         if self.own_system:
