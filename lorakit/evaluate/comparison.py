@@ -1,0 +1,165 @@
+"""A base beside its adapters on the same items: loss, answers, and how good these are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lorakit.bases import Base
+from lorakit.data import PromptItem, TokenData
+from lorakit.errors import DataError
+from lorakit.evaluate.losses import LossResult, loss
+from lorakit.evaluate.metrics import text_metrics
+from lorakit.infer import Answer, PackedModel, answers
+from lorakit.layers import Handle
+from lorakit.layers.routing import MixLike
+
+#: tokens beyond the longest reference that an answer may have: enough to see that it goes on
+_BEYOND = 16
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something to be judged."""
+
+    name: str
+    mix: MixLike
+    """``None`` for the bare base, an adapter's name, or weights."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What came out for one contestant."""
+
+    name: str
+    loss: LossResult
+    metrics: dict[str, float] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list, repr=False)
+    """One an item; empty if none were generated."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a comparison is, for whoever shows it."""
+
+    contestant: str
+    stage: str
+    """``"loss"`` or ``"answers"``."""
+    done: int
+    total: int
+
+
+def compare(
+    base: Base,
+    handle: Handle | None,
+    contestants: Sequence[Contestant],
+    data: TokenData,
+    *,
+    items: Sequence[PromptItem] | None = None,
+    indices: Sequence[int] | None = None,
+    metrics: Sequence[str] = (),
+    max_new_tokens: int | None = None,
+    batch_size: int | None = None,
+    token_budget: int | None = None,
+    packed: PackedModel | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_judged: Callable[[Judgement], None] | None = None,
+) -> list[Judgement]:
+    """Judge each contestant.
+
+    Args:
+        base, handle: the model, and the adapters on it.
+        contestants: who is judged, in this order.
+        items: what is asked, and the loss is over all their rows.
+        indices: rows for the loss where there are no items (plain text); ``None`` is all.
+        metrics: names out of ``METRICS``; without any, nothing is generated.
+        max_new_tokens: longest answer; ``None`` is :func:`answer_length`.
+        on_progress: called often.
+        on_judged: called as each contestant is done.
+
+    Raises:
+        DataError: metrics without items, or no supervised token.
+        InputError: metrics that do not fit the references.
+    """
+    if metrics and not items:
+        raise DataError("there is no item to generate an answer for; give prompt and completion")
+    if items is not None:
+        indices = [index for item in items for index in item.indices]
+    if metrics and items:  # what cannot be judged is known before anything is generated
+        text_metrics(["" for _ in items], [item.references for item in items], metrics)
+    packed = packed or PackedModel(base.model, handle)
+    judged = []
+    for one in contestants:
+        tell = _teller(on_progress, one.name)
+        result = loss(
+            base.model,
+            handle,
+            one.mix,
+            data,
+            indices,
+            token_budget=token_budget,
+            packed=packed,
+            on_batch=tell("loss"),
+        )
+        judgement = Judgement(one.name, result)
+        if metrics and items:
+            found = _answered(
+                base, handle, one, data, items, max_new_tokens, batch_size, tell("answers")
+            )
+            texts = [answer.text for answer in found]
+            scores = text_metrics(texts, [item.references for item in items], metrics)
+            judgement = Judgement(one.name, result, scores, found)
+        judged.append(judgement)
+        if on_judged is not None:
+            on_judged(judgement)
+    return judged
+
+
+def answer_length(data: TokenData, items: Sequence[PromptItem]) -> int:
+    """Tokens that an answer may have: the longest reference of these items, and a few."""
+    longest = max(
+        int(data.lengths[i]) - len(item.prompt_ids) for item in items for i in item.indices
+    )
+    return longest + _BEYOND
+
+
+def _answered(
+    base: Base,
+    handle: Handle | None,
+    one: Contestant,
+    data: TokenData,
+    items: Sequence[PromptItem],
+    max_new_tokens: int | None,
+    batch_size: int | None,
+    tell: Callable[[int, int], None],
+) -> list[Answer]:
+    done = 0
+
+    def on_done(index: int, answer: Answer) -> None:
+        nonlocal done
+        done += 1
+        tell(done, len(items))
+
+    return answers(
+        base,
+        handle,
+        [item.prompt_ids.tolist() for item in items],
+        adapter=one.mix,
+        max_new_tokens=max_new_tokens or answer_length(data, items),
+        batch_size=batch_size,
+        stop_ids=data.stop_ids or None,
+        on_done=on_done,
+    )
+
+
+def _teller(
+    on_progress: Callable[[Progress], None] | None, name: str
+) -> Callable[[str], Callable[[int, int], None]]:
+    def of(stage: str) -> Callable[[int, int], None]:
+        def tell(done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(Progress(name, stage, done, total))
+
+        return tell
+
+    return of
