@@ -95,7 +95,8 @@ class StepMetrics:
 class EvalMetrics:
     """One evaluation on the validation part; a row with ``kind: eval``.
 
-    The row of step 0 is the base: an untrained adapter changes nothing.
+    The row of step 0 is what the run began with: the base, as a new adapter changes nothing, or
+    the adapter that it goes on with.
     """
 
     step: int
@@ -129,7 +130,8 @@ class RunResult:
     last_loss: float | None = None
     """Training loss of the last step."""
     base_loss: float | None = None
-    """Validation loss of the untouched base; ``None`` without validation."""
+    """Validation loss before the first step (of the base, or of the adapter that the run went on
+    with); ``None`` without validation."""
     best_loss: float | None = None
     """Lowest validation loss; ``None`` without validation."""
     best_step: int | None = None

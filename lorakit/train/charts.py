@@ -235,7 +235,7 @@ def heat_map(name: str, grid: Grid, *, width: float = 960.0) -> Html:
     """A field of cells, darker for larger values, with each row's mean at its right."""
     left = min(260.0, 16 + 7.3 * max(len(row) for row in grid.rows))
     right, top, bottom, height = 64.0, 8.0, 26.0, 24.0
-    cell = (width - left - right) / len(grid.columns)
+    cell = min(90.0, (width - left - right) / len(grid.columns))
     values = list(grid.values.values())
     low, high = min(values), max(values)
     parts: list[Html] = []
@@ -264,7 +264,7 @@ def heat_map(name: str, grid: Grid, *, width: float = 960.0) -> Html:
                     'fill-opacity="{share}"><title>{title}</title></rect>',
                     x=_n(left + j * cell + 1),
                     y=_n(y + 1),
-                    w=_n(max(1.0, min(cell, 90.0) - 2)),
+                    w=_n(max(1.0, cell - 2)),
                     h=_n(height - 2),
                     share=f"{share:.3f}",
                     title=grid.titles[row, column],
@@ -273,16 +273,16 @@ def heat_map(name: str, grid: Grid, *, width: float = 960.0) -> Html:
         parts.append(
             fill(
                 '<text class="value" x="{x}" y="{y}">{text}</text>',
-                x=_n(left + min(cell, 90.0) * len(grid.columns) + 10),
+                x=_n(left + cell * len(grid.columns) + 10),
                 y=_n(y + height / 2 + 4),
                 text=label(sum(known) / len(known)),
             )
         )
-    every = max(1, math.ceil(26 / min(cell, 90.0)))
+    every = max(1, math.ceil(26 / cell))
     bottom_y = top + len(grid.rows) * height + 16
     for j, column in enumerate(grid.columns):
         if j % every == 0:
-            x = left + j * cell + min(cell, 90.0) / 2
+            x = left + j * cell + cell / 2
             parts.append(_text_at(x, bottom_y, column))
     return _svg(name, width, top + len(grid.rows) * height + bottom, parts)
 

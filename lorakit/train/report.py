@@ -139,19 +139,26 @@ def _before(record: Record) -> str:
 
 def _lead(record: Record) -> Html:
     num_steps = int(record.steps[-1]["step"]) if record.steps else 0
-    used: Any = record.facts["data_report"].get("used")
-    rows = fill(" on {n} rows", n=_count(used)) if is_finite(used) else Html("")
     first = fill(
-        "An adapter for {base}, trained{rows} for {steps} step{s}{time}.",
+        "An adapter for {base}, trained for {steps} step{s}{time}{rows}.",
         base=_base_name(record),
-        rows=rows,
         steps=_count(num_steps),
         s="" if num_steps == 1 else "s",
         time=f" in {_duration(record.seconds)}" if record.seconds else "",
+        rows=_rows_text(record),
     )
     if not record.steps:
         first = fill("A run on {base} that has made no step yet.", base=_base_name(record))
     return join([first, " ", _outcome(record)])
+
+
+def _rows_text(record: Record) -> str:
+    used: Any = record.facts["data_report"].get("used")
+    if not is_finite(used):
+        return ""
+    held: Any = record.at("train", "validation_fraction")
+    share = f", {held:.0%} of them held out" if is_finite(held) and held else ""
+    return f" on {_count(used)} rows{share}"
 
 
 def _outcome(record: Record) -> Html:
@@ -353,11 +360,11 @@ def _sample(sample: Mapping[str, Any]) -> Html:
     references = sample.get("reference")
     if not isinstance(references, list):
         references = [] if references is None else [references]
-    texts = [_short(str(reference)) for reference in references]
+    texts = [_short(str(reference).strip()) for reference in references]
     answers = []
     for name, title in (("base", "Base"), ("adapter", "Adapter")):
         if sample.get(name) is not None:
-            answers.append(_answer(title, _short(str(sample[name])), texts))
+            answers.append(_answer(title, _short(str(sample[name]).strip()), texts))
     first = []
     if texts:
         title = "Reference" if len(texts) == 1 else f"{len(texts)} references"
@@ -775,7 +782,7 @@ def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items()) or "none"
+        return ", ".join(f"{name}: {_shown(one)}" for name, one in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(_shown, value)) or "none"
     return str(value)
@@ -820,7 +827,7 @@ def _mb(value: float) -> str:
 def _duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 90:
-        return f"{whole} seconds"
+        return f"{whole} second{'' if whole == 1 else 's'}"
     minutes, rest = divmod(whole, 60)
     if minutes < 60:
         return f"{minutes} min {rest} s"

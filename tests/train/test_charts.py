@@ -130,6 +130,11 @@ def test_a_heat_map_has_a_cell_per_value_and_the_means_of_its_rows() -> None:
     svg = heat_map("norms", grid)
     cells = [float(n.attrib["fill-opacity"]) for n in parsed(svg).iter("rect")]
     assert cells == pytest.approx([0.08, 1.0, 0.54])
+    starts = sorted({float(n.attrib["x"]) for n in parsed(svg).iter("rect")})
+    assert starts[1] - starts[0] == pytest.approx(90)  # few columns stay beside each other
+    assert max(starts) + 90 < min(
+        float(n.attrib["x"]) for n in parsed(svg).iter("text") if n.attrib["class"] == "value"
+    )
     assert [t for t in texts(svg) if t == "2"] == ["2", "2"]  # both rows have mean 2
 
 

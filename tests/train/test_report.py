@@ -99,7 +99,13 @@ def make_run(folder: Path, *, adapter: Any = None, **changes: Any) -> Path:
         "notes": [{"kind": "note", "text": "lr is 0.0013: what LoRA likes here"}],
         "settings": {
             "base": {"ref": "smollm2", "device": "cpu"},
-            "train": {"steps": 80, "lr": 0.0013, "betas": [0.9, 0.99], "truncate": False},
+            "train": {
+                "steps": 80,
+                "lr": 0.0013,
+                "betas": [0.9, 0.99],
+                "truncate": False,
+                "validation_fraction": 0.05,
+            },
             "lora": {"rank": 4, "rank_pattern": {}},
             "data_report": {
                 "files": ["mine.csv"],
@@ -164,7 +170,7 @@ def test_the_page_says_what_the_folder_holds(tmp_path: Path) -> None:
     assert page.titles() == ALL
     text = " ".join(page.text.split())
     for part in (
-        "An adapter for smollm2, trained on 1,547 rows for 80 steps in 2 min 55 s.",
+        "An adapter for smollm2, trained for 80 steps in 2 min 55 s on 1,547 rows, 5% of them held",
         "the loss fell from 2.500 to 1.300 (best at step 40)",
         f"{math.exp(1.2):.3g} times as likely as under the base",
         "2.500 → 1.300",  # the tiles
