@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"also send the numbers to {', '.join(_TRACKERS)}; again for several",
     )
     output.add_argument("--quiet", action="store_true", help="no progress and no notes")
-    add_json_argument(output)
+    add_json_argument(parser)
     parser.set_defaults(defaults={action.dest: action.default for action in parser._actions})
 
 

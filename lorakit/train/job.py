@@ -83,6 +83,8 @@ class Job:
         self.best: Best | None = None
         self.start_loss: float | None = None
         """Validation loss before the first step."""
+        self.base_loss: float | None = None
+        """That of the base; the same, unless the run goes on with an adapter."""
         self.last_loss: float | None = None
         """Training loss of the last step."""
         self.stale = 0
@@ -245,6 +247,7 @@ class Job:
             "step": self.step,
             "stale": self.stale,
             "start_loss": self.start_loss,
+            "base_loss": self.base_loss,
             "last_loss": self.last_loss,
             "best": best,
         }
@@ -265,6 +268,7 @@ class Job:
         self.step = self.weights_step = int(state["step"])
         self.stale = int(state["stale"])
         self.start_loss = state["start_loss"]
+        self.base_loss = state["base_loss"]
         self.last_loss = state["last_loss"]
         best = state["best"]
         self.best = None if best is None else Best(int(best["step"]), best["loss"], tensors["best"])

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from lorakit.core.sites import LowRank
 from lorakit.data import Example, TokenData, pack
 from lorakit.errors import TrainingError, collected
+from lorakit.evaluate import LossResult
 from lorakit.evaluate import loss as evaluate_loss
 from lorakit.infer import PackedModel
-from lorakit.layers import Handle, Routing
+from lorakit.layers import Routing
 from lorakit.train.callbacks import Callback, EvalMetrics, StepMetrics
 from lorakit.train.checkpoint import Checkpoint, write_checkpoint
 from lorakit.train.folder import MetricsFile, RunFolder
@@ -51,7 +52,8 @@ class Loop:
     """Runs one job on one model.
 
     Args:
-        model: with the job's adapter attached.
+        packed: the model with the job's adapter attached.
+        continued: whether the adapter was there before the run, and so is not the base.
         validation: data to evaluate on, and which of it; ``None`` for none.
         events: who is told.
         folder, metrics: where rows and checkpoints go.
@@ -61,10 +63,10 @@ class Loop:
 
     def __init__(
         self,
-        model: nn.Module,
-        handle: Handle,
+        packed: PackedModel,
         job: Job,
         *,
+        continued: bool,
         validation: tuple[TokenData, Sequence[int]] | None,
         events: Callback,
         folder: RunFolder,
@@ -72,10 +74,10 @@ class Loop:
         stop: StopRequest,
         keep: Callable[[Job], None],
     ) -> None:
-        self._model = model
-        self._handle = handle
+        self._packed = packed
+        self._model = packed.model
         self._job = job
-        self._packed = PackedModel(model, handle)
+        self._continued = continued
         self._validation = validation
         self._events = events
         self._folder = folder
@@ -205,23 +207,18 @@ class Loop:
         batch = pack(part)
         with torch.enable_grad():
             summed, _ = self._packed.supervised_loss(batch, self._job.routing(batch))
-            (summed / num_supervised).backward()
+            (summed / num_supervised).backward()  # type: ignore[no-untyped-call]
         return summed.detach().double()
 
     def evaluate(self) -> None:
         """Evaluate on the validation part, tell, and keep the adapter if it is the best."""
         assert self._validation is not None
         job = self._job
-        data, indices = self._validation
         started = time.perf_counter()
-        result = evaluate_loss(
-            self._model,
-            self._handle,
-            job.name,
-            data,
-            indices,
-            token_budget=job.settings.micro_batch_tokens,
-        )
+        result = self._loss_of(job.name)
+        if job.step == 0:
+            base = self._loss_of(None) if self._continued else result
+            job.base_loss = base.loss
         metrics = EvalMetrics(
             step=job.step,
             loss=result.loss,
@@ -233,6 +230,19 @@ class Loop:
         if metrics.best and job.step:  # the first one changes nothing yet
             self._keep(job)
         self._events.on_eval(metrics)
+
+    def _loss_of(self, adapter: str | None) -> LossResult:
+        assert self._validation is not None
+        data, indices = self._validation
+        return evaluate_loss(
+            self._model,
+            self._packed.handle,
+            adapter,
+            data,
+            indices,
+            token_budget=self._job.settings.micro_batch_tokens,
+            packed=self._packed,
+        )
 
     def _checkpoint_due(self) -> bool:
         every = self._job.settings.checkpoint_every
@@ -312,7 +322,7 @@ def _clear_memory_errors(job: Job) -> Iterator[None]:
         ) from error
 
 
-def check_first_forward(model: nn.Module, handle: Handle, job: Job) -> None:
+def check_first_forward(packed: PackedModel, job: Job) -> None:
     """Run one example, so that what cannot work is known before anything is written.
 
     Raises:
@@ -320,5 +330,5 @@ def check_first_forward(model: nn.Module, handle: Handle, job: Job) -> None:
         BaseError: a model that computes no loss over tokens.
     """
     example = next(job.window().examples)
-    with training_mode(model, []), torch.no_grad():
-        PackedModel(model, handle).supervised_loss(pack([example]), Routing.uniform(job.name))
+    with training_mode(packed.model, []), torch.no_grad():
+        packed.supervised_loss(pack([example]), Routing.uniform(job.name))

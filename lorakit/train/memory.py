@@ -28,6 +28,8 @@ def resident_mb() -> float:
 
 def peak_vram_mb() -> float | None:
     """Peak of the memory allocated on the current GPU, same unit; ``None`` without one in use."""
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not (
+        torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    ):
         return None
     return torch.cuda.max_memory_allocated() / _MB

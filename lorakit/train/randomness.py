@@ -30,7 +30,7 @@ def random_tensors() -> dict[str, Tensor]:
         "numpy_gauss": torch.tensor([legacy["gauss"]], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for i in range(torch.cuda.device_count()):
             state[f"cuda{i}"] = torch.cuda.get_rng_state(i)
     return {_PREFIX + name: tensor for name, tensor in state.items()}

@@ -38,10 +38,11 @@ def answer_samples(
         adapter: generate(
             base,
             handle,
-            [item.prompt_ids for item in asked],
+            [item.prompt_ids.tolist() for item in asked],
             adapter=adapter,
             max_new_tokens=max_new_tokens,
             temperature=0,
+            stop_ids=data.stop_ids or None,
         )
         for adapter in (None, name)
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -333,7 +333,7 @@ _COUNTS = {
     "sample_tokens": 1,
 }
 
-_NUMBERS = {
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "epochs": (lambda x: x > 0, "a number above 0"),
     "lr": (lambda x: x > 0, "a number above 0"),
     "eps": (lambda x: x > 0, "a number above 0"),

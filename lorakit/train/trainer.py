@@ -15,6 +15,7 @@ from lorakit.core.spec import LoRASpec
 from lorakit.data import TokenData, order, split
 from lorakit.errors import DataError, InputError, Interrupted
 from lorakit.formats import load_adapter, save_adapter
+from lorakit.infer import PackedModel
 from lorakit.layers import Handle, attach
 from lorakit.train.callbacks import Callback, CallbackList, RunInfo, RunResult
 from lorakit.train.checkpoint import latest_checkpoint
@@ -194,8 +195,10 @@ class Trainer:
     def _run(self, handle: Handle, events: CallbackList) -> RunResult:
         spec = handle.snapshot(NAME).spec
         job = Job(NAME, handle, self._data, self._training, self._settings, dropout=spec.dropout)
-        check_first_forward(self._base.model, handle, job)
+        packed = PackedModel(self._base.model, handle)
+        check_first_forward(packed, job)
         if not self._resuming:
+            self.notes += packed.notes
             self._create(spec)
         with self._folder.locked(), StopRequest() as stop:
             self._folder.clean()
@@ -205,9 +208,9 @@ class Trainer:
             )
             try:
                 loop = Loop(
-                    self._base.model,
-                    handle,
+                    packed,
                     job,
+                    continued=isinstance(self._what, Adapter),
                     validation=self._validation,
                     events=events,
                     folder=self._folder,
@@ -329,7 +332,7 @@ class Trainer:
             steps=job.step,
             ending=ending,
             last_loss=job.last_loss,
-            base_loss=job.start_loss,
+            base_loss=job.base_loss,
             best_loss=None if job.best is None else job.best.loss,
             best_step=None if job.best is None else job.best.step,
             seconds=loop.seconds,
@@ -413,4 +416,5 @@ def finished_run(out: str | os.PathLike[str]) -> RunResult | None:
 
 def result_to_dict(result: RunResult) -> dict[str, Any]:
     """Plain data, with paths as text."""
-    return plain(dataclasses.asdict(result))
+    values: dict[str, Any] = plain(dataclasses.asdict(result))
+    return values

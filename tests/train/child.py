@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import time
 from pathlib import Path
@@ -46,3 +47,21 @@ def work(make: Any, out: Path, slow: Path | None) -> None:
         Trainer.resume(out)
     else:
         make().run()
+
+
+def write_too_much(folder: Path) -> None:
+    """A checkpoint, then one that is larger than the system lets a file be."""
+    import resource
+    import signal
+
+    import pytest
+    import torch
+
+    from lorakit.train.checkpoint import Checkpoint, write_checkpoint
+
+    write_checkpoint(folder, Checkpoint(1, {"x": torch.zeros(10)}), keep=2)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    with pytest.raises(OSError) as error:
+        write_checkpoint(folder, Checkpoint(2, {"x": torch.zeros(100_000)}), keep=2)
+    assert error.value.errno == errno.EFBIG

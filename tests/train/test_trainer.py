@@ -180,7 +180,9 @@ def test_going_on_with_an_adapter(shop):
     first = shop.trainer("first", base=base, steps=20).run()
     kept = load_adapter(first.adapter)
     second = shop.trainer("second", base=base, what=kept, steps=8).run()
-    assert second.base_loss == pytest.approx(first.best_loss, abs=1e-6)
+    began = next(row for row in metrics_of(shop.out / "second") if row["kind"] == "eval")
+    assert began["loss"] == pytest.approx(first.best_loss, abs=1e-6)
+    assert second.base_loss == pytest.approx(first.base_loss, abs=1e-6)
     after = load_adapter(second.adapter)
     assert after.spec.rank == 3
     assert set(after.sites) == set(kept.sites)
