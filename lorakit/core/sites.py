@@ -13,6 +13,7 @@ conv        [r, c_in, k…]        [c_out, r/groups, 1…]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -70,6 +71,8 @@ class LowRank:
             found.append(f"A has rank {a[0]} (shape {a}), B has rank {b[1]} (shape {b})")
         if self.bias is not None and tuple(self.bias.shape) != b[:1]:
             found.append(f"its bias has shape {tuple(self.bias.shape)}; expected {b[:1]}")
+        if not math.isfinite(self.scaling):
+            found.append(f"its scaling is {self.scaling}; expected a finite number")
         found += _not_finite(self.tensors())
         return found
 

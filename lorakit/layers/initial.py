@@ -26,7 +26,8 @@ def initial_adapter(model: nn.Module, spec: LoRASpec, seed: int) -> Adapter:
     """
     generator = torch.Generator().manual_seed(seed)
     sites: dict[str, Site] = {}
-    for target in resolve_targets(model, spec):
+    targeted = resolve_targets(model, spec)
+    for target in targeted:
         _, dtype = home_of(target.module)
         A = torch.empty(target.shape.a(target.rank), dtype=dtype)
         B = torch.zeros(target.shape.b(target.rank), dtype=dtype)
@@ -49,7 +50,12 @@ def initial_adapter(model: nn.Module, spec: LoRASpec, seed: int) -> Adapter:
     if spec.bias != "none":
         sites.update(_biases(model, spec, list(sites), whole))
     targets = compact_targets(model, [p for p, s in sites.items() if isinstance(s, LowRank)])
-    return Adapter(sites, replace(spec, targets=targets) if targets else spec)
+    # the one fact about the base's layers that a PEFT folder states
+    transposed = any(type(t.module).__name__ == "Conv1D" for t in targeted)
+    provenance = {"peft": {"fan_in_fan_out": True}} if transposed else {}
+    return Adapter(
+        sites, replace(spec, targets=targets) if targets else spec, provenance=provenance
+    )
 
 
 def _biases(
