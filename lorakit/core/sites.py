@@ -114,7 +114,7 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             found.append(f"{name or 'the tensor'} has dtype {tensor.dtype}; expected a float")
-        elif not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        elif not math.isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
             # the sum is faster and catches both, but may overflow by itself
             bad = int((~torch.isfinite(tensor)).sum())
             found.append(
