@@ -242,7 +242,7 @@ def data_spec(options: argparse.Namespace, path: Sequence[str] | None = None) ->
     return DataSpec(map=merged, **chosen)
 
 
-def load_base_from(options: argparse.Namespace, *, task: str = "causal-lm") -> Base:
+def load_base_from(options: argparse.Namespace, *, task: Any = "causal-lm") -> Base:
     """Load the base of these flags; says on stderr where it was put, and why."""
     from lorakit.bases import load_base
 
@@ -254,6 +254,7 @@ def load_base_from(options: argparse.Namespace, *, task: str = "causal-lm") -> B
         task=task,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
+        say=say,
     )
     placement = base.placement
     dtype = str(placement.dtype).removeprefix("torch.")
@@ -388,6 +389,69 @@ def load_adapters(adapters: Sequence[AdapterArgument]) -> dict[str, Adapter]:
     return loaded
 
 
+def use_tokenizer(base: Base, adapters: Mapping[str, Adapter]) -> None:
+    """Read text as the adapters were trained to, where they bring another tokenizer.
+
+    Replaces ``base.tokenizer`` and says so; the base is then asked in the same way.
+
+    Raises:
+        InputError: two adapters bring different ones, so nothing would be comparable.
+    """
+    import tempfile
+
+    from lorakit.bases.tokenizers import read_tokenizer
+
+    others: dict[str, Any] = {}
+    for name, adapter in adapters.items():
+        if not adapter.tokenizer_files:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            for file, content in adapter.tokenizer_files.items():
+                path = Path(folder, file)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            tokenizer, notes = read_tokenizer(folder)
+        if base.tokenizer is None or _differ(tokenizer, base.tokenizer):
+            others[name] = tokenizer
+            for note in notes:
+                say(f"Adapter {name}: {note}")
+    first = next(iter(others), None)
+    if first is None:
+        return
+    without = [name for name in adapters if name not in others]
+    differing = [name for name in others if _differ(others[name], others[first])]
+    if differing or without:
+        raise InputError(
+            f"the adapters {first} and {(differing or without)[0]} were trained with different "
+            "tokenizers or chat templates; give them one at a time"
+        )
+    base.tokenizer = others[first]
+    say(f"Text is read with the tokenizer of the adapter {first}, which is not the base's")
+
+
+def _differ(one: Any, other: Any) -> bool:
+    def facts(tokenizer: Any) -> Any:
+        return tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.special_tokens_map
+
+    return bool(facts(one) != facts(other))
+
+
+def mixes_of(adapters: Sequence[AdapterArgument], *, blend: bool) -> dict[str, Any]:
+    """Name → mix of what is compared: each adapter at its weight, or all of them as one blend.
+
+    Raises:
+        InputError: a blend of fewer than two.
+    """
+    if not blend:
+        return {
+            one.name: one.name if one.weight is None else {one.name: one.weight} for one in adapters
+        }
+    if len(adapters) < 2:
+        raise InputError("--blend needs at least two adapters; give --adapter again")
+    mix = {one.name: 1.0 if one.weight is None else one.weight for one in adapters}
+    return {" + ".join(f"{weight:g}·{name}" for name, weight in mix.items()): mix}
+
+
 def attach_adapters(
     base: Base, adapters: Mapping[str, Adapter], *, allow_other: bool = False
 ) -> Handle | None:
@@ -429,6 +493,12 @@ def console(*, stdout: bool = False) -> Console:
     """
     made: Console = require("rich.console", extra="train").Console(stderr=not stdout)
     return made
+
+
+def printable_stdout() -> None:
+    """Let stdout take any text, also where its encoding has no sign for it."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def emit_json(value: Any) -> None:

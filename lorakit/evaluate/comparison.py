@@ -58,6 +58,7 @@ def compare(
     items: Sequence[PromptItem] | None = None,
     indices: Sequence[int] | None = None,
     metrics: Sequence[str] = (),
+    generate: bool = False,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
     token_budget: int | None = None,
@@ -72,16 +73,18 @@ def compare(
         contestants: who is judged, in this order.
         items: what is asked, and the loss is over all their rows.
         indices: rows for the loss where there are no items (plain text); ``None`` is all.
-        metrics: names out of ``METRICS``; without any, nothing is generated.
+        metrics: names out of ``METRICS``; without any, nothing is generated …
+        generate: … unless this asks for it.
         max_new_tokens: longest answer; ``None`` is :func:`answer_length`.
         on_progress: called often.
         on_judged: called as each contestant is done.
 
     Raises:
-        DataError: metrics without items, or no supervised token.
+        DataError: answers are wanted without items, or no supervised token.
         InputError: metrics that do not fit the references.
     """
-    if metrics and not items:
+    generate = generate or bool(metrics)
+    if generate and not items:
         raise DataError("there is no item to generate an answer for; give prompt and completion")
     if items is not None:
         indices = [index for item in items for index in item.indices]
@@ -102,12 +105,13 @@ def compare(
             on_batch=tell("loss"),
         )
         judgement = Judgement(one.name, result)
-        if metrics and items:
+        if generate and items:
             found = _answered(
                 base, handle, one, data, items, max_new_tokens, batch_size, tell("answers")
             )
             texts = [answer.text for answer in found]
-            scores = text_metrics(texts, [item.references for item in items], metrics)
+            references = [item.references for item in items]
+            scores = text_metrics(texts, references, metrics) if metrics else {}
             judgement = Judgement(one.name, result, scores, found)
         judged.append(judgement)
         if on_judged is not None:

@@ -164,7 +164,7 @@ def answers(
         handle,
         rows,
         Sampling(temperature, top_p, seed),
-        frozenset(_stop_ids(base) if stop_ids is None else stop_ids),
+        frozenset(end_ids(base) if stop_ids is None else stop_ids),
         batch_size,
     )
     found: dict[int, Answer] = {}
@@ -202,7 +202,7 @@ def stream(
         handle,
         rows,
         Sampling(temperature, top_p, seed),
-        frozenset(_stop_ids(base) if stop_ids is None else stop_ids),
+        frozenset(end_ids(base) if stop_ids is None else stop_ids),
         1,
     )
     for _, piece, _ in running.events():
@@ -299,7 +299,7 @@ def _encoded(base: HasModel, prompt: Prompt) -> list[int]:
     return [int(i) for i in prompt]
 
 
-def _stop_ids(base: HasModel) -> list[int]:
+def end_ids(base: HasModel) -> list[int]:
     """The end tokens that tokenizer and generation config name."""
     config = getattr(base.model, "generation_config", None)
     named = [
