@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -45,7 +46,7 @@ def world(tmp_path_factory) -> Path:
     write(root / "blank_completion.jsonl", lines(*GOOD[:3], {"prompt": "w1", "completion": ""}))
     write(root / "null.jsonl", lines(*GOOD[:3], {"prompt": None, "completion": "w1"}))
     write(root / "number.jsonl", lines(*GOOD[:3], {"prompt": "w1", "completion": ["w2"]}))
-    write(root / "columns.jsonl", lines({"question": "w1", "answer": "w2"}))
+    write(root / "columns.jsonl", lines({"alpha": "w1", "omega": "w2"}))
     write(root / "no_assistant.jsonl", lines({"messages": [{"role": "user", "content": "w1"}]}))
     talk = [{"role": "boss", "content": "w1"}, {"role": "assistant", "content": "w2"}]
     write(root / "role.jsonl", lines({"messages": talk}))
@@ -151,7 +152,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "empty completion": (having(TRAIN, data="blank_completion.jsonl"), ["4", "completion"]),
     "null prompt": (having(TRAIN, data="null.jsonl"), ["4", "prompt"]),
     "completion is a list": (having(TRAIN, data="number.jsonl"), ["4", "completion", "list"]),
-    "unknown columns": (having(TRAIN, data="columns.jsonl"), ["question", "--map"]),
+    "unknown columns": (having(TRAIN, data="columns.jsonl"), ["alpha", "--map"]),
     "mapped column is not there": (having(TRAIN, map="prompt=mr,completion=completion"), ["mr"]),
     "map without =": (having(TRAIN, map="prompt"), ["prompt", "="]),
     "map of an unknown name": (having(TRAIN, map="promt=prompt,completion=completion"), ["promt"]),
@@ -216,7 +217,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "DoRA": (having(EVAL, adapter="dora"), ["use_dora"]),
     "not LoRA at all": (having(EVAL, adapter="ia3"), ["IA3"]),
     "rank differs from config": (having(EVAL, adapter="wrong_rank"), ["7", "2"]),
-    "adapter of a wider base": (having(EVAL, adapter="of_wide"), ["of_wide", "32"]),
+    "adapter of a wider base": (having(EVAL, adapter="of_wide"), ["wide", "(32, 32)"]),
     "adapter of another base": (
         having(EVAL, adapter="of_other"),
         ["other", "--allow-other-base"],
@@ -244,7 +245,7 @@ def test_bad_input(case, world, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(here)
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     if "--prompt" not in command and "--prompts" not in command and "generate" in command:
-        monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115
+        monkeypatch.setattr("sys.stdin", io.StringIO())
     before = {path.name for path in here.iterdir()}
     code = main(command)
     out, err = capfd.readouterr()
