@@ -300,10 +300,9 @@ def adapter_argument(text: str) -> AdapterArgument:
     """An argparse type: ``[name:]ref[=weight]``.
 
     Without ``name:`` an adapter is called after its folder or file, or, where that is called
-    ``adapter`` as in every run folder, after the folder around it. A name has at least two
-    characters, so that ``C:\\adapters`` stays a path.
+    ``adapter`` as in every run folder, after the folder around it. ``C:\\adapters`` stays a path.
     """
-    explicit = re.fullmatch(r"([\w.+-]{2,}):(?!//)(.+)", text)
+    explicit = re.fullmatch(r"(?![A-Za-z]:\\)([\w.+-]+):(?!//)(.+)", text)
     if Path(text).exists() or Path(text.rpartition("=")[0] or text).exists() or not explicit:
         name, rest = None, text
     else:

@@ -392,11 +392,16 @@ def _answer_all(
 
 
 def _print_growing(pieces: Any) -> None:
+    begun = False
     try:
         for piece in pieces:
+            begun = True
             print(piece, end="", flush=True)
-    finally:
-        print(flush=True)
+    except BaseException:
+        if begun:
+            print(flush=True)  # what is said about it begins on a line of its own
+        raise
+    print(flush=True)
 
 
 def _print(prompts: Sequence[str], models: Sequence[_Model], found: Sequence[Answer]) -> None:
