@@ -13,6 +13,13 @@ from lorakit.optional import require
 
 #: GGUF's names of the types that are plain floats → ours
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+#: transformers' names of special tokens → GGUF's
+_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
 #: what `gguf` and numpy raise on a file that ends early or holds nonsense
 _DAMAGE = (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError)
 
@@ -32,6 +39,8 @@ class GgufHeader:
     has_tokenizer: bool
     context_length: int | None
     """Tokens."""
+    special_tokens: dict[str, str]
+    """transformers' name, such as ``"eos_token"`` → token."""
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -61,7 +70,19 @@ def read_header(path: Path) -> GgufHeader:
         pre_tokenizer=str(pre.contents()) if pre else None,
         has_tokenizer="tokenizer.ggml.tokens" in reader.fields,
         context_length=int(context.contents()) if context else None,
+        special_tokens=_special_tokens(reader),
     )
+
+
+def _special_tokens(reader: Any) -> dict[str, str]:
+    tokens = reader.fields.get("tokenizer.ggml.tokens")
+    found = {}
+    for ours, theirs in _SPECIAL.items():
+        number = reader.fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        if tokens is not None and number is not None and number.contents() < len(tokens.data):
+            token = tokens.parts[tokens.data[number.contents()]]
+            found[ours] = bytes(token).decode("utf-8", errors="replace")
+    return found
 
 
 def _check_magic(path: Path) -> None:

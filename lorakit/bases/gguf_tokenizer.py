@@ -35,6 +35,9 @@ def gguf_tokenizer(path: Path, header: GgufHeader) -> tuple[Any, list[str]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    # transformers 5.17 reads none of these from the file and takes defaults
+    for name, token in header.special_tokens.items():
+        setattr(tokenizer, name, token)
     notes = []
     backend = tokenizer.backend_tokenizer
     if header.pre_tokenizer in _SINGLE_DIGITS:

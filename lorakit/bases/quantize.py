@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lorakit.bases.quiet import quiet_transformers
 from lorakit.errors import BaseError
 from lorakit.optional import require
 
@@ -31,8 +32,9 @@ def quantization_config(quantize: Quantize, device: torch.device, dtype: torch.d
             f"quantize={quantize!r} needs a CUDA GPU or a CPU; Apple's GPU cannot do it. "
             "Leave it out, or pass --device cpu."
         )
-    require("bitsandbytes", extra="quant", purpose=f"quantize={quantize!r}")
-    require("accelerate", extra="quant", purpose=f"quantize={quantize!r}")
+    with quiet_transformers():  # it warns of kernels that it looks for and can do without
+        require("bitsandbytes", extra="quant", purpose=f"quantize={quantize!r}")
+    require("accelerate", extra="train", purpose=f"quantize={quantize!r}")
     config = require("transformers").BitsAndBytesConfig
     if quantize == "int8":
         return config(load_in_8bit=True)
@@ -51,6 +53,7 @@ def keep_bytes_in_order_(model: nn.Module) -> None:
     reads them afterwards has no backward: training after an evaluation would go on with wrong
     gradients (69 % off on a small Llama), and the base would have changed.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

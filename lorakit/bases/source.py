@@ -182,14 +182,16 @@ def _from_folder(folder: Path) -> Source:
             "give that as --adapter."
         )
     if has_config and weights:
-        return Source("folder", str(folder), folder.name)
+        return Source("folder", str(folder), _name_of(folder))
     if len(ggufs) == 1 or (ggufs and all(_GGUF_PART.search(f.name) for f in ggufs)):
         return Source("gguf", str(ggufs[0]), ggufs[0].name)
     if ggufs:
         names = ", ".join(f.name for f in ggufs[:6])
         raise BaseError(f"{folder} holds {len(ggufs)} GGUF files. Give one of them: {names}")
     if has_config:
-        return Source("folder", str(folder), folder.name)  # index files, or no weights: told later
+        return Source(
+            "folder", str(folder), _name_of(folder)
+        )  # index files, or no weights: told later
     found = ", ".join(sorted(f.name for f in folder.iterdir())[:6]) or "nothing"
     advice = (
         "Copy config.json from the model that these weights belong to."
@@ -197,6 +199,14 @@ def _from_folder(folder: Path) -> Source:
         else "Give the folder that transformers' save_pretrained wrote, or a .gguf file."
     )
     raise BaseError(f"{folder} has no config.json (it holds: {found}). {advice}")
+
+
+def _name_of(folder: Path) -> str:
+    """The folder's name; the hub id, if it lies in the hub's cache and is named by its commit."""
+    owner = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and owner.startswith("models--"):
+        return owner.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def _adapter_hint(place: Path) -> str:

@@ -17,7 +17,7 @@ from lorakit.errors import BaseError, collected
 #: can cause. Measured on the linears of SmolLM2 and on Gaussian and Student-t matrices, 600 to 2200
 #: draws each, median and largest: float16 0.02 % and 0.03 %, bfloat16 0.14 % and 0.28 % (at most
 #: 2⁻⁸, having eight significant bits), int8 by rows 0.9 % and 8.6 % (a row with an outlier), NF4
-#: 9.5 % and 21 %, FP4 12.8 % and 36 %; GGUF: Q8_0 0.6 % and 1.4 %, Q5 4.5 % and 9.3 %, Q4 9.0 %
+#: 9.5 % and 21 %, FP4 12.8 % and 36 %; GGUF: Q8_0 0.6 % and 1.4 %, Q5 4.5 % and 12 %, Q4 9.0 %
 #: and 18 %. Q6 and below Q4 follow from their bits: half as many levels, twice the difference.
 #: An unrelated model differs by about 140 %.
 STORAGE_ERROR = {

@@ -60,6 +60,14 @@ def test_a_folder_comes_before_a_hub_id(folder: Path, monkeypatch: pytest.Monkey
     assert find_source(ref).name == "tiny"
 
 
+def test_a_folder_of_the_hubs_cache_is_called_by_its_id(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--some-model" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).write_text("{}")
+    assert find_source(snapshot).name == "owner/some-model"
+
+
 def test_a_gguf_in_a_folder(tmp_path: Path, gguf_file: Path) -> None:
     (tmp_path / "mmproj-x.gguf").write_bytes(b"GGUF")
     (tmp_path / "a.gguf").write_bytes(gguf_file.read_bytes())
