@@ -147,8 +147,8 @@ def test_python_in_a_page_parses_and_imports_names_that_exist(page):
 def test_every_module_says_what_it_is_and_is_one_idea_long(file):
     text = file.read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(text)) or not text.strip(), "it has no docstring"
-    # not a gate but a question: over 700 lines a module hardly is one idea
-    assert text.count("\n") <= 700
+    # not a gate but a question: over 900 lines a module hardly is one idea
+    assert text.count("\n") <= 900
 
 
 def _shell_lines(text: str) -> list[str]:
