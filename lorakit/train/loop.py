@@ -227,9 +227,21 @@ class Loop:
             seconds=time.perf_counter() - started,
         )
         self._metrics.append(metrics.to_row())
+        if not math.isfinite(result.loss):
+            self._say_not_finite(result)
         if metrics.best and job.step:  # the first one changes nothing yet
             self._keep(job)
         self._events.on_eval(metrics)
+
+    def _say_not_finite(self, result: LossResult) -> None:
+        assert self._validation is not None
+        data, indices = self._validation
+        rows = [data.where(indices[place]) for place in result.not_finite]
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        self.note(
+            f"the validation loss after step {self._job.step} is {result.loss}, so it cannot be "
+            f"the best; the rows behind it: {', '.join(rows[:3])}{more}"
+        )
 
     def _loss_of(self, adapter: str | None) -> LossResult:
         assert self._validation is not None

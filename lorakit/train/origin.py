@@ -77,11 +77,17 @@ class Origin:
         Raises:
             InputError: the run's data was made by a program, so only it can give it again.
             DataError: the data cannot be read.
+            BaseError: the base has no tokenizer.
         """
         if self.data is None:
             raise InputError(
                 "this run's data did not come from files that lorakit read; give it again: "
                 "Trainer.resume(out, data=…)"
+            )
+        if base.tokenizer is None:
+            raise BaseError(
+                f"{base.ref} has no tokenizer, so text cannot become tokens. Put its tokenizer "
+                "files (tokenizer.json and tokenizer_config.json) beside the weights."
             )
         context = context_length(base.model)
         data = load_data(self.data, base.tokenizer, context_length=context)

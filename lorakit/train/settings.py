@@ -300,7 +300,7 @@ def _learning_rate(hidden_size: int | None) -> tuple[float, str]:
         return 1e-3, "usual for LoRA; the base states no width to choose by"
     rate = 5e-4 * (2000 / hidden_size) ** 0.78
     rate = float(f"{min(2e-3, max(1e-4, rate)):.2g}")
-    return rate, f"what LoRA with alpha 32 likes at width {hidden_size}; `--lr` sets another"
+    return rate, f"seldom far off for LoRA with alpha 32 at width {hidden_size}"
 
 
 def _is_number(value: object) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorakit.bases import Base, check_base
 from lorakit.core.adapter import Adapter
 from lorakit.core.spec import LoRASpec
@@ -128,11 +130,11 @@ class Trainer:
         self._training = training
         evaluated = _pick(held, self._settings.eval_rows, settings.seed)
         source = self._data if self._validation_data is None else self._validation_data
-        self._validation = (source, evaluated) if held else None
+        self._validation = (source, evaluated) if evaluated else None
 
-    def _split(self, settings: TrainSettings) -> tuple[list[int], list[int]]:
+    def _split(self, settings: TrainSettings) -> tuple[np.ndarray, np.ndarray]:
         """Indices to train on (of the data) and to evaluate on (of the validation's source)."""
-        everything = list(range(len(self._data)))
+        everything, none = np.arange(len(self._data)), np.arange(0)
         if self._validation_data is not None:
             if settings.validation_fraction:
                 raise InputError(
@@ -141,26 +143,20 @@ class Trainer:
                 )
             if not len(self._validation_data):
                 raise DataError("the validation data holds no example that can be used")
-            return everything, list(range(len(self._validation_data)))
+            return everything, np.arange(len(self._validation_data))
         fraction = settings.held_out(len(everything))
         if not fraction:
             reason = (
                 "as asked"
                 if settings.validation_fraction == 0
-                else f"{len(everything)} rows are too few to hold some out"
+                else f"{len(everything)} examples, too few to hold some out"
             )
             self.notes.append(
                 f"there is no validation ({reason}), so the adapter kept is that of the last step"
             )
-            return everything, []
-        first, second = split(self._data, fraction, settings.seed)
-        training, held = [int(i) for i in first], [int(i) for i in second]
-        if not training:
-            raise DataError(
-                f"holding out {fraction:.0%} of {len(everything)} rows, in whole prompts, leaves "
-                "none to train on. Give a smaller share, or validation data of its own."
-            )
-        if not held:
+            return everything, none
+        training, held = split(self._data, fraction, settings.seed)
+        if not len(held):
             self.notes.append(
                 "there is no validation (all rows share one prompt), so the adapter kept is that "
                 "of the last step"
@@ -392,11 +388,11 @@ class Trainer:
         return trainer.run()
 
 
-def _pick(indices: list[int], rows: int | None, seed: int) -> list[int]:
+def _pick(indices: np.ndarray, rows: int | None, seed: int) -> list[int]:
     """``rows`` of ``indices``, always the same ones, in their own order; all if 0."""
-    if not rows or rows >= len(indices):
-        return indices
-    return [indices[place] for place in sorted(order(len(indices), seed, 0)[:rows])]
+    if rows and rows < len(indices):
+        indices = indices[np.sort(order(len(indices), seed, 0)[:rows])]
+    return [int(index) for index in indices]
 
 
 def finished_run(out: str | os.PathLike[str]) -> RunResult | None:

@@ -175,6 +175,28 @@ def test_a_validation_file(shop):
         shop.trainer("b", base=base, validation=shop.data(base, path), validation_fraction=0.1)
 
 
+def test_a_validation_loss_that_is_not_finite_is_said(shop, monkeypatch):
+    from lorakit.infer import PackedModel
+
+    original = PackedModel.per_example_loss
+
+    def poison(self, batch, *args, **kwargs):
+        sums, counts = original(self, batch, *args, **kwargs)
+        sums[batch.example_ids == 3] = float("nan")
+        return sums, counts
+
+    monkeypatch.setattr(PackedModel, "per_example_loss", poison)
+    base = shop.base()
+    trainer = shop.trainer(base=base, validation=shop.data(base), eval_rows=0)
+    result = trainer.run()
+    rows = metrics_of(shop.out / "run")
+    assert [row["loss"] for row in rows if row["kind"] == "eval"] == [None] * 4
+    notes = [row["text"] for row in rows if row["kind"] == "note"]
+    assert any("after step 4 is nan" in note and "data.jsonl line 4" in note for note in notes)
+    assert result.best_loss is None
+    assert load_adapter(result.adapter).provenance["metrics"]["step"] == 12
+
+
 def test_going_on_with_an_adapter(shop):
     base = shop.base()
     first = shop.trainer("first", base=base, steps=20).run()
