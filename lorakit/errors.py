@@ -12,7 +12,7 @@
     ├── RoutingError (RuntimeError) a forward whose rows do not fit the routing, or two at once
     ├── TrainingError (RuntimeError) the run had to stop: a loss that is not finite, a full disk
     ├── Interrupted (Exception)     Ctrl-C or SIGTERM after the state was saved; exits with 130
-    └── MissingDependencyError (ImportError)  an optional package; the message is the install command
+    └── MissingDependencyError (ImportError)  an optional package; says the command that installs it
 
 Every message names the thing, what came, what was expected, and the next step.
 """
