@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -282,7 +283,7 @@ def parse_adapter(text: str) -> tuple[str, float | None]:
     Raises:
         InputError: what follows the last ``=`` is not a finite number, or nothing precedes it.
     """
-    if Path(text).exists() or "=" not in text:
+    if os.path.exists(text) or "=" not in text:
         return text, None
     ref, _, tail = text.rpartition("=")
     try:
@@ -303,7 +304,7 @@ def adapter_argument(text: str) -> AdapterArgument:
     ``adapter`` as in every run folder, after the folder around it. ``C:\\adapters`` stays a path.
     """
     explicit = re.fullmatch(r"(?![A-Za-z]:\\)([\w.+-]+):(?!//)(.+)", text)
-    if Path(text).exists() or Path(text.rpartition("=")[0] or text).exists() or not explicit:
+    if os.path.exists(text) or os.path.exists(text.rpartition("=")[0] or text) or not explicit:
         name, rest = None, text
     else:
         name, rest = explicit.groups()
@@ -470,9 +471,9 @@ def attach_adapters(
         for note in check_base(adapter, base.identity, allow_other=allow_other):
             say(f"Adapter {name}: {note}")
         if handle is None:
-            handle = attach(base.model, adapter, name)
+            handle = attach(base.model, adapter, name, allow_other_base=True)  # checked above
         else:
-            handle.add(adapter, name)
+            handle.add(adapter, name, allow_other_base=True)
     return handle
 
 

@@ -70,14 +70,6 @@ class Bank(nn.Module):
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
-    def named_tensors(self) -> dict[str, nn.Parameter]:
-        """All parameters, by the names they were given."""
-        return {
-            name.replace("/", "."): parameter
-            for name, parameter in self._parameters.items()
-            if parameter is not None
-        }
-
     @torch.no_grad()
     def _flatten(self) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
@@ -117,7 +109,7 @@ class Bank(nn.Module):
             raise LorakitError(
                 "this adapter is frozen; attach it with trainable=True"
                 if not self.trainable
-                else f"this adapter lies on {len(self.flat_parameter)} devices; use parameters()"
+                else "this adapter lies on several devices or has several dtypes; use parameters()"
             )
         if not self._is_flat():
             self._flatten()  # the model was moved or copied since

@@ -24,7 +24,7 @@ class CapturingGenerate:
         self.previous = model.__dict__.get("generate")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.forwards.held(self._expansion(kwargs)):
+        with self.forwards.held(self._expansion(args, kwargs)):
             if self.previous is not None:
                 return self.previous(*args, **kwargs)
             return type(self.model).generate(self.model, *args, **kwargs)
@@ -34,9 +34,10 @@ class CapturingGenerate:
         own = inspect.signature(self.previous or type(self.model).generate)
         return own if self.previous else own.replace(parameters=list(own.parameters.values())[1:])
 
-    def _expansion(self, kwargs: dict[str, Any]) -> int:
+    def _expansion(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """As transformers' generate: the larger of beams and returned sequences."""
-        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        given = self.__signature__.bind_partial(*args, **kwargs).arguments
+        config = given.get("generation_config") or getattr(self.model, "generation_config", None)
         sizes = [
             kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
             for name in ("num_beams", "num_return_sequences")

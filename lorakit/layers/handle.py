@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorakit.bases.identity import check_base, identify
 from lorakit.core.adapter import Adapter
+from lorakit.core.identity import BaseIdentity
 from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import LorakitError, RoutingError, TargetError, collected
@@ -36,6 +38,7 @@ def attach(
     *,
     trainable: bool | None = None,
     seed: int = 0,
+    allow_other_base: bool = False,
 ) -> Handle:
     """Put an adapter on a model, which is otherwise unchanged.
 
@@ -50,10 +53,12 @@ def attach(
         trainable: whether it receives gradients; by default a new one does and a given one
             does not.
         seed: of the initialisation.
+        allow_other_base: use an adapter that was trained on other weights; shapes must fit.
 
     Raises:
         TargetError: targets that do not fit the model.
         FormatError: an adapter whose paths or shapes are not this model's.
+        BaseError: an adapter that was trained on other weights than this model's.
         LorakitError: the model has adapters already (use ``handle.add``).
     """
     if handle_of(model) is not None:
@@ -63,7 +68,7 @@ def attach(
         )
     handle = Handle(model)
     try:
-        handle.add(what, name, trainable=trainable, seed=seed)
+        handle.add(what, name, trainable=trainable, seed=seed, allow_other_base=allow_other_base)
     except BaseException:
         handle.detach()
         raise
@@ -92,12 +97,21 @@ class Handle:
     """The adapters on one model. Made by :func:`attach`."""
 
     def __init__(self, model: nn.Module) -> None:
-        if CHILD in model._modules or hasattr(model, CHILD):
+        if hasattr(model, CHILD):
             raise LorakitError(f"this model has an attribute {CHILD!r} that is not ours")
+        inner = [p for p, m in model.named_modules() if isinstance(m, _Child)]
+        if inner:
+            raise LorakitError(
+                f"a part of this model has adapters attached ({inner[0]}); detach them there, "
+                "and attach to the outer model alone"
+            )
         self.model = model
         self._places = Places(model)
         self._forwards = Forwards()
-        self._forwards.after_first = self._check_called
+        self._forwards.after = self._check_called
+        #: adapters that no forward has used yet
+        self._unchecked: set[str] = set()
+        self._identity: BaseIdentity | None = None
         self._banks: dict[str, Bank] = {}
         self._sources: dict[str, Adapter] = {}
         self._sites: dict[str, SiteForward] = {}
@@ -136,14 +150,19 @@ class Handle:
         *,
         trainable: bool | None = None,
         seed: int = 0,
+        allow_other_base: bool = False,
     ) -> None:
         """Attach one more adapter; it is used once a routing names it.
 
         Raises:
-            LorakitError: the name is taken or empty.
-            TargetError, FormatError: as :func:`attach`.
+            LorakitError: the name is taken or empty, or the handle was detached.
+            TargetError, FormatError, BaseError: as :func:`attach`.
         """
-        if not name or name in self._banks:
+        child = self.model._modules.get(CHILD)
+        if not isinstance(child, _Child):
+            raise LorakitError("this handle was detached; call attach() again")
+        key = _key(name)
+        if not name or key in child:
             raise LorakitError(
                 f"the adapter name {name!r} is "
                 + ("taken; choose another, or remove that one first" if name else "empty")
@@ -153,9 +172,11 @@ class Handle:
             trainable = True if trainable is None else trainable
         else:
             adapter, trainable = what, bool(trainable)
+            self._check_base(adapter, name, allow_other=allow_other_base)
         owners = self._places.owners(adapter)
         dropout = adapter.spec.dropout if trainable else 0.0
         bank = self._make_bank(adapter, owners, trainable)
+        child[key] = bank
         for path, site in adapter.sites.items():
             owner_path, owner = owners[path]
             forward = self._site(owner_path, owner)
@@ -174,12 +195,9 @@ class Handle:
                 for key in site.tensors_by_name:
                     own.by_name[key or prefix] = bank.get(f"{path}.{key}" if key else path)
         self._banks[name], self._sources[name] = bank, adapter
-        child = self.model._modules[CHILD]
-        assert isinstance(child, _Child)
-        child[name.replace(".", "·")] = bank
+        self._unchecked.add(name)
         self._forwards.names = self.names
         self._forwards.device = next(bank.parameters()).device
-        self._forwards.after_first = self._check_called
 
     def remove(self, name: str) -> None:
         """Take one adapter off.
@@ -196,7 +214,8 @@ class Handle:
         del self._banks[name], self._sources[name]
         child = self.model._modules[CHILD]
         assert isinstance(child, _Child)
-        del child[name.replace(".", "·")]
+        del child[_key(name)]
+        self._unchecked.discard(name)
         for path, site in list(self._sites.items()):
             site.low_rank.pop(name, None)
             site.replaced.pop(name, None)
@@ -255,16 +274,14 @@ class Handle:
             rows: one such entry per row of the batch instead.
             expand, order: how a caller multiplies the rows; ``generate``'s beams are known.
 
+        The choice holds for the whole model, whichever thread runs it. ``generate`` keeps the
+        one that holds when it is entered, which in a new thread is after the thread's start.
+
         Raises:
-            RoutingError: an adapter that is not attached.
+            RoutingError: an adapter that is not attached, or another thread is choosing too.
         """
-        routing = self.routing(mix, rows=rows, expand=expand, order=order)
-        before = self._forwards.routing
-        self._forwards.routing = routing
-        try:
+        with self._forwards.choose(self.routing(mix, rows=rows, expand=expand, order=order)):
             yield self
-        finally:
-            self._forwards.routing = before
 
     def activate(self, mix: MixLike | Routing = None, **rows: Any) -> None:
         """Use these adapters from now on; arguments as :meth:`use`."""
@@ -279,11 +296,11 @@ class Handle:
         order: Order = "interleave",
     ) -> Routing:
         """The routing that :meth:`use` would use, with its names checked."""
+        if rows is not None and mix is not None:
+            raise RoutingError("give one mix for all rows, or rows=[…], not both")
         if isinstance(mix, Routing):
             routing = mix
         elif rows is not None:
-            if mix is not None:
-                raise RoutingError("give one mix for all rows, or rows=[…], not both")
             routing = Routing.rows(rows, expand=expand, order=order)
         else:
             routing = Routing.uniform(mix)
@@ -362,15 +379,32 @@ class Handle:
             for key, tensor in site.tensors().items():
                 key = names[key] if isinstance(site, LowRank) else key
                 full = f"{path}.{key}" if key else path
-                tensors[full] = tensor.detach().to(device=device, dtype=target)
+                # a copy: what happens to it here must not reach the value
+                tensors[full] = tensor.detach().to(device=device, dtype=target, copy=True)
         return Bank(tensors, trainable=trainable)
 
+    def _check_base(self, adapter: Adapter, name: str, *, allow_other: bool) -> None:
+        """Compare the adapter's base with this one, where it says what it was trained on."""
+        if adapter.base is None or allow_other:
+            return
+        if self._identity is None:
+            label = getattr(getattr(self.model, "config", None), "name_or_path", "")
+            self._identity = identify(self.model, label or type(self.model).__name__)
+        for note in check_base(adapter, self._identity):
+            logger.info("adapter %r: %s", name, note)
+
     def _check_called(self, used: frozenset[str]) -> None:
-        """After the first forward: every site of an adapter in use must have been called."""
+        """After an adapter's first forward: each of its sites must have been called."""
+        names = used & self._unchecked
+        if not names:
+            return
         silent = [
             path
             for path, site in self._sites.items()
-            if not site.was_called and used & (site.low_rank.keys() | site.replaced.keys())
+            # an expert may wait for its first token for long
+            if not site.was_called
+            and not site.routed
+            and names & (site.low_rank.keys() | site.replaced.keys())
         ]
         if silent:
             raise TargetError(
@@ -382,6 +416,12 @@ class Handle:
                     limit=8,
                 )
             )
+        self._unchecked -= names
+
+
+def _key(name: str) -> str:
+    """What an adapter's bank is called in the model: no dot, and no attribute of a module."""
+    return "adapter " + name.replace(".", "·")
 
 
 def _restore(site: SiteForward) -> None:

@@ -83,11 +83,17 @@ class Routing:
     def names(self) -> frozenset[str]:
         return frozenset(name for mix in self.mixes for name, _ in mix)
 
-    def with_expand(self, expand: int, order: Order = "interleave") -> Routing:
-        """The same, declared to be multiplied by its caller."""
+    def with_expand(self, expand: int) -> Routing:
+        """The same, declared to be multiplied by beams.
+
+        Raises:
+            RoutingError: the rows are tiled already; no order describes both.
+        """
         if self.axis != "row" or expand == 1:
             return self
-        return replace(self, expand=self.expand * expand, order=order)
+        if self.expand > 1 and self.order == "tile":
+            raise RoutingError("rows that are tiled (guidance) cannot be multiplied by beams too")
+        return replace(self, expand=self.expand * expand, order="interleave")
 
     def with_dropout_keys(self, keys: Tensor) -> Routing:
         """The same with keyed dropout."""
@@ -145,17 +151,17 @@ class Plan:
             'use(rows=[…], expand=2, order="tile")'
         )
 
-    def _row_mixes(self, count: int) -> tuple[Mix, ...]:
-        """One mix for each of ``count`` rows at a site."""
-        mixes = self.routing.mixes
+    def _mix_of(self, count: int) -> Tensor:
+        """int64 [count]: which of the routing's mixes each row (or token) at a site has."""
+        numbers = torch.arange(len(self.routing.mixes))
         if self.routing.axis == "token":
-            spread = [m for m, n in zip(mixes, self.routing.lengths, strict=True) for _ in range(n)]
-            if count != len(spread):
+            numbers = numbers.repeat_interleave(torch.tensor(self.routing.lengths))
+            if count != len(numbers):
                 raise RoutingError(
-                    f"a site sees {count} tokens; the routing covers {len(spread)}. A site that "
+                    f"a site sees {count} tokens; the routing covers {len(numbers)}. A site that "
                     "sees a part of the tokens needs a uniform routing"
                 )
-            return tuple(spread)
+            return numbers
         per_row = 1
         if self.batch is not None and count != self.batch:
             for width in self.widths:
@@ -164,10 +170,10 @@ class Plan:
                     break
         factor = self._factor(count)
         if self.routing.order == "tile":
-            mixes = mixes * factor
+            numbers = numbers.repeat(factor)
         else:
-            mixes = tuple(m for m in mixes for _ in range(factor))
-        return tuple(m for m in mixes for _ in range(per_row))
+            numbers = numbers.repeat_interleave(factor)
+        return numbers.repeat_interleave(per_row)
 
     def shares(self, count: int, device: torch.device) -> tuple[Share, ...]:
         """The adapters in use at a site that sees ``count`` rows (or tokens), with their rows."""
@@ -175,37 +181,34 @@ class Plan:
             return self.uniform
         key = (count, device)
         if key not in self._shares:
-            rows: dict[str, list[int]] = {}
-            weights: dict[str, list[float]] = {}
-            for i, mix in enumerate(self._row_mixes(count)):
-                for name, weight in mix:
-                    rows.setdefault(name, []).append(i)
-                    weights.setdefault(name, []).append(weight)
-            self._shares[key] = tuple(
-                Share(
-                    name,
-                    None if len(indices) == count else torch.tensor(indices, device=device),
-                    weights[name][0]
-                    if len(set(weights[name])) == 1
-                    else torch.tensor(weights[name], dtype=torch.float64, device=device),
-                )
-                for name, indices in rows.items()
-            )
+            numbers = self._mix_of(count)
+            shares = []
+            for name in dict.fromkeys(n for mix in self.routing.mixes for n, _ in mix):
+                per_mix = [dict(mix).get(name) for mix in self.routing.mixes]
+                uses = torch.tensor([weight is not None for weight in per_mix])[numbers]
+                rows = uses.nonzero().flatten()
+                used = {weight for weight in per_mix if weight is not None}
+                weight: float | Tensor = next(iter(used))
+                if len(used) > 1:
+                    each = torch.tensor([w or 0.0 for w in per_mix], dtype=torch.float64)
+                    weight = each[numbers[rows]].to(device)
+                everywhere = len(rows) == count
+                shares.append(Share(name, None if everywhere else rows.to(device), weight))
+            self._shares[key] = tuple(shares)
         return self._shares[key]
 
     def matrix(self, names: Sequence[str]) -> Tensor:
-        """float64 [rows, K]: the weight of each adapter for each row, as compiled code reads it."""
-        if self.routing.axis == "uniform":
-            mixes = self.routing.mixes * (self.batch or 1)
-        else:
-            mixes = self._row_mixes(
-                sum(self.routing.lengths)
-                if self.routing.axis == "token"
-                else self.batch or len(self.routing.mixes)
-            )
+        """float64 [rows, K]: the weight of each adapter for each row, as compiled code reads it.
+
+        One row where all are alike and their number is not known.
+        """
         column = {name: k for k, name in enumerate(names)}
-        matrix = torch.zeros(len(mixes), len(names), dtype=torch.float64)
-        for i, mix in enumerate(mixes):
+        per_mix = torch.zeros(len(self.routing.mixes), len(names), dtype=torch.float64)
+        for i, mix in enumerate(self.routing.mixes):
             for name, weight in mix:
-                matrix[i, column[name]] += weight
-        return matrix
+                per_mix[i, column[name]] += weight
+        if self.routing.axis == "uniform":
+            return per_mix.repeat(self.batch or 1, 1)
+        if self.routing.axis == "token":
+            return per_mix[self._mix_of(sum(self.routing.lengths))]
+        return per_mix[self._mix_of(self.batch or len(self.routing.mixes))]

@@ -49,6 +49,8 @@ class SiteForward:
         self.replaced: dict[str, ReplaceParameters] = {}
         self.called = False
         self._serial = next(_serials)
+        #: experts see the tokens that a router sends them, so a row's number means nothing there
+        self.routed = "experts" in path.split(".")
         self._inside = False
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +69,11 @@ class SiteForward:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if plan.uniform == () or not isinstance(x, Tensor):
             return self.base(*args, **kwargs)
+        if plan.uniform is None and self.routed:
+            raise RoutingError(
+                f"{self.path} is an expert and sees routed tokens, not rows; all rows of a batch "
+                "must use the same adapters here"
+            )
         shares = plan.shares(self._count(plan, x), x.device)
         replaced = [s for s in shares if s.name in self.replaced] if self.replaced else []
         if replaced:
@@ -225,7 +232,12 @@ class SiteForward:
             site = self.low_rank.get(name)
             if site is None:
                 continue
-            if x.shape[0] == weights.shape[0]:
+            if site.dropout and self.module.training and self.forwards.keyed:
+                raise RoutingError(
+                    "compiled code cannot read the keys of lorakit's dropout; train without "
+                    "dropout, or uncompiled"
+                )
+            if x.shape[0] == weights.shape[0] or weights.shape[0] == 1:
                 weight = weights[:, k].to(y.device, y.dtype).view(-1, *(1 for _ in y.shape[1:]))
             elif y.shape[:-1].numel() == weights.shape[0]:
                 weight = weights[:, k].to(y.device, y.dtype).view(*y.shape[:-1], 1)

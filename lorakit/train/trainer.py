@@ -181,7 +181,12 @@ class Trainer:
         """
         with CallbackList(self._callbacks) as events, seeded(self._settings.seed):
             handle = attach(
-                self._base.model, self._what, NAME, trainable=True, seed=self._settings.seed
+                self._base.model,
+                self._what,
+                NAME,
+                trainable=True,
+                seed=self._settings.seed,
+                allow_other_base=True,  # it was checked against the base as it was loaded
             )
             try:
                 return self._run(handle, events)

@@ -12,7 +12,7 @@ from torch import nn
 from lorakit import LoRASpec
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Replace
-from lorakit.errors import FormatError, LorakitError, TargetError
+from lorakit.errors import BaseError, FormatError, LorakitError, TargetError
 from lorakit.layers import attach, handle_of
 
 from .. import models
@@ -347,3 +347,70 @@ def test_under_an_offloading_device_map(tmp_path):
     assert all(p.grad is not None for p in handle.parameters())
     handle.detach()
     assert torch.equal(output(model, "llama"), expected)
+
+
+def test_every_adapter_is_checked_for_uncalled_modules():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Half()
+    handle = attach(model, LoRASpec(rank=2, targets="used"), "a")
+    handle.add(LoRASpec(rank=2, targets=("used", "unused")), "b")
+    x = torch.randn(2, 4)
+    model(x)
+    for _ in range(2):  # again and again, not only the first time
+        with pytest.raises(TargetError, match=r"never called.*\n.*unused"), handle.use("b"):
+            model(x)
+    model(x)
+
+
+def test_names_that_are_attributes_of_modules():
+    model = models.llama()
+    handle = attach(model, LoRASpec(rank=2), "train")
+    for name in ("eval", "type", "keys", "a.b"):
+        handle.add(LoRASpec(rank=2), name)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert all(id(p) in trained for name in handle.names for p in handle.parameters(name))
+    with pytest.raises(LorakitError, match="is taken"):
+        handle.add(LoRASpec(rank=2), "a·b")
+    handle.detach()
+    with pytest.raises(LorakitError, match="was detached"):
+        handle.add(LoRASpec(rank=2), "late")
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_a_part_with_adapters_is_not_attached_around():
+    model = models.llama()
+    inner = attach(model.model, LoRASpec(rank=2))
+    with pytest.raises(LorakitError, match="a part of this model has adapters attached"):
+        attach(model, LoRASpec(rank=2))
+    assert all(p.requires_grad for p in inner.parameters())
+
+
+def test_a_frozen_adapter_is_a_copy_of_its_value():
+    model = models.llama()
+    handle = attach(model, LoRASpec(rank=2))
+    models.randomize(handle)
+    adapter = handle.snapshot()
+    handle.add(adapter, "again")
+    with torch.no_grad():
+        for p in handle.parameters("again"):
+            p.zero_()
+    assert all(site.A.abs().sum() > 0 for site in adapter.low_rank.values())
+
+
+def test_an_adapter_of_other_weights_is_refused():
+    from lorakit.bases import identify
+
+    first, second = models.llama(), models.llama()
+    adapter = attach(first, LoRASpec(rank=2)).snapshot().with_(base=identify(first, "one"))
+    with pytest.raises(BaseError, match="sampled weights differ"):
+        attach(second, adapter)
+    assert handle_of(second) is None
+    attach(second, adapter, allow_other_base=True)
+    handle_of(first).add(adapter, "same")

@@ -92,13 +92,17 @@ def test_beam_search(llama, ids):
         assert torch.equal(joint[i, :length], expected[0, :length])
 
 
-def test_sampling_several_sequences_expands_rows(llama, ids):
+def test_returned_sequences_multiply_rows(llama, ids):
+    """Two beams, both returned: row i becomes rows 2i and 2i + 1."""
     model, handle = llama
+    settings = {
+        "max_new_tokens": 4, "num_beams": 2, "num_return_sequences": 2, "do_sample": False,
+        "pad_token_id": 0, "eos_token_id": None,
+    }  # fmt: skip
     with handle.use(rows=ROWS):
-        out = model.generate(
-            ids, max_new_tokens=2, num_return_sequences=2, do_sample=True, pad_token_id=0
-        )
-    assert out.shape[0] == 2 * len(ROWS)
+        joint = model.generate(ids, **settings)
+    alone = separately(model, handle, lambda i: model.generate(ids[i : i + 1], **settings))
+    assert torch.equal(joint, torch.cat(alone))
 
 
 class _Numbers:
@@ -275,22 +279,150 @@ def test_two_overlapping_forwards_raise(llama, ids):
         first.join()
         hook.remove()
     assert "second forward" in str(failed[0])
-    with handle.use("a"):
-        model(ids)  # and the model still works
+    with torch.no_grad(), handle.use(rows=ROWS):  # and the model still works
+        joint = model(ids).logits
+    with torch.no_grad():
+        assert_rows_equal(joint, separately(model, handle, lambda i: model(ids[i : i + 1]).logits))
 
 
-def test_a_forward_that_raises_leaves_no_trace(llama, ids):
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_a_forward_that_raises_leaves_no_trace(llama, ids, kind):
+    """Ctrl-C runs no forward hooks, so the next forward must not trust that they ran."""
     model, handle = llama
 
     def explode(*_):
-        raise ValueError("inside")
+        raise kind("inside")
 
     hook = model.model.layers[1].register_forward_pre_hook(explode)
-    with pytest.raises(ValueError, match="inside"):
+    with pytest.raises(kind, match="inside"), handle.use("a"):
         model(ids)
     hook.remove()
-    with torch.no_grad(), handle.use(rows=ROWS):
-        assert torch.isfinite(model(ids).logits).all()
+    with torch.no_grad():
+        with handle.use(rows=ROWS):
+            joint = model(ids).logits
+        assert_rows_equal(joint, separately(model, handle, lambda i: model(ids[i : i + 1]).logits))
+
+
+def test_threads_that_choose_at_once_raise(llama, ids):
+    """A routing holds for the whole model, so each would run with the other's adapter."""
+    _, handle = llama
+    errors: list[BaseException] = []
+
+    def choose():
+        try:
+            with handle.use("b"):
+                pass
+        except RoutingError as error:
+            errors.append(error)
+
+    with handle.use("a"):
+        other = threading.Thread(target=choose)
+        other.start()
+        other.join()
+        assert handle.active.names == {"a"}
+    assert "another thread is inside a use(…) block" in str(errors[0])
+    errors.clear()
+    other = threading.Thread(target=choose)  # one after the other is fine
+    other.start()
+    other.join()
+    assert not errors
+
+
+def test_a_forward_inside_a_backward_hook_has_its_own_routing(llama, ids):
+    model, handle = llama
+    with torch.no_grad(), handle.use("b"):
+        expected = model(ids).logits
+    found = []
+
+    def look(grad):
+        with torch.no_grad(), handle.use("b"):
+            found.append(model(ids).logits)
+
+    with handle.use("a"):
+        logits = model(ids).logits
+    logits.register_hook(look)
+    logits.sum().backward()
+    assert torch.equal(found[0], expected)
+
+
+def test_backwards_of_several_threads_are_not_guessed():
+    """Autograd counts per thread: two forwards may have spanned the same numbers."""
+    model = models.llama().double().train()
+    handle = adapted(model)
+    ids = torch.randint(3, 100, (1, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_enable()
+    outputs = {}
+
+    def run(name):
+        handle.activate(name)
+        outputs[name] = model(ids).logits.sum()
+
+    for name in ("a", "b"):
+        thread = threading.Thread(target=run, args=(name,))
+        thread.start()
+        thread.join()
+    with pytest.raises(RoutingError, match="forwards of several threads await"):
+        outputs["a"].backward()
+
+
+def test_layers_compiled_one_by_one_see_a_scope(llama, ids):
+    model, handle = llama
+    expected = {}
+    with torch.no_grad():
+        for name in ("a", None):
+            with handle.use(name):
+                expected[name] = model(ids).logits
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        for name in ("a", None, "a"):
+            with handle.forward_scope(Routing.uniform(name)):
+                assert (model(ids).logits - expected[name]).abs().max() <= LIMIT
+
+
+def test_an_expert_is_not_taken_for_rows():
+    """The tokens that a router sends to an expert may be as many as there are rows."""
+
+    class Mixture(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x):
+            tokens = x.reshape(-1, 4)
+            return torch.cat([self.experts[0](tokens[:2]), self.experts[1](tokens[2:])])
+
+    model = Mixture().double()
+    handle = attach(model, LoRASpec(rank=2, targets=r"experts\.\d"), "a")
+    models.randomize(handle)
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    model(x)  # all rows alike: fine
+    with pytest.raises(RoutingError, match="is an expert"), handle.use(rows=["a", None]):
+        model(x)
+
+
+def test_a_scope_joins_root_forwards_and_opens_once(llama, ids):
+    model, handle = llama
+    with torch.no_grad():
+        with handle.use("b"):
+            expected = model(ids).logits
+        with handle.forward_scope(Routing.uniform("b")):
+            assert torch.equal(model(ids).logits, expected)
+            with (
+                pytest.raises(RoutingError, match="inside another"),
+                handle.forward_scope(Routing.uniform("a")),
+            ):
+                pass
+
+
+def test_generate_reads_beams_from_a_positional_config(llama, ids):
+    from transformers import GenerationConfig
+
+    model, handle = llama
+    settings = GenerationConfig(max_new_tokens=3, num_beams=2, pad_token_id=0, do_sample=False)
+    with handle.use(rows=ROWS):
+        assert model.generate(ids, settings).shape[0] == len(ROWS)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +434,7 @@ def test_a_forward_that_raises_leaves_no_trace(llama, ids):
         ({"mix": "z"}, "no adapter 'z' is attached"),
         ({"mix": 3}, "expected a name, None for the bare base"),
         ({"mix": "a", "rows": ["a"]}, "not both"),
+        ({"mix": Routing.uniform("a"), "rows": ["a"]}, "not both"),
         ({"rows": ["a"], "expand": 0}, "expected a number of at least 1"),
         ({"mix": Routing.tokens([("a", 3)])}, "the routing covers 3"),
     ],
