@@ -23,7 +23,6 @@ _HOME = {
     "DataSpec": "spec",
     "Example": "tokens",
     "Item": "tokens",
-    "PaddedBatch": "batch",
     "Prompt": "rendering",
     "PromptItem": "tokens",
     "Rendering": "rendering",
@@ -34,9 +33,7 @@ _HOME = {
     "make_rendering": "rendering",
     "order": "ordering",
     "pack": "batch",
-    "pad": "batch",
     "split": "splitting",
-    "stream": "ordering",
 }
 
 __all__ = [
@@ -45,7 +42,6 @@ __all__ = [
     "DataSpec",
     "Example",
     "Item",
-    "PaddedBatch",
     "Prompt",
     "PromptItem",
     "Rendering",
@@ -56,15 +52,13 @@ __all__ = [
     "make_rendering",
     "order",
     "pack",
-    "pad",
     "split",
-    "stream",
 ]
 
 if TYPE_CHECKING:
-    from lorakit.data.batch import Batch, PaddedBatch, pack, pad
+    from lorakit.data.batch import Batch, pack
     from lorakit.data.load import load_data
-    from lorakit.data.ordering import indices_at, order, stream
+    from lorakit.data.ordering import indices_at, order
     from lorakit.data.rendering import Prompt, Rendering, make_rendering
     from lorakit.data.report import DataReport
     from lorakit.data.spec import DataSpec

@@ -1,7 +1,6 @@
-"""Examples → tensors: packed without padding, or padded for models that cannot be packed.
+"""Examples → tensors, packed without padding.
 
-Legend: N tokens of all examples of a batch, S supervised positions, B examples, T tokens of the
-longest.
+Legend: N tokens of all examples of a batch, S supervised positions, B examples.
 """
 
 from __future__ import annotations
@@ -43,27 +42,6 @@ class Batch:
         return self.labels.shape[0]
 
 
-@dataclass(frozen=True)
-class PaddedBatch:
-    """The same content, one example a row, padded on the right."""
-
-    input_ids: torch.Tensor
-    """[B, T] int64."""
-    attention_mask: torch.Tensor
-    """[B, T] int64: 1 on tokens, 0 on padding."""
-    position_ids: torch.Tensor
-    """[B, T] int64; 0 on padding."""
-    lengths: tuple[int, ...]
-    supervised: torch.Tensor
-    """[S] int64, ascending: places in the flattened [B·T] whose next token is supervised, in
-    the order of :attr:`Batch.supervised`."""
-    labels: torch.Tensor
-    """[S] int64: these next tokens."""
-    example_ids: torch.Tensor
-    """[B] int64."""
-    rows: tuple[tuple[str, int], ...]
-
-
 def pack(examples: Sequence[Example]) -> Batch:
     """Put examples behind each other, without padding."""
     if not examples:
@@ -75,30 +53,6 @@ def pack(examples: Sequence[Example]) -> Batch:
     return Batch(
         _tensor(np.concatenate([one.ids for one in examples]))[None],
         _tensor(positions)[None],
-        lengths,
-        places,
-        labels,
-        _tensor(np.array([one.id for one in examples])),
-        tuple((one.file, one.index) for one in examples),
-    )
-
-
-def pad(examples: Sequence[Example], pad_id: int) -> PaddedBatch:
-    """Put each example into a row of its own, padded on the right to the longest."""
-    if not examples:
-        raise ValueError("a batch needs at least one example")
-    lengths = tuple(len(one.ids) for one in examples)
-    shape = (len(examples), max(lengths))
-    ids = np.full(shape, pad_id, np.int64)
-    mask = np.zeros(shape, np.int64)
-    for row, one in enumerate(examples):
-        ids[row, : lengths[row]] = one.ids
-        mask[row, : lengths[row]] = 1
-    places, labels = _supervised(examples, np.arange(shape[0]) * shape[1])
-    return PaddedBatch(
-        _tensor(ids),
-        _tensor(mask),
-        _tensor(np.arange(shape[1])[None] * mask),
         lengths,
         places,
         labels,

@@ -8,7 +8,6 @@ consumed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -28,15 +27,8 @@ def order(num: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 
-def stream(num: int, seed: int, consumed: int = 0) -> Iterator[int]:
-    """Indices below ``num`` without end, from the given place on; each epoch has its own order."""
-    while True:
-        yield int(indices_at(num, seed, consumed, 1)[0])
-        consumed += 1
-
-
 def indices_at(num: int, seed: int, consumed: int, count: int) -> np.ndarray:
-    """The next ``count`` indices of the stream after ``consumed`` ones, int64."""
+    """The ``count`` indices that come after ``consumed`` ones, epoch behind epoch, int64."""
     if num < 1:
         raise ValueError("there are no examples to order")
     found = []

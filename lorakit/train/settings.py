@@ -19,6 +19,7 @@ Optimizer = Literal["adamw", "sgd"]
 
 DEFAULT_EPOCHS = 3.0
 DEFAULT_BETAS = (0.9, 0.999)
+DEFAULT_EPS = 1e-8
 #: tokens of one forward where nobody said: enough to fill the processor, few enough that the
 #: activations stay small beside the weights
 DEFAULT_TOKENS = {"cpu": 2048, "mps": 4096}
@@ -37,8 +38,6 @@ class Facts:
     """Width of the base's residual stream; ``None`` if it has none."""
     device: str = "cpu"
     """``"cpu"``, ``"cuda"``, ``"mps"``, …"""
-    context: int | None = None
-    """Tokens of the longest example."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class TrainSettings:
     """``adamw`` (Loshchilov & Hutter, arXiv 1711.05101) or ``sgd`` without momentum."""
     betas: tuple[float, float] = DEFAULT_BETAS
     """Decay of AdamW's two averages."""
-    eps: float = 1e-8
+    eps: float = DEFAULT_EPS
     """Added to AdamW's denominator."""
     weight_decay: float = 0.0
     """AdamW's decoupled decay: each step shrinks A and B by ``lr · weight_decay``."""
@@ -182,6 +181,8 @@ class TrainSettings:
                 yield f"weight_decay is {self.weight_decay:g}, but sgd has no decoupled decay"
             if self.betas != DEFAULT_BETAS:
                 yield f"betas is {self.betas}, but sgd keeps no averages"
+            if self.eps != DEFAULT_EPS:
+                yield f"eps is {self.eps:g}, but sgd has no denominator to add it to"
 
     def resolve(self, facts: Facts) -> tuple[TrainSettings, list[str]]:
         """These settings with every choice made, and a sentence on each.

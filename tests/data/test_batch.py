@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data import Example, pack, pad
+from lorakit.data import Example, pack
 
 
 @st.composite
@@ -54,22 +54,6 @@ def test_labels_are_the_next_tokens_of_the_same_example(drawn):
     assert batch.supervised.tolist() == sorted(set(batch.supervised.tolist()))
 
 
-@given(examples(), st.integers(0, 999))
-def test_padding_holds_the_same_as_packing(drawn, pad_id):
-    packed, padded = pack(drawn), pad(drawn, pad_id)
-    kept = padded.attention_mask.bool()
-    assert padded.input_ids[kept].tolist() == packed.input_ids[0].tolist()
-    assert padded.position_ids[kept].tolist() == packed.position_ids[0].tolist()
-    assert (padded.input_ids[~kept] == pad_id).all()
-    flat = padded.input_ids.flatten()
-    assert flat[padded.supervised].tolist() == packed.input_ids[0][packed.supervised].tolist()
-    assert flat[padded.supervised + 1].tolist() == padded.labels.tolist()
-    assert padded.labels.tolist() == packed.labels.tolist()
-    assert padded.lengths == packed.lengths == tuple(kept.sum(1).tolist())
-
-
 def test_an_empty_batch_is_refused():
     with pytest.raises(ValueError, match="at least one example"):
         pack([])
-    with pytest.raises(ValueError, match="at least one example"):
-        pad([], 0)

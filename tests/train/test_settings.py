@@ -52,6 +52,7 @@ IMPOSSIBLE = [
     ({"patience": 2, "eval_every": 0}, "there is nothing to wait for"),
     ({"optimizer": "sgd", "weight_decay": 0.1}, "sgd has no decoupled decay"),
     ({"optimizer": "sgd", "betas": (0.5, 0.9)}, "sgd keeps no averages"),
+    ({"optimizer": "sgd", "eps": 1e-3}, "eps is 0.001, but sgd has no denominator"),
 ]
 
 
