@@ -54,8 +54,10 @@ def write_atomic(path: Path, content: bytes) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``; renamed onto it when the block ends well.
 
-    The content and the folder's entry are flushed to the disk before and after the rename.
+    The content and the folder's entry are flushed to the disk before and after the rename. Where
+    ``path`` is a link, what it points to is replaced, and the link stays.
     """
+    path = path.resolve()
     with clear_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -63,10 +65,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            _flush(temporary)
+            flush(temporary)
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
-            _flush(path.parent)
+            flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -77,7 +79,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     An existing folder changes places with it in one step where the system can do that (Linux,
     macOS). Elsewhere it is moved aside for the moment between two renames. Then it is removed.
+    Where ``path`` is a link, the folder it points to is replaced, and the link stays.
     """
+    path = path.resolve()
     with clear_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -85,7 +89,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    _flush(file)
+                    flush(file)
             os.chmod(temporary, 0o777 & ~_umask())
             if path.exists() and exchange(temporary, path):
                 pass  # the old folder is the temporary one now, and goes with it below
@@ -96,7 +100,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 shutil.rmtree(aside, ignore_errors=True)
             else:
                 os.replace(temporary, path)
-            _flush(path.parent)
+            flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -111,7 +115,8 @@ def exchange(first: Path, second: Path) -> bool:
     return bool(call(here, os.fsencode(first), here, os.fsencode(second), swap) == 0)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until the file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,17 +2,18 @@
 
 Three cases: a new folder appears by one rename. A folder that holds an adapter and nothing else
 changes places with the new one in one step, or has one file replaced where only that one differs.
-A folder with other things in it keeps them: its files are replaced one by one, without a config
-in between, so that it is never taken for a whole adapter while it is not.
+A folder with other things in it keeps them: the new files are written beside the old ones, and
+only when all are on the disk are they renamed. Where more than one file changed, there is no config
+between these renames, so that it is never taken for a whole adapter while it is not.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lorakit.core.files import atomic_file, atomic_folder, clear_disk_errors
+from lorakit.core.files import atomic_file, atomic_folder, clear_disk_errors, flush
 from lorakit.errors import FormatError
 from lorakit.formats.tokenizer_files import is_tokenizer_file
 
@@ -50,13 +51,14 @@ def write_folder(folder: Path, files: Mapping[str, Content]) -> None:
         card = _own_card(folder)
         files = {**files, CARD: card} if card is not None else files
         there = _names_in(folder)
-        strange = [name for name in there if not _is_ours(name)]
-        if CONFIG not in there or strange:
-            _replace_files(folder, files, there)
-            return
-        changed = _changed(folder, files, there)
-        if len(changed) == 1:
-            _write(folder / changed[0], files[changed[0]])
+        changed = {name: files[name] for name in files if _differs(folder / name, files[name])}
+        stale = [name for name in there - set(files) if _is_adapter_file(name)]
+        if CONFIG not in there or any(not _is_ours(name) for name in there):
+            if len(changed.keys() - {CARD}) > 1:
+                changed[CONFIG] = files[CONFIG]
+            _replace_files(folder, changed, stale)
+        elif len(changed) == 1 and not stale:
+            _replace_files(folder, changed)
         else:
             _write_new(folder, files)
 
@@ -66,38 +68,31 @@ def _write_new(folder: Path, files: Mapping[str, Content]) -> None:
         for name, content in files.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                path.write_bytes(content)
-            else:
-                content(path)
+            _write(path, content)
 
 
-def _replace_files(folder: Path, files: Mapping[str, Content], there: set[str]) -> None:
-    (folder / CONFIG).unlink(missing_ok=True)
-    for name in sorted(there - set(files)):
-        if _is_adapter_file(name) and (folder / name).is_file():
+def _replace_files(folder: Path, files: Mapping[str, Content], stale: Sequence[str] = ()) -> None:
+    with contextlib.ExitStack() as renames:  # they are made from the last to the first: the config
+        for name in sorted(files, key=lambda name: name != CONFIG):
+            temporary = renames.enter_context(atomic_file(folder / name))
+            _write(temporary, files[name])
+            flush(temporary)
+        if CONFIG in files and len(files) > 1:
+            (folder / CONFIG).unlink(missing_ok=True)
+    for name in stale:
+        if (folder / name).is_file():
             (folder / name).unlink()
-    for name in sorted(files, key=lambda name: name == CONFIG):  # the config last
-        _write(folder / name, files[name])
 
 
-def _changed(folder: Path, files: Mapping[str, Content], there: set[str]) -> list[str]:
-    """The files to write; more than one if any must go."""
-    changed = [
-        name
-        for name, content in files.items()
-        if callable(content) or name not in there or (folder / name).read_bytes() != content
-    ]
-    stale = [name for name in there - set(files) if _is_adapter_file(name)]
-    return changed + stale
+def _differs(path: Path, content: Content) -> bool:
+    return callable(content) or not path.is_file() or path.read_bytes() != content
 
 
 def _write(path: Path, content: Content) -> None:
-    with atomic_file(path) as temporary:
-        if isinstance(content, bytes):
-            temporary.write_bytes(content)
-        else:
-            content(temporary)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content(path)
 
 
 def _names_in(folder: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from lorakit.core.sites import LowRank
-from lorakit.errors import FormatError, InputError
+from lorakit.errors import FormatError, InputError, TrainingError
 from lorakit.formats import folder as folder_module
 from lorakit.formats import load_adapter, save_adapter
 
@@ -24,7 +25,7 @@ from .small import contents, small_adapter
 def version(number: int):
     """An adapter that says its number in every place, and has it as its rank."""
     rank = number % 5 + 1
-    site = LowRank(torch.full((rank, 3), float(number)), torch.ones(2, rank), float(number))
+    site = LowRank(torch.full((rank, 3), float(number)), torch.ones(2, rank), float(number + 1))
     return small_adapter(
         sites={"a.q": site},
         provenance={"number": number},
@@ -86,25 +87,63 @@ def test_a_card_written_by_hand_stays(tmp_path):
     assert check_whole(load_adapter(folder)) == 2
 
 
-def test_the_config_is_never_beside_other_weights(tmp_path, monkeypatch):
-    """A folder with foreign files is written piece by piece; in between it is no adapter."""
+@pytest.fixture
+def shared(tmp_path) -> Path:
+    """A folder with an adapter, the first version, and a file of somebody else."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine.txt").write_text("mine")
-    folder = save_adapter(version(1), tmp_path / "a")
-    written = []
+    return save_adapter(version(1), tmp_path / "a")
+
+
+def test_the_config_is_never_beside_other_weights(shared, monkeypatch):
+    """A folder with foreign files is renamed piece by piece; in between it is no adapter."""
+    renamed = []
+    replace = os.replace
+
+    def watched(source, target):
+        replace(source, target)
+        renamed.append(Path(target).name)
+        if renamed[-1] != "adapter_config.json":
+            with pytest.raises(FormatError):
+                load_adapter(shared)
+
+    monkeypatch.setattr(os, "replace", watched)
+    save_adapter(version(2), shared)
+    assert renamed[-1] == "adapter_config.json"
+    assert check_whole(load_adapter(shared)) == 2
+
+
+def test_new_weights_alone_are_one_rename(shared, monkeypatch):
+    """As a run saves them: the config stays, and the adapter is whole at every moment."""
+    seen = []
+    replace = os.replace
+
+    def watched(source, target):
+        seen.append(load_adapter(shared).provenance["number"])
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    save_adapter(version(1).with_(provenance={"number": 2}), shared)
+    assert seen == [1]
+    assert load_adapter(shared).provenance["number"] == 2
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "vocab.txt", "adapter_model.safetensors"])
+def test_a_disk_that_fills_leaves_the_old_adapter(shared, name, monkeypatch):
+    before = contents(shared)
     write = folder_module._write
 
-    def watched(path, content):
-        if path.name != "adapter_config.json":
-            with pytest.raises(FormatError):
-                load_adapter(folder)
+    def full(path, content):
+        if name in path.name:
+            path.write_bytes(b"a part")
+            raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
-        written.append(path.name)
 
-    monkeypatch.setattr(folder_module, "_write", watched)
-    save_adapter(version(2), folder)
-    assert written[-1] == "adapter_config.json"
-    assert check_whole(load_adapter(folder)) == 2
+    monkeypatch.setattr(folder_module, "_write", full)
+    with pytest.raises(TrainingError, match="is full"):
+        save_adapter(version(2), shared)
+    assert contents(shared) == before
+    assert check_whole(load_adapter(shared)) == 1
 
 
 def test_readers_always_see_a_whole_adapter(tmp_path):
