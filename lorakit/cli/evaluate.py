@@ -154,7 +154,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         emit_json(_result(options, base, data, items, indices, judged, mixes))
     else:
-        _print(judged, items, options.show)
+        column = None if options.template else data.report.columns.get("prompt")
+        _print(judged, items, options.show, column)
     return 0
 
 
@@ -274,7 +275,12 @@ def _parts(mix: Any, refs: Mapping[str, str]) -> list[dict[str, Any]]:
 # --- the table -------------------------------------------------------------------------------
 
 
-def _print(judged: Sequence[Judgement], items: Sequence[PromptItem] | None, show: int) -> None:
+def _print(
+    judged: Sequence[Judgement],
+    items: Sequence[PromptItem] | None,
+    show: int,
+    prompt_column: str | None,
+) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -298,7 +304,7 @@ def _print(judged: Sequence[Judgement], items: Sequence[PromptItem] | None, show
     for i in range(min(show, len(items or ()))):
         assert items is not None
         if judged[0].answers:
-            _print_answers(out, judged, items[i], i)
+            _print_answers(out, judged, items[i], i, prompt_column)
 
 
 def _cell(value: float, column: Sequence[float], *, lower: bool, digits: int) -> str:
@@ -308,14 +314,18 @@ def _cell(value: float, column: Sequence[float], *, lower: bool, digits: int) ->
     return f"[bold green]{text}[/]" if len(column) > 1 and value == best else text
 
 
-def _print_answers(out: Any, judged: Sequence[Judgement], item: PromptItem, i: int) -> None:
+def _print_answers(
+    out: Any, judged: Sequence[Judgement], item: PromptItem, i: int, prompt_column: str | None
+) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("prompt", Text(_short(item.prompt)))
+    # as it stands in the data, where one column holds it; else with the template around it
+    prompt = item.fields.get(prompt_column) if prompt_column else None
+    table.add_row("prompt", Text(_short(str(prompt or item.prompt))))
     more = len(item.references) - 1
     table.add_row(
         "reference", Text(_short(item.references[0]) + (f"  (and {more} more)" if more else ""))

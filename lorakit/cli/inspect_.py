@@ -237,7 +237,7 @@ def _site_rows(groups: Mapping[str, Sequence[SiteFacts]]) -> Iterator[tuple[Any,
 def _numbers(site: SiteFacts) -> tuple[str, str]:
     if site.norm is None or site.effective_rank is None:
         return "", ""
-    return f"{site.norm:.4g}", f"{site.effective_rank:.1f}"
+    return f"{site.norm:#.4g}", f"{site.effective_rank:.1f}"
 
 
 def _block_rows(groups: Mapping[str, Sequence[SiteFacts]]) -> Iterator[tuple[Any, ...]]:
@@ -250,7 +250,7 @@ def _block_rows(groups: Mapping[str, Sequence[SiteFacts]]) -> Iterator[tuple[Any
             block if len(members) > 1 else members[0].path,
             str(len(members)),
             f"{sum(site.parameters for site in members):,}",
-            "" if total is None else f"{total:.4g}",
+            "" if total is None else f"{total:#.4g}",
             spread,
             total,
         )

@@ -18,6 +18,7 @@ import contextlib
 import inspect
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -40,6 +41,9 @@ Mode = Literal["packed", "padded", "single"]
 #: that see a neighbour they should not differ by far more
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
 _ROUNDING_HALF = 3e-2
+
+#: position encodings whose frequencies depend on the longest position of a forward
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 #: positions whose logits exist together: few on a CPU, where 64 rows already fill the cores and
 #: more only cost memory; more on an accelerator, where small products leave it idle
@@ -176,6 +180,7 @@ class PackedModel:
         if self.handle is not None:
             routing = self._arranged_routing(part, routing or self.handle.active)
         finish, head = self._finish, self._head
+        _forget_longest(self.model, max(part.lengths))
         with self._scope(routing):
             if finish is None:
                 # the logits are there already; the head that remains does nothing
@@ -275,6 +280,13 @@ class PackedModel:
             self.notes.append(
                 "batches are padded: gradient checkpointing runs the layers again when the "
                 "segments of a packed row are no longer known"
+            )
+        kinds = _rope_kinds(self.model).intersection(_LENGTH_DEPENDENT)
+        if not fixed and kinds:  # which the short sequences of this trial cannot show
+            self.mode = "single"
+            self.notes.append(
+                f"examples go through one at a time: with {', '.join(sorted(kinds))} position "
+                "encodings, the length of one would change the others"
             )
         self._choose_split(sequences[0])
         modes: list[Mode] = ["packed", "padded", "single"]
@@ -510,6 +522,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _rope_kinds(model: nn.Module) -> set[str]:
+    """Kinds of rotary position encoding that the configs name, for all layers or some."""
+    kinds = set()
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    names = ("rope_parameters", "rope_scaling")
+    found = [getattr(config, name, None) for config in configs for name in names]
+    while found:
+        settings = found.pop()
+        if isinstance(settings, dict):
+            kinds |= {str(settings[name]) for name in ("rope_type", "type") if name in settings}
+            found += settings.values()
+    return kinds
+
+
+def _forget_longest(model: nn.Module, length: int) -> None:
+    """Let the next forward, of ``length`` tokens, take the frequencies of its own length.
+
+    A dynamic encoding keeps those of the longest sequence so far for shorter ones. It compares
+    with what is set here: below its original length it goes back, otherwise it computes anew.
+    """
+    for module in model.modules():
+        original = getattr(module, "original_max_seq_len", None)
+        if original is not None and "dynamic" in str(getattr(module, "rope_type", "")):
+            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+                setattr(module, name, math.inf if length < original else 0)
 
 
 def _recomputes(model: nn.Module) -> bool:

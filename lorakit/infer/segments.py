@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ NAME = "lorakit_packed"
 
 #: rows of a mask that are looked at together; bounds the memory for a very long segment
 _ROWS = 1024
+
+#: of longer segments, what was found to be plainly causal, by :func:`_key`; the oldest go first
+_causal: dict[tuple[Any, ...], None] = {}
+_REMEMBERED = 1024
 
 #: id of a model's config → lengths and device of the forward that is running on it
 _running: dict[int, tuple[tuple[int, ...], torch.device]] = {}
@@ -91,13 +96,53 @@ def _visible(
     """The mask of one segment, bool [n, n], or ``None`` if it is plainly causal."""
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
     index = torch.arange(start, start + length, device=device)
-    blocks, causal = [], True
-    for rows in torch.split(index, _ROWS):
-        seen = mask_function(zero, zero, rows[None, None, :, None], index[None, None, None, :])
-        seen = seen.expand(1, 1, len(rows), length)[0, 0]
-        causal = causal and bool((seen == (rows[:, None] >= index)).all())
-        blocks.append(seen)
-    return None if causal else torch.cat(blocks)
+
+    def seen(rows: Tensor) -> Tensor:
+        found = mask_function(zero, zero, rows[None, None, :, None], index[None, None, None, :])
+        return found.expand(1, 1, len(rows), length)[0, 0]
+
+    key = _key(mask_function, start, length) if length > _ROWS else None
+    if key is not None and key in _causal:
+        return None
+    blocks = torch.split(index, _ROWS)
+    if not all(bool((seen(rows) == (rows[:, None] >= index)).all()) for rows in blocks):
+        return torch.cat([seen(rows) for rows in blocks])
+    if key is not None:
+        _causal[key] = None
+        if len(_causal) > _REMEMBERED:
+            _causal.pop(next(iter(_causal)), None)
+    return None
+
+
+def _key(mask_function: Any, start: int, length: int) -> tuple[Any, ...] | None:
+    """All that a mask function depends on inside one segment; ``None`` if that is not clear.
+
+    That is its code and what it closes over: numbers, further functions, and tensors over the
+    row, which inside the segment are all one value or count up.
+    """
+    key: list[Any] = [start, length]
+    open_ = [mask_function]
+    while open_:
+        value = open_.pop()
+        if isinstance(value, FunctionType) and not value.__kwdefaults__:
+            key.append(value.__code__)
+            open_ += [cell.cell_contents for cell in value.__closure__ or ()]
+            open_ += value.__defaults__ or ()
+        elif isinstance(value, tuple):
+            key.append(len(value))
+            open_ += value
+        elif isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] >= start + length:
+            part = value[:, start : start + length].long()
+            step = part[:, 1:] - part[:, :-1]
+            low, high = int(step.min()), int(step.max())
+            if value.is_floating_point() or len(value) > 1 or low != high:
+                return None
+            key.append((int(part[0, 0]), low))
+        elif value is None or isinstance(value, bool | int | float | str):
+            key.append((type(value), value))
+        else:
+            return None
+    return tuple(key)
 
 
 def segment_attention(

@@ -31,6 +31,8 @@ FAMILIES = {
             "attn_logit_softcapping": 0.5,
             "final_logit_softcapping": 0.3,
             "query_pre_attn_scalar": 4,
+            # transformers 5.17 would take sdpa here, which leaves the bound of the scores out
+            "attn_implementation": "eager",
         },
     ),
     "gemma3-window": (

@@ -179,6 +179,50 @@ def test_gradient_checkpointing_is_padded_and_said(tiny, all_double):
     assert largest_difference(mine, gradients(model, expected)) <= 1e-10
 
 
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "short_factor": [1.0, 1.0], "long_factor": [1.5, 3.0],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_an_example_does_not_see_the_length_of_another(kind, tiny, all_double):
+    """Longer than the trial's sequences, these encodings change with the longest position."""
+    settings = {"max_position_embeddings": 8, "rope_parameters": ROPES[kind]}
+    batch = batch_of((6, 30, 8, 12))
+    parts = batch.input_ids[0].split(batch.lengths)
+    packed = PackedModel(tiny("llama", **settings).double())
+    assert packed.mode == "single"
+    assert kind in packed.notes[0]
+    for _ in range(2):  # nor that of one before
+        losses = packed.position_losses(batch)
+        starts = torch.tensor([0, *batch.lengths]).cumsum(0)
+        for number, ids in enumerate(parts):
+            logits = tiny("llama", **settings).double()(ids[None]).logits[0]
+            mine = (starts[number] <= batch.supervised) & (batch.supervised < starts[number + 1])
+            where = batch.supervised[mine] - starts[number]
+            expected = F.cross_entropy(logits[where], batch.labels[mine], reduction="none")
+            assert largest_difference([losses[mine]], [expected]) <= 1e-10, number
+
+
+def test_kinds_of_encodings_of_some_layers_are_found():
+    from lorakit.infer.packed import _rope_kinds
+
+    model = torch.nn.Linear(1, 1)
+    model.config = type("Config", (), {})()
+    assert _rope_kinds(model) == set()
+    model.config.rope_scaling = {"type": "linear", "factor": 2.0}
+    model.config.rope_parameters = {
+        "full_attention": {"rope_type": "longrope"},
+        "sliding_attention": {"rope_type": "default"},
+    }
+    assert _rope_kinds(model) == {"linear", "longrope", "default"}
+
+
 def test_a_batch_without_supervised_tokens_costs_nothing(tiny):
     batch = batch_of((4, 3))
     empty = dataclasses.replace(batch, supervised=batch.supervised[:0], labels=batch.labels[:0])
