@@ -42,7 +42,10 @@ def identify(
     shapes: dict[str, tuple[int, ...]] = {}
     samples: dict[str, tuple[float, ...]] = {}
     kinds: dict[str, str] = {}
-    for path, module in _chosen(model):
+    named = {path: module for path, module in model.named_modules() if _shape(module)}
+    embedding = _embedding(model, named)
+    for path, module in _chosen(named, embedding):
+        path = _weight_of(path)
         shape = _shape(module)
         shapes[path] = shape
         values, kind = _read(module, _positions(shape))
@@ -58,6 +61,7 @@ def identify(
         storage=main,
         stored={path: kind for path, kind in kinds.items() if kind != main},
         revision=revision,
+        embedding=None if embedding is None else _weight_of(embedding),
     )
 
 
@@ -118,17 +122,19 @@ def _last_part(name: str) -> str:
 # --- which weights
 
 
-def _chosen(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Parameter path and module of each weight to sample, in a fixed order."""
-    named = {path: module for path, module in model.named_modules() if _shape(module)}
-    embedding = _embedding(model, named)
+def _chosen(named: dict[str, nn.Module], embedding: str | None) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of each weight to sample, in a fixed order."""
     norm = next((p for p in reversed(named) if _is_norm(named[p]) and not _in_block(p)), None)
     linears = _spread([p for p in named if len(_shape(named[p])) > 1 and _in_block(p)])
     if not linears:  # no numbered blocks: all but the last, which may be a new head
         linears = _spread([p for p in named if len(_shape(named[p])) > 1][:-1])
     for path in dict.fromkeys([embedding, *linears, norm]):
         if path is not None:
-            yield (f"{path}.weight" if path else "weight"), named[path]
+            yield path, named[path]
+
+
+def _weight_of(path: str) -> str:
+    return f"{path}.weight" if path else "weight"
 
 
 def _embedding(model: Any, named: dict[str, nn.Module]) -> str | None:

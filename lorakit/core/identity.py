@@ -71,6 +71,8 @@ class BaseIdentity:
     """Parameter path → its storage, where it is another: norms stay exact in quantised models."""
     revision: str | None = None
     """The commit on the hub, where there is one."""
+    embedding: str | None = None
+    """Parameter path of the input embedding, whose rows may grow in number."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -96,6 +98,7 @@ class BaseIdentity:
                 storage=str(data["storage"]),
                 stored={str(k): str(v) for k, v in data.get("stored", {}).items()},
                 revision=data.get("revision"),
+                embedding=data.get("embedding"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BaseError(f"the base identity in the adapter is malformed: {error!r}") from error
@@ -117,11 +120,12 @@ def compare_identities(trained_on: BaseIdentity, used_on: BaseIdentity) -> list[
             f"architecture: trained on {trained_on.architecture}, used on {used_on.architecture}"
         )
     worst, num_compared = 0.0, 0
+    growing = (trained_on.embedding, used_on.embedding)  # added tokens do not make another base
     for path, shape in trained_on.shapes.items():
         other = used_on.shapes.get(path)
         if other is None:
             problems.append(f"{path}: not in this base")
-        elif _without_rows(path, shape) != _without_rows(path, other):
+        elif shape != other and not (path in growing and shape[1:] == other[1:]):
             problems.append(f"{path}: trained on shape {shape}, used on {other}")
         elif other == shape and path in trained_on.samples and path in used_on.samples:
             difference = _relative_difference(trained_on.samples[path], used_on.samples[path])
@@ -174,11 +178,6 @@ def _explained(first: str, second: str) -> float:
     if first == second:
         return STORAGE_ERROR["float32"] if first in _ONE_WAY else storage_error(first)
     return math.hypot(storage_error(first), storage_error(second))
-
-
-def _without_rows(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape, less the vocabulary of an embedding: added tokens do not make another base."""
-    return shape[1:] if "embed" in path and len(shape) == 2 else shape
 
 
 def _relative_difference(first: tuple[float, ...], second: tuple[float, ...]) -> float:

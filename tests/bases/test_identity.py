@@ -119,11 +119,23 @@ def test_another_shape_or_class_is_refused() -> None:
         compare_identities(identity, gpt2)
 
 
-def test_added_tokens_do_not_make_another_base() -> None:
-    model = tiny.llama()
+@pytest.mark.parametrize(
+    ("make", "embedding"),
+    [
+        (models.llama, "model.embed_tokens.weight"),
+        (models.gpt2, "transformer.wte.weight"),
+        (models.t5, "shared.weight"),
+    ],
+)
+def test_added_tokens_do_not_make_another_base(make, embedding) -> None:
+    torch.manual_seed(0)
+    model = make()
     before = identify(model, "tiny")
-    model.resize_token_embeddings(300)
-    assert compare_identities(before, identify(model, "tiny")) == []
+    assert before.embedding == embedding
+    model.resize_token_embeddings(300, mean_resizing=False)
+    after = identify(model, "tiny")
+    assert after.shapes[embedding][0] == 300
+    assert compare_identities(before, after) == compare_identities(after, before) == []
 
 
 def test_another_name_is_said() -> None:
