@@ -142,20 +142,23 @@ def _bias_mode(adapter: Adapter) -> Any:
 
 
 def _modules_to_save(adapter: Adapter) -> list[str]:
-    """The spec's names that cover a module here, and the paths of modules that none covers.
+    """The paths of modules that were trained whole.
 
-    What is left out is in the file all the same, and PEFT loads it into the base's own module:
-    an embedding whose vocabulary grew, as PEFT itself does it, and a module whose name, as PEFT
+    The spec's words would not do: PEFT does not match them at a dot, so "norm" is "input_layernorm"
+    too. What is left out is in the file all the same, and PEFT loads it into the base's own module:
+    an embedding whose vocabulary grew, as PEFT itself does it, and a module whose path, as PEFT
     matches names, would also cover an adapted one.
     """
-    modules = [p for p, site in adapter.replaced.items() if "" not in site.tensors_by_name]
-    names = [n for n in adapter.spec.train_modules if any(p.endswith(n) for p in modules)]
-    names += [
+    return [
         path
-        for path in modules
-        if not path.endswith(tuple(names)) and path.rpartition(".")[2] not in VOCABULARY_MODULES
+        for path, site in adapter.replaced.items()
+        if "" not in site.tensors_by_name
+        and (
+            path.endswith(adapter.spec.train_modules)
+            or path.rpartition(".")[2] not in VOCABULARY_MODULES
+        )
+        and _can_wrap(adapter, [path])
     ]
-    return [name for name in names if _can_wrap(adapter, [name])]
 
 
 def _can_wrap(adapter: Adapter, names: Sequence[str]) -> bool:

