@@ -48,7 +48,7 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 #: positions whose logits exist together: few on a CPU, where 64 rows already fill the cores and
 #: more only cost memory; more on an accelerator, where small products leave it idle
 _CHUNK = {"cpu": 64}
-_CHUNK_ACCELERATOR = 1024
+_CHUNK_BYTES_ACCELERATOR = 256 << 20
 
 
 class PackedBatch(Protocol):
@@ -101,7 +101,7 @@ class PackedModel:
         self.notes: list[str] = []
         """What was decided against the fastest way, and why; empty if nothing."""
         self.device = next(model.parameters()).device
-        self.chunk = chunk or _CHUNK.get(self.device.type, _CHUNK_ACCELERATOR)
+        self.chunk = chunk or _chunk(model, self.device)
         self.mode: Mode = mode or "packed"
         self._body, self._head = _split(model)
         self._finish: Head | None = None
@@ -148,10 +148,10 @@ class PackedModel:
         return sums, counts
 
     def _summed(self, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
-        return summed_loss(hidden, labels, head, chunk=self.chunk)
+        return summed_loss(hidden, labels.to(hidden.device), head, chunk=self.chunk)
 
     def _each(self, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
-        return position_losses(hidden, labels, head, chunk=self.chunk)
+        return position_losses(hidden, labels.to(hidden.device), head, chunk=self.chunk)
 
     # --- forwards --------------------------------------------------------------------------
 
@@ -205,13 +205,13 @@ class PackedModel:
     def _hidden(self, part: _Input) -> Tensor:
         """Last hidden states at the supervised positions, [S, d]."""
         states, rows = self._states(part)
-        return states.flatten(0, 1).index_select(0, rows)
+        return states.flatten(0, 1).index_select(0, rows.to(states.device))
 
     def _full_head(self, part: _Input) -> Tensor:
         """What the head makes of every token, then the supervised positions, [S, V]."""
         states, rows = self._states(part)
         logits: Tensor = self._head(states)
-        return logits.flatten(0, 1).index_select(0, rows)
+        return logits.flatten(0, 1).index_select(0, rows.to(states.device))
 
     def _own_logits(self, part: _Input) -> Tensor:
         """Logits at the supervised positions from the model's own forward, [S, V]."""
@@ -223,7 +223,7 @@ class PackedModel:
             logits: Tensor = self.model(**inputs, **options).logits
         if "logits_to_keep" in options:
             rows = rows // width * len(columns) + inverse
-        return logits.flatten(0, 1).index_select(0, rows)
+        return logits.flatten(0, 1).index_select(0, rows.to(logits.device))
 
     def _arranged(self, part: _Input) -> tuple[dict[str, Tensor], Tensor]:
         """The model's inputs [B, T], and where the supervised positions are in [B·T]."""
@@ -472,6 +472,14 @@ def _split(model: nn.Module) -> tuple[Any, Any]:
     body = getattr(model, "base_model", model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return (model, None) if head is None or body is model else (body, head)
+
+
+def _chunk(model: nn.Module, device: torch.device) -> int:
+    """Positions whose float32 logits exist together."""
+    if device.type in _CHUNK:
+        return _CHUNK[device.type]
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1 << 17
+    return max(64, _CHUNK_BYTES_ACCELERATOR // (4 * vocabulary))
 
 
 def _finishes(config: Any) -> list[Head]:

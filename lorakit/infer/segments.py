@@ -194,6 +194,7 @@ def _fused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
 ) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
+    mask = None if mask is None else mask.to(q.device)
     if grouped and mask is not None and q.is_cuda:
         # with a mask, grouped heads would take the slow unfused path on CUDA
         k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
@@ -219,7 +220,7 @@ def _softcapped(softcap: float) -> Callable[..., Tensor]:
         scores = torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) * softcap
         if mask is None:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask.to(q.device), float("-inf"))
         precision = torch.promote_types(torch.float32, q.dtype)
         weights = F.softmax(scores, dim=-1, dtype=precision).to(q.dtype)
         return F.dropout(weights, dropout, training=dropout > 0) @ v

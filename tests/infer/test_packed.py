@@ -1,6 +1,7 @@
 """Losses of packed batches against the stock model's padded forward."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -332,10 +333,60 @@ def test_gradients_reach_the_flat_buffer(tiny, all_double):
     assert float((flat.grad - together).abs().max()) <= 1e-10
 
 
-def test_a_long_segment_is_looked_at_in_blocks(tiny, all_double, monkeypatch):
+@pytest.fixture
+def small_blocks(monkeypatch):
     monkeypatch.setattr(segments, "_ROWS", 4)
+    monkeypatch.setattr(segments, "_causal", {})
+
+
+def test_a_long_segment_is_looked_at_in_blocks(tiny, all_double, small_blocks):
     for family in ("llama", "mistral-window"):
         model = tiny(family).double()
-        batch = batch_of((11, 3))
-        loss, _ = PackedModel(model).supervised_loss(batch)
-        assert abs((loss - stock_losses(model, batch).sum()).item()) <= 1e-10
+        packed = PackedModel(model)
+        for lengths in ((11, 3), (9, 11), (11, 3)):
+            batch = batch_of(lengths)
+            loss, _ = packed.supervised_loss(batch)
+            assert abs((loss - stock_losses(model, batch).sum()).item()) <= 1e-10
+
+
+def test_a_causal_mask_never_exists_whole(small_blocks):
+    """Of the blocks that are looked at, none outlives the look."""
+    blocks = []
+
+    def causal(batch, head, query, key):
+        assert all(block() is None for block in blocks)
+        seen = key <= query
+        blocks.append(weakref.ref(seen))
+        return seen
+
+    assert segments._visible(causal, 5, 30, torch.device("cpu")) is None
+    assert len(blocks) == 8
+
+
+LOOKS = []  # global: what a mask closes over is part of what it is
+
+
+def test_a_verdict_is_remembered_for_the_same_mask_alone(small_blocks):
+    def windowed(window, owner):
+        def mask(batch, head, query, key):
+            LOOKS.append(window)
+            same = owner[batch, query] == owner[batch, key]
+            return (key <= query) & (key > query - window) & same
+
+        return mask
+
+    def visible(window, owner, start, length):
+        LOOKS.clear()
+        mask = segments._visible(windowed(window, owner), start, length, torch.device("cpu"))
+        return mask, bool(LOOKS)
+
+    owner = torch.tensor([0] * 10 + [1] * 20 + [2])[None]
+    assert visible(20, owner, 10, 20) == (None, True)
+    assert visible(20, owner.clone(), 10, 20) == (None, False)
+    assert visible(21, owner, 10, 20) == (None, True)
+    assert visible(20, owner, 11, 19) == (None, True)
+    mask, _ = visible(3, owner, 10, 20)
+    assert int(mask.sum()) == 1 + 2 + 18 * 3
+    owner[0, 15] = 9  # no longer one value in the segment
+    mask, _ = visible(20, owner, 10, 20)
+    assert not mask[6, 5]
