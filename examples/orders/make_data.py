@@ -52,7 +52,7 @@ travel mug, umbrella, vase, wall clock, wallet, wash basket, water bottle, wine 
 """)
 ITEMS_OF_TEST = listed("""
 alarm clock, apron, bar stool, bird house, camping chair, dress, fruit basket, gift box,
-handbag, letter opener, pencil case, sofa cover, soup spoon, storage jar, wall shelf organiser,
+handbag, letter opener, pencil case, sofa cover, soup spoon, spice rack, storage jar, tea strainer,
 wooden bench
 """)
 KINDS = listed("red, blue, green, black, white, grey, yellow, brown, small, large")
