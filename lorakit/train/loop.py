@@ -5,7 +5,7 @@ One step of it::
     window  = job.window()                      # the examples, cut into forwards
     forward and backward of each part           # losses divided by the window's tokens
     loss and gradient finite?                   # before anything moves
-    job.take_step(…)                            # clip, optimizer, count
+    job.take_step(…)                            # clip, optimizer, weights finite?, count
     row, evaluation, checkpoint                 # as due
 
 Between two forwards it looks whether somebody asked to stop.
@@ -17,8 +17,9 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,16 @@ class Loop:
             norm = job.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._not_finite(window, loss, norm)
-        rate = job.take_step(loss, norm)
+        try:
+            rate = job.take_step(loss, norm)
+        except FloatingPointError as error:
+            job.clear_gradient()
+            self.save()
+            raise TrainingError(
+                f"Stopped in step {window.step + 1}: {error}, so it was not made. The state after "
+                f"step {job.step} is saved in {self._folder.checkpoints}. Start a new run with a "
+                "lower --lr."
+            ) from error
         seconds = time.perf_counter() - started
         metrics = StepMetrics(
             step=job.step,
@@ -307,7 +317,8 @@ def training_mode(model: nn.Module, adapted: Sequence[str]) -> Iterator[None]:
     """Training mode for the adapted modules alone, evaluation mode for all others.
 
     The base is frozen, so its own dropout and batch statistics would be noise that depends on
-    how a batch is cut; the adapters' dropout is keyed and is not.
+    how a batch is cut; the adapters' dropout is keyed and is not. Layers whose gradient
+    checkpointing is on count as training, without which it would not act, except while they run.
     """
     before = [(module, module.training) for module in model.modules()]
     try:
@@ -315,10 +326,53 @@ def training_mode(model: nn.Module, adapted: Sequence[str]) -> Iterator[None]:
             module.training = False
         for path in adapted:
             model.get_submodule(path).training = True
-        yield
+        with contextlib.ExitStack() as stack:
+            for module in _checkpointing(model):
+                stack.enter_context(_recomputed(module))
+            yield
     finally:
         for module, mode in before:
             module.training = mode
+
+
+def _checkpointing(model: nn.Module) -> list[nn.Module]:
+    """The innermost modules whose gradient checkpointing is on; those around them only say so."""
+    on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    return [m for m in on if sum(inner in on for inner in m.modules()) == 1]
+
+
+@contextlib.contextmanager
+def _recomputed(module: Any) -> Iterator[None]:
+    """Let a module's gradient checkpointing act, while its own dropout stays off."""
+    module.training = True
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    if checkpoint is None:  # it has a way of its own
+        yield
+        return
+
+    def quiet(run: Callable[..., Any], *inputs: Any) -> Any:
+        mode, module.training = module.training, False
+        try:
+            return run(*inputs)
+        finally:
+            module.training = mode
+
+    def quietly(run: Callable[..., Any], *inputs: Any) -> Any:
+        inputs = tuple(map(_with_gradient, inputs))
+        return checkpoint(partial(quiet, run), *inputs)
+
+    module._gradient_checkpointing_func = quietly
+    try:
+        yield
+    finally:
+        module._gradient_checkpointing_func = checkpoint
+
+
+def _with_gradient(value: Any) -> Any:
+    """An input of a reentrant checkpoint, which gives no gradient at all where none needs one."""
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+        return value.detach().requires_grad_()
+    return value
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorakit.core.spec import LoRASpec
 from lorakit.data import pack
@@ -215,3 +218,44 @@ def test_training_mode_is_for_the_adapted_alone(shop):
         on = {name for name, module in bench.model.named_modules() if module.training}
         assert on == set(paths)
     assert all(module.training for module in bench.model.modules())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_gradient_checkpointing_acts_and_changes_nothing(shop, monkeypatch, family, reentrant):
+    """OPT's layers drop out by themselves, which must stay off."""
+    if family == "opt":
+        config = transformers.OPTConfig(
+            vocab_size=54, hidden_size=16, ffn_dim=32, num_hidden_layers=2, dropout=0.5,
+            num_attention_heads=2, max_position_embeddings=64, word_embed_proj_dim=16,
+        )  # fmt: skip
+        base = shop.base()
+        base.model = transformers.OPTForCausalLM(config).eval()
+        monkeypatch.setattr(type(shop), "base", lambda _: copy.deepcopy(base))
+    bench = Bench(shop, mode="padded")
+    expected = bench.gradient()
+    # the name that transformers 5.23 warns about is the only one that 5.17 has
+    enable = getattr(
+        bench.model, "activation_checkpointing_enable", bench.model.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": reentrant})
+    layers = [m for m in bench.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    forwards = []
+    run = layers[0]._gradient_checkpointing_func
+
+    def counted(forward, *inputs):
+        def again(*inputs):
+            forwards.append(torch.is_grad_enabled())
+            return forward(*inputs)
+
+        return run(again, *inputs)
+
+    for layer in layers:
+        layer._gradient_checkpointing_func = counted
+    modes = [module.training for module in bench.model.modules()]
+    found = bench.gradient()
+    assert len(layers) == 2
+    assert len(forwards) == 4  # each layer once forward, once for the gradient
+    assert (found - expected).norm() <= 1e-12 * expected.norm()
+    assert all(layer._gradient_checkpointing_func is counted for layer in layers)
+    assert [module.training for module in bench.model.modules()] == modes
