@@ -1,12 +1,14 @@
 """Checkpoints: one safetensors file each, whole or absent.
 
-The tensors are the file's tensors; everything else is JSON in its header. A file is written
+The tensors are the file's tensors; everything else is JSON in its header, with a digest of both,
+so that a flipped bit is damage too. A file is written
 beside its place, flushed to the disk and renamed, so a crash at any moment leaves the checkpoints
 that were there. Reading begins with the newest and falls back where a file is damaged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -58,8 +61,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path
         InputError: the folder cannot be written to.
     """
     path = checkpoint_path(folder, checkpoint.step)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()
+    }
     content = {"layout": LAYOUT, "step": checkpoint.step, "state": checkpoint.state}
+    content["sha256"] = _digest(content, tensors)
     with atomic_file(path) as temporary:
         _save(tensors, temporary, {"lorakit_checkpoint": json.dumps(content)})
     for old in list_checkpoints(folder)[:-keep]:
@@ -107,9 +113,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
                     "version of lorakit that wrote it."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if content.pop("sha256") != _digest(content, tensors):
+            raise ValueError("its content does not fit its digest")
         return Checkpoint(int(content["step"]), tensors, content["state"])
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise TrainingError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _digest(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of the JSON data, and of the tensors' names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

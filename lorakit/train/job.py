@@ -180,9 +180,13 @@ class Job:
 
         Returns:
             The learning rate that was used.
+
+        Raises:
+            FloatingPointError: a weight would not be finite; all is as it was before the step.
         """
         assert math.isfinite(loss)
         assert math.isfinite(norm)
+        before = {name: tensor.clone() for name, tensor in self._moving().items()}
         clip = self.settings.clip
         if clip:
             total = torch.tensor(norm, dtype=self._flat.dtype)
@@ -190,7 +194,12 @@ class Job:
         rate = rate_at(self.step, self.settings)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
+        possible = rate <= torch.finfo(self._flat.dtype).max  # sgd could not even convert it
+        if possible:
+            self._optimizer.step()
+        if not possible or not self._flat.isfinite().all():
+            self._go_back(before)
+            raise FloatingPointError(f"a step of learning rate {rate:g} makes weights not finite")
         self.step += 1
         self.weights_step = self.step
         self.last_loss = loss
@@ -233,12 +242,16 @@ class Job:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the job's state."""
-        tensors = {"flat": self._flat.detach()}
-        for name, value in self._optimizer.state.get(self._flat, {}).items():
-            tensors[f"optimizer.{name}"] = value
+        tensors = self._moving()
         if self.best is not None:
             tensors["best"] = self.best.flat
         return tensors
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What an optimizer step changes: the weights, and the optimizer's own tensors."""
+        inner = self._optimizer.state.get(self._flat, {})
+        own = {f"optimizer.{name}": tensor for name, tensor in inner.items()}
+        return {"flat": self._flat.detach(), **own}
 
     def state(self) -> dict[str, Any]:
         """All else of the job's state, as JSON data."""
@@ -255,6 +268,17 @@ class Job:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`tensors` and :meth:`state` gave."""
+        self._go_back(tensors)
+        self.step = self.weights_step = int(state["step"])
+        self.stale = int(state["stale"])
+        self.start_loss = state["start_loss"]
+        self.base_loss = state["base_loss"]
+        self.last_loss = state["last_loss"]
+        best = state["best"]
+        self.best = None if best is None else Best(int(best["step"]), best["loss"], tensors["best"])
+
+    def _go_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """To what :meth:`_moving` gave."""
         self._flat.copy_(tensors["flat"])
         inner = {
             name.removeprefix("optimizer."): tensor
@@ -265,13 +289,6 @@ class Job:
         self._optimizer.load_state_dict(
             {"state": {0: inner} if inner else {}, "param_groups": groups}
         )
-        self.step = self.weights_step = int(state["step"])
-        self.stale = int(state["stale"])
-        self.start_loss = state["start_loss"]
-        self.base_loss = state["base_loss"]
-        self.last_loss = state["last_loss"]
-        best = state["best"]
-        self.best = None if best is None else Best(int(best["step"]), best["loss"], tensors["best"])
 
 
 def num_supervised(example: Example) -> int:

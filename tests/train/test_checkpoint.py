@@ -59,13 +59,19 @@ def test_none_yet(tmp_path):
     assert latest_checkpoint(tmp_path / "checkpoints") == (None, [])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "other"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other", "flipped", "header"])
 def test_a_damaged_one_is_said_and_the_one_before_is_used(tmp_path, damage):
     write_checkpoint(tmp_path, make(1), keep=2)
     path = write_checkpoint(tmp_path, make(2), keep=2)
     content = path.read_bytes()
     path.write_bytes(
-        {"truncated": content[:-7], "empty": b"", "other": b"not a checkpoint at all"}[damage]
+        {
+            "truncated": content[:-7],
+            "empty": b"",
+            "other": b"not a checkpoint at all",
+            "flipped": content[:-1] + bytes([content[-1] ^ 1]),
+            "header": content.replace(b"nested", b"rested"),
+        }[damage]
     )
     found, notes = latest_checkpoint(tmp_path)
     assert found.step == 1
@@ -111,7 +117,7 @@ def test_enospc_is_a_clear_error(tmp_path, monkeypatch, where):
 
         monkeypatch.setattr(checkpoints, "save_file", refuse)
     elif where == "flush":
-        monkeypatch.setattr(files, "_flush", full)
+        monkeypatch.setattr(files, "flush", full)
     else:
         monkeypatch.setattr(os, "replace", full)
     with pytest.raises(TrainingError, match="is full; nothing that was complete is lost"):

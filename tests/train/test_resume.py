@@ -15,11 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorakit.data import load_data
 from lorakit.errors import DataError, InputError, Interrupted, TrainingError
-from lorakit.train import Callback, Trainer, checkpoint, finished_run, folder
+from lorakit.train import (
+    Callback,
+    Trainer,
+    TrainSettings,
+    checkpoint,
+    finished_run,
+    folder,
+    origin,
+)
 from lorakit.train.checkpoint import list_checkpoints
 from tests.train import child, tiny
-from tests.train.conftest import open_shop
+from tests.train.conftest import SPEC, open_shop
 
 TIMES = ("seconds", "tokens_per_second", "rss_mb")
 LONG = {"steps": 20, "eval_every": 5, "checkpoint_every": 3, "patience": 9}
@@ -187,6 +196,45 @@ def test_changed_data_is_refused(shop):
     Trainer.resume(out)
 
 
+@pytest.mark.parametrize("given", [(), ("data",), ("validation",), ("data", "validation")])
+def test_data_is_loaded_where_it_is_not_given(shop, given, monkeypatch):
+    base = shop.base()
+    valid = tiny.write_rows(shop.out / "valid.jsonl", tiny.rows(20, seed=4))
+    loaded = {"data": shop.data(base), "validation": shop.data(base, valid)}
+    with pytest.raises(Interrupted):
+        Trainer(
+            base,
+            SPEC,
+            loaded["data"],
+            TrainSettings(steps=6, lr=1e-2, samples=0),
+            shop.out / "run",
+            validation=loaded["validation"],
+            callbacks=[Signal(2)],
+        ).run()
+    opened = []
+
+    def load(spec, *args, **kwargs):
+        opened.append(Path(spec.path[0]).name)
+        return load_data(spec, *args, **kwargs)
+
+    monkeypatch.setattr(origin, "load_data", load)
+    result = Trainer.resume(shop.out / "run", **{name: loaded[name] for name in given})
+    assert result.steps == 6
+    files = {"data": "data.jsonl", "validation": "valid.jsonl"}
+    assert opened == [file for name, file in files.items() if name not in given]
+
+
+def test_validation_made_by_a_program_must_be_given_again(shop):
+    base = shop.base()
+    valid = shop.data(base, tiny.write_rows(shop.out / "valid.jsonl", tiny.rows(20, seed=4)))
+    out = interrupted(shop, validation=valid)
+    sections = folder.RunFolder(out).read_settings()
+    assert sections["validation"] is None
+    with pytest.raises(InputError, match=r"validation data did not come from files .*validation=…"):
+        Trainer.resume(out)
+    Trainer.resume(out, validation=valid)
+
+
 def test_a_changed_base_is_refused(shop):
     out = interrupted(shop)
     base = shop.base()
@@ -294,6 +342,32 @@ def test_a_full_disk_loses_nothing(shop, expected, where, monkeypatch):
     monkeypatch.undo()
     Trainer.resume(shop.out / "run")
     assert_same(shop.out / "run", expected)
+
+
+@pytest.mark.parametrize("good", [0, 3])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weights_that_would_not_be_finite_are_not_kept(shop, good, optimizer, monkeypatch):
+    """The step is undone, with what it did to the optimizer."""
+    from lorakit.train import job
+
+    every = {"checkpoint_every": 1, "keep_checkpoints": 9}
+    shop.trainer("good", steps=9, warmup=0, optimizer=optimizer, **every).run()
+    original = job.rate_at
+    monkeypatch.setattr(
+        job, "rate_at", lambda step, *rest: 1e300 if step == good else original(step, *rest)
+    )
+    with pytest.raises(
+        TrainingError, match=rf"in step {good + 1}: .* learning rate 1e\+300.*lower"
+    ):
+        shop.trainer(steps=9, warmup=0, optimizer=optimizer).run()
+    state = checkpoint.latest_checkpoint(shop.out / "run" / "checkpoints")[0]
+    assert state.step == good
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.tensors.values())
+    if good:
+        folder = shop.out / "good" / "checkpoints"
+        before = checkpoint.read_checkpoint(checkpoint.checkpoint_path(folder, good)).tensors
+        assert set(before) == set(state.tensors)
+        assert all(torch.equal(before[name], state.tensors[name]) for name in before)
 
 
 # --- SIGKILL --------------------------------------------------------------------------------------
