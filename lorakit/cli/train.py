@@ -284,7 +284,7 @@ def _trainer(options: argparse.Namespace, settings: TrainSettings, spec: LoRASpe
     if options.start is not None:
         start = _with_flags(load_adapter(options.start), options)
     base = origin.load_base() if options.quiet else load_base_from(options)
-    data, validation = origin.load_data(base)
+    data, validation = origin.load_data(base), origin.load_validation(base)
     _say(options, *data.report.lines())
     if validation is not None:
         _say(options, "Validation:", *validation.report.lines())

@@ -71,8 +71,8 @@ class Origin:
         """Load the base as it was loaded before."""
         return load_base(**self.base)
 
-    def load_data(self, base: Base) -> tuple[TokenData, TokenData | None]:
-        """Load training and validation data as before.
+    def load_data(self, base: Base) -> TokenData:
+        """Load the training data as before.
 
         Raises:
             InputError: the run's data was made by a program, so only it can give it again.
@@ -84,16 +84,25 @@ class Origin:
                 "this run's data did not come from files that lorakit read; give it again: "
                 "Trainer.resume(out, data=…)"
             )
+        return self._load(self.data, base)
+
+    def load_validation(self, base: Base) -> TokenData | None:
+        """Load the validation data as before; ``None`` if there were no files of it.
+
+        Raises:
+            DataError: the data cannot be read.
+            BaseError: the base has no tokenizer.
+        """
+        return None if self.validation is None else self._load(self.validation, base)
+
+    @staticmethod
+    def _load(spec: DataSpec, base: Base) -> TokenData:
         if base.tokenizer is None:
             raise BaseError(
                 f"{base.ref} has no tokenizer, so text cannot become tokens. Put its tokenizer "
                 "files (tokenizer.json and tokenizer_config.json) beside the weights."
             )
-        context = context_length(base.model)
-        data = load_data(self.data, base.tokenizer, context_length=context)
-        if self.validation is None:
-            return data, None
-        return data, load_data(self.validation, base.tokenizer, context_length=context)
+        return load_data(spec, base.tokenizer, context_length=context_length(base.model))
 
 
 def content_hashes(

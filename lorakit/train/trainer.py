@@ -360,7 +360,8 @@ class Trainer:
             callbacks: who is told what happens.
 
         Raises:
-            InputError: there is no run, or another process runs it.
+            InputError: there is no run, another process runs it, or data that did not come from
+                files is not given again.
             DataError, BaseError: data or base changed since the run began.
         """
         folder = RunFolder(Path(out))
@@ -372,7 +373,15 @@ class Trainer:
         if base is None:
             base = origin.load_base()
         if data is None:
-            data, validation = origin.load_data(base)
+            data = origin.load_data(base)
+        if validation is None:
+            validation = origin.load_validation(base)
+        content = sections.get("content") or {}
+        if validation is None and content.get("validation") is not None:
+            raise InputError(
+                "this run's validation data did not come from files that lorakit read; give it "
+                "again: Trainer.resume(out, validation=…)"
+            )
         what = (
             load_adapter(folder.start)
             if folder.start.is_dir()
@@ -388,7 +397,7 @@ class Trainer:
             callbacks=callbacks,
             allow_other_base=True,  # decided when the run began; the base itself is compared here
         )
-        check_content(sections.get("content") or {}, trainer._content)
+        check_content(content, trainer._content)
         trainer._resuming = True
         return trainer.run()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakit.data import load_data
+from lorakit.data import DataSpec, load_data
 from lorakit.errors import DataError, InputError, Interrupted, TrainingError
 from lorakit.train import (
     Callback,
@@ -210,6 +210,11 @@ def test_data_is_loaded_where_it_is_not_given(shop, given, monkeypatch):
             shop.out / "run",
             validation=loaded["validation"],
             callbacks=[Signal(2)],
+            origin=origin.Origin(
+                base={"ref": str(shop.base_folder), "device": "cpu", "dtype": "float32"},
+                data=DataSpec(path=str(shop.data_file)),
+                validation=DataSpec(path=str(valid)),
+            ),
         ).run()
     opened = []
 
