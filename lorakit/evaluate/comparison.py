@@ -11,6 +11,7 @@ from lorakit.errors import DataError
 from lorakit.evaluate.losses import LossResult, loss
 from lorakit.evaluate.metrics import text_metrics
 from lorakit.infer import Answer, PackedModel, answers
+from lorakit.infer.generation import end_ids
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 
@@ -151,7 +152,7 @@ def _answered(
         adapter=one.mix,
         max_new_tokens=max_new_tokens or answer_length(data, items),
         batch_size=batch_size,
-        stop_ids=data.stop_ids or None,
+        stop_ids=[*data.stop_ids, *end_ids(base)],
         on_done=on_done,
     )
 
