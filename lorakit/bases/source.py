@@ -71,8 +71,8 @@ def find_source(ref: str | os.PathLike[str], revision: str | None = None) -> Sou
     if text in ALIASES:
         source = _from_alias(text)
     else:
-        path = Path(text).expanduser()
-        if path.exists():
+        path = Path(os.path.expanduser(text))
+        if os.path.exists(path):  # where a name is too long, a Path raises
             source = _from_path(path)
         elif isinstance(ref, os.PathLike) or _looks_like_path(text):
             raise BaseError(not_found(path))
@@ -93,7 +93,7 @@ def find_source(ref: str | os.PathLike[str], revision: str | None = None) -> Sou
 def not_found(path: Path) -> str:
     """The message for a path that does not exist, with what is close to it on the disk."""
     missing, parent = path, path.absolute().parent
-    while not parent.exists() and parent != parent.parent:
+    while not os.path.exists(parent) and parent != parent.parent:
         missing, parent = parent, parent.parent
     return f"There is no file or folder {path}. " + _neighbours(missing.name, parent)
 
@@ -144,7 +144,7 @@ def _from_hub_id(text: str) -> Source:
         )
     hint = None
     parent = Path(text).parent
-    if parent != Path(".") and parent.is_dir():  # a mistyped folder looks just like an id
+    if parent != Path(".") and os.path.isdir(parent):  # a mistyped folder looks just like an id
         hint = not_found(Path(text))
     return Source("hub", match["id"], match["id"], match["revision"], how_to_get=hint)
 

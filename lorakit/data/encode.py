@@ -147,6 +147,6 @@ def _tools(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowError("broken tools", "column 'tools' is no JSON; expected a list") from None
     return value or None

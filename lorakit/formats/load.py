@@ -41,8 +41,8 @@ def load_adapter(
         FormatError: nothing is there, or it cannot be used. All problems are in one message.
         MissingDependencyError: the hub is needed and huggingface_hub is not installed.
     """
-    path = Path(ref).expanduser()
-    if not path.exists() and isinstance(ref, str) and is_hub_id(ref):
+    path = Path(os.path.expanduser(ref))
+    if not os.path.exists(path) and isinstance(ref, str) and is_hub_id(ref):
         path = download(ref, revision=revision)
     elif revision is not None:
         raise FormatError(
@@ -95,7 +95,7 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
     Raises:
         FormatError: no adapter is there; it says what is, and what to give instead.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # where a name is too long, a Path raises
         raise FormatError(_missing(path))
     if path.is_dir():
         if not (path / CONFIG).exists():
@@ -119,7 +119,7 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
 
 
 def _missing(path: Path) -> str:
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    names = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
     close = difflib.get_close_matches(path.name, names, n=1)
     hint = f"Did you mean {path.parent / close[0]}?" if close else "Check the path."
     return f"{path} does not exist, and is no hub id (owner/name). {hint}"

@@ -7,6 +7,7 @@ content says so, and notes it.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,40 +52,80 @@ def read_list(path: Path, name: str, notes: list[str]) -> Iterator[Row]:
         )
         raise DataError(f"{name} {bad}.")
     try:
-        value = json.loads(text)
+        value, repeats = _parse(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             notes.append(f"{name}: read as JSON Lines, although it ends like JSON")
             yield from read_lines(path, name, notes)
             return
         raise DataError(f"{name} line {error.lineno}: {_broken(error)}. Mend the file.") from None
-    except RecursionError:
-        raise DataError(f"{name}: broken JSON: nested too deeply.") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: {_broken(error)}. Mend the file.") from None
     for number, item in enumerate(_items(value, name, notes), start=1):
-        if isinstance(item, dict):
-            yield Row(name, "item", number, item)
-        else:
-            problem = f"{shown(item)}; {_EXPECTED}"
-            yield Row(name, "item", number, {}, problem=problem)
+        yield _row(name, "item", number, item, _repeated(item) if repeats else None)
 
 
 def _line(name: str, number: int, line: str) -> Row:
     problem = bad_byte(line)
     if problem is None:
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
+            value, repeats = _parse(line)
+        except (ValueError, RecursionError) as error:
             problem = _broken(error)
-        except RecursionError:
-            problem = "broken JSON: nested too deeply"
         else:
-            if isinstance(value, dict):
-                return Row(name, "line", number, value)
-            problem = f"{shown(value)}; {_EXPECTED}"
+            return _row(name, "line", number, value, next(iter(repeats), None))
     return Row(name, "line", number, {}, problem=problem)
 
 
-def _broken(error: json.JSONDecodeError) -> str:
+def _row(name: str, unit: str, number: int, value: Any, repeated: str | None) -> Row:
+    if not isinstance(value, dict):
+        problem = f"{shown(value)}; {_EXPECTED}"
+    elif repeated is not None:
+        problem = f"the key '{repeated}' stands twice in one object; expected each once"
+    else:
+        return Row(name, unit, number, value)
+    return Row(name, unit, number, {}, problem=problem)
+
+
+class _Repeating(dict[str, Any]):
+    """An object in which ``key`` stood twice; JSON's reader keeps the last and says nothing."""
+
+    key: str
+
+
+def _parse(text: str) -> tuple[Any, list[str]]:
+    """The value, in which an object with a key twice is a ``_Repeating``, and all such keys.
+
+    Raises:
+        ValueError: broken JSON, or a number of thousands of digits.
+        RecursionError: nested too deeply.
+    """
+    repeats: list[str] = []
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            found = _Repeating(found)
+            found.key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            repeats.append(found.key)
+        return found
+
+    return json.loads(text, object_pairs_hook=made), repeats
+
+
+def _repeated(value: Any) -> str | None:
+    """The first key that stands twice in an object anywhere in ``value``."""
+    if isinstance(value, _Repeating):
+        return value.key
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((key for one in inner if (key := _repeated(one)) is not None), None)
+
+
+def _broken(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "broken JSON: nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):
+        return "broken JSON: a number has more digits than can be read"
     before = error.doc[max(0, error.pos - 20) : error.pos].rpartition("\n")[2]
     after = error.doc[error.pos : error.pos + 15].partition("\n")[0]
     near = f"{before}▸{after}" if after.strip() else f"{before}▸ (the end)"
@@ -95,7 +136,7 @@ def _is_plain_value(text: str) -> bool:
     """Whether a line is a whole value that is no list of objects: a bad row, not a bad file."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return not (isinstance(value, list) and _is_row(value[:1]))
 

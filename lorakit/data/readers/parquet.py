@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorakit.data.rows import Row
@@ -16,13 +17,14 @@ def read(path: Path, name: str, notes: list[str]) -> Iterator[Row]:
     """The rows, in order.
 
     Raises:
-        DataError: the file is no Parquet file, cut off, or holds no row.
+        DataError: the file is no Parquet file, cut off, holds no row, or two columns of one name.
     """
     arrow = require("pyarrow", extra="train", purpose="Parquet files")
     parquet = require("pyarrow.parquet", extra="train", purpose="Parquet files")
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, name)
             for batch in file.iter_batches(batch_size=_BATCH):
                 for values in batch.to_pylist():
                     number += 1
@@ -37,3 +39,12 @@ def read(path: Path, name: str, notes: list[str]) -> Iterator[Row]:
         ) from None
     if number == 0:
         raise DataError(f"{name}: it holds no rows; expected at least one.")
+
+
+def _check_names(columns: Sequence[str], name: str) -> None:
+    twice = [column for column, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{name}: two columns are called '{twice[0]}'; columns must have different names. "
+            "Rename all but one."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,11 @@ READERS: dict[str, Reader] = {
 _HELD_OUT = re.compile(r"(^|[^a-z])(test|val|valid|validation|dev|eval)([^a-z]|$)")
 
 
+def holds_rows(ref: str) -> bool:
+    """Whether a file's name says that it has columns, as CSV has and plain text has not."""
+    return READERS.get(_suffix(Path(ref)), text.read) is not text.read
+
+
 def open_rows(ref: str, notes: list[str]) -> Iterator[Row]:
     """Rows of one file, folder or hub id, in order.
 
@@ -39,10 +45,13 @@ def open_rows(ref: str, notes: list[str]) -> Iterator[Row]:
         DataError: nothing is there, or it is of an unknown kind; raised at the call for what
             can be known without reading.
     """
-    path = Path(ref).expanduser()
-    if path.is_dir():
+    # the functions of os.path answer for any text; a Path raises where a name is too long
+    path = Path(os.path.expanduser(ref))
+    if os.path.isdir(path):
         return _open_folder(path, ref, notes)
-    if path.exists():
+    if os.path.exists(path):
+        if not os.path.isfile(path):
+            raise DataError(f"{ref}: it is a pipe or a device; write it to a file first.")
         return _reader(path, ref)(path, ref, notes)
     if hub.looks_like_id(ref) and _suffix(path) not in READERS:
         return hub.read_hub(ref, notes)
@@ -99,7 +108,7 @@ def _suffix(path: Path) -> str:
 def _close(path: Path) -> str:
     """Names in the same folder that are nearly this one."""
     parent = path.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         return f" Nor is there a folder {parent}."
     names = [p.name for p in parent.iterdir()]
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
