@@ -201,16 +201,23 @@ def _in_layers(chosen: set[str], text: str, model: nn.Module, problems: list[str
     last = max(numbered.values())
     wanted: set[int] = set()
     for part in text.replace(" ", "").split(","):
-        bounds = re.fullmatch(r"(\d*)(-?)(\d*)", part)
-        if not part or bounds is None:
+        if re.fullmatch(r"-\d+", part):  # up to that one, or counted from the end?
+            problems.append(
+                f"layers {part!r}: where does it start? Write 0{part} for the first blocks, or "
+                f"the last block's number, {last}"
+            )
+            continue
+        bounds = re.fullmatch(r"(\d{1,9})(-?)(\d{0,9})", part)
+        if bounds is None:
             problems.append(f'layers is {text!r}; expected numbers and ranges, like "0-11,20-"')
             return chosen
         low, dash, high = bounds.groups()
-        first = int(low or 0)
+        first = int(low)
         final = int(high) if high else (last if dash else first)
         if first > final or final > last:
             problems.append(f"layers {part!r}: the blocks are numbered 0 to {last}")
-        wanted.update(range(first, final + 1))
+        else:
+            wanted.update(range(first, final + 1))
     return {p for p, number in numbered.items() if number in wanted}
 
 

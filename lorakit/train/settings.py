@@ -145,6 +145,8 @@ class TrainSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 yield f"{name} is {value!r}; it must be a whole number of at least {least}"
+            elif name == "steps" and value > _MOST_STEPS:
+                yield f"steps is above {_MOST_STEPS:,}, which would never end; give fewer"
 
     def _wrong_numbers(self) -> Iterator[str]:
         for name, (fits, expected) in _NUMBERS.items():
@@ -204,7 +206,13 @@ class TrainSettings:
         steps = self.steps
         if steps is None:
             epochs = DEFAULT_EPOCHS if self.epochs is None else self.epochs
-            steps = max(1, math.ceil(epochs * facts.num_examples / self.batch_size))
+            wanted = epochs * facts.num_examples / self.batch_size
+            if wanted > _MOST_STEPS:
+                raise SpecError(
+                    f"epochs is {epochs:g}, which is {wanted:.3g} steps; at most {_MOST_STEPS:,} "
+                    "are possible"
+                )
+            steps = max(1, math.ceil(wanted))
             choose(
                 "steps",
                 steps,
@@ -316,6 +324,9 @@ def _shown(value: Any) -> str:
 _CHOSEN = frozenset(
     field.name for field in dataclasses.fields(TrainSettings) if field.default is None
 )
+
+#: more would take years, and is a slip of the pen
+_MOST_STEPS = 10**9
 
 #: whole numbers, with the least that is possible
 _COUNTS = {

@@ -86,7 +86,7 @@ def test_excludes_and_layers():
 
     assert layers("1-2") == {1, 2}
     assert layers("2-") == {2, 3}
-    assert layers("-1") == {0, 1}
+    assert layers("0-1") == {0, 1}
     assert layers("0,3") == {0, 3}
 
 
@@ -113,6 +113,7 @@ def test_patterns():
         ({"targets": "q_proj", "exclude": ("q_proj",)}, "leave nothing to adapt"),
         ({"layers": "0-9"}, "the blocks are numbered 0 to 1"),
         ({"layers": "a-b"}, "expected numbers and ranges"),
+        ({"layers": "-1"}, "Write 0-1"),
         ({"layers": "0", "targets": "lm_head"}, "none of the targets lies in a numbered block"),
         ({"rank": 33}, "rank 33 is above its width 16"),
         ({"rank_pattern": {"c_attn": 4}}, "rank_pattern 'c_attn' matches none"),
