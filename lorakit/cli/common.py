@@ -48,7 +48,9 @@ def _number(
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not math.isfinite(value) or not fits(value):
+        # a whole number may be too long for a float
+        limit = 2**63 if isinstance(value, int) else math.inf
+        if value is None or not abs(value) < limit or not fits(value):
             raise argparse.ArgumentTypeError(f"{text!r} given; expected {expected}")
         return value
 
@@ -235,12 +237,37 @@ def data_spec(options: argparse.Namespace, path: Sequence[str] | None = None) ->
     for name in ("template", "system", "loss_on", "max_length"):
         if getattr(options, name) is not None:
             chosen[name] = getattr(options, name)
+    for name in ("template", "system"):
+        check_text(chosen.get(name) or "", f"--{name}")
     merged: dict[str, str] = {}
     for part in options.map or []:
+        twice = sorted(merged.keys() & part.keys())
+        if twice:
+            raise InputError(f"--map: the field {twice[0]!r} is mapped twice; give it once")
         merged.update(part)
     for name in ("format", "truncate", "bad_rows"):
         chosen[name] = getattr(options, name)
     return DataSpec(map=merged, **chosen)
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse what came in as bytes that are no text.
+
+    Args:
+        where: the start of the message: ``"--system"``.
+
+    Raises:
+        InputError: it is not UTF-8, or holds zero bytes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 15) : error.start]
+        raise InputError(
+            f"{where}: character {error.start + 1}, after {near!r}, is not UTF-8; write it as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise InputError(f"{where}: it holds zero bytes, so it is no text; give UTF-8 text")
 
 
 def load_base_from(options: argparse.Namespace, *, task: Any = "causal-lm") -> Base:
@@ -281,7 +308,8 @@ def parse_adapter(text: str) -> tuple[str, float | None]:
     A path that exists as it stands is taken whole, whatever it contains.
 
     Raises:
-        InputError: what follows the last ``=`` is not a finite number, or nothing precedes it.
+        InputError: what follows the last ``=`` is no number, or one that float32 could not act
+            with; or nothing precedes it.
     """
     if os.path.exists(text) or "=" not in text:
         return text, None
@@ -290,9 +318,10 @@ def parse_adapter(text: str) -> tuple[str, float | None]:
         weight = float(tail)
     except ValueError:
         weight = math.nan
-    if not ref or not math.isfinite(weight):
+    if not ref or not abs(weight) <= 1e6:
         raise InputError(
-            f"--adapter {text}: the weight is {tail!r}; expected a finite number, as in path=0.7"
+            f"--adapter {text}: the weight is {tail!r}; expected a finite number of at most 1e6 "
+            "in size, as in path=0.7"
         )
     return ref, weight
 
@@ -319,7 +348,7 @@ def adapter_argument(text: str) -> AdapterArgument:
 
 def adapter_name(ref: str) -> str:
     """What an adapter is called where nobody named it: ``runs/mine/adapter`` is ``mine``."""
-    local = Path(ref).exists()
+    local = os.path.exists(ref)
     path = Path(ref).resolve() if local else Path(ref.partition("@")[0])
     parts = [p for p in path.parts if p != path.anchor]
     while parts:
@@ -356,10 +385,10 @@ def check_names(adapters: Sequence[AdapterArgument]) -> None:
 
 def adapter_path(ref: str) -> str:
     """The adapter inside a run folder, where the run folder itself was given."""
-    folder = Path(ref)
-    inner = folder / "adapter"
-    if not (folder / "adapter_config.json").exists() and (inner / "adapter_config.json").exists():
-        return str(inner)
+    inner = os.path.join(ref, "adapter")
+    outer_config, inner_config = (os.path.join(p, "adapter_config.json") for p in (ref, inner))
+    if not os.path.exists(outer_config) and os.path.exists(inner_config):
+        return inner
     return ref
 
 
@@ -502,9 +531,17 @@ def printable_stdout() -> None:
 
 
 def emit_json(value: Any) -> None:
-    """Print one JSON object on stdout; floats that are not finite become ``null``."""
+    """Print one JSON object on stdout; floats that are not finite become ``null``.
+
+    Text is escaped where stdout is not UTF-8 or the text is not, such as a path of other bytes.
+    """
     encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "")
-    text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=encoding != "utf8")
+    data = plain(value)
+    text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=encoding != "utf8")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(data, indent=2, allow_nan=False)
     print(text, flush=True)
 
 

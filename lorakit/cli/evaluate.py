@@ -16,6 +16,7 @@ json (json_valid: the whole answer is JSON; json_fields: fields right; json_reco
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +100,8 @@ def run(options: argparse.Namespace) -> int:
     mixes = mixes_of(options.adapter, blend=options.blend)
     if options.no_base and not mixes:
         raise InputError("--no-base leaves nothing to judge; give an --adapter too")
-    if options.save is not None and Path(options.save).is_dir():
-        raise InputError(f"--save {options.save} is a folder; give the name of a file")
+    if options.save is not None:
+        _check_save(options.save, options.data)
     from lorakit.bases import context_length
     from lorakit.data import items as items_of
     from lorakit.data import load_data
@@ -157,6 +158,35 @@ def run(options: argparse.Namespace) -> int:
         column = None if options.template else data.report.columns.get("prompt")
         _print(judged, items, options.show, column)
     return 0
+
+
+def _check_save(target: str, data: Sequence[str]) -> None:
+    """Refuse a place that cannot be written, or that holds the data, before hours of work.
+
+    Raises:
+        InputError: says which of these it is.
+    """
+    path = os.path.realpath(target)  # a link stays, and what it points to is written
+    folder = os.path.dirname(path)
+    there = True
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        there = False
+    except OSError as error:
+        raise InputError(f"--save {target} cannot be written: {error.strerror}") from None
+    if os.path.isdir(path):
+        raise InputError(f"--save {target} is a folder; give the name of a file")
+    if there and any(os.path.exists(one) and os.path.samefile(path, one) for one in data):
+        raise InputError(
+            f"--save {target} is the file of --data, which would be lost; give another name"
+        )
+    if there and not os.path.isfile(path):
+        return  # a pipe or a device is written to, so its folder does not matter
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(
+            f"--save {target} cannot be written: {folder} is no folder that you may write to"
+        )
 
 
 def _meter() -> Any:
@@ -227,7 +257,11 @@ def _save(path: Path, judged: Sequence[Judgement], items: Sequence[PromptItem]) 
             ],
         }
         lines.append(json.dumps(plain(entry), ensure_ascii=True, allow_nan=False))
-    write_atomic(path, "".join(line + "\n" for line in lines).encode())
+    content = "".join(line + "\n" for line in lines).encode()
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)  # a pipe or a device: replacing it would leave its reader waiting
+    else:
+        write_atomic(path, content)
     say(f"Answers written to {path}")
 
 

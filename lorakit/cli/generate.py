@@ -8,7 +8,8 @@ adapter that lorakit trained remembers which. --raw takes the text as it is.
   lorakit generate --base B --adapter a=0.7 --adapter b=0.3 --blend --prompt "…"
   cat letter.txt | lorakit generate --base B --adapter A --json
 
---prompts takes a text file with a prompt a line, or a .jsonl file whose rows have a "prompt".
+--prompts takes a text file with a prompt a line, or a file of rows that have a "prompt": JSONL,
+JSON, CSV or Parquet.
 Without --prompt and --prompts, all of stdin is one prompt. One prompt for one model is printed
 as it grows; Ctrl-C ends it.
 """
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.common import (
@@ -28,6 +28,7 @@ from lorakit.cli.common import (
     add_json_argument,
     attach_adapters,
     check_names,
+    check_text,
     console,
     emit_json,
     load_adapters,
@@ -41,7 +42,7 @@ from lorakit.cli.common import (
     seed,
     use_tokenizer,
 )
-from lorakit.errors import DataError, InputError
+from lorakit.errors import DataError, InputError, collected
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -173,13 +174,18 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("--prompt and --prompts are both given; give one of them")
     if options.raw and (options.system is not None or options.format is not None):
         other = "--system" if options.system is not None else "--format"
-        raise InputError(
-            f"--raw takes prompts as they are, so {other} cannot act; drop one"
-        )
+        raise InputError(f"--raw takes prompts as they are, so {other} cannot act; drop one")
     if options.with_base and not options.adapter:
         raise InputError("--with-base puts the base beside adapters; give an --adapter too")
     if "" in options.stop:
         raise InputError("--stop is empty; give the text before which an answer ends")
+    for flag, texts in (
+        ("--prompt", options.prompt or ()),
+        ("--system", [options.system or ""]),
+        ("--stop", options.stop),
+    ):
+        for text in texts:
+            check_text(text, flag)
 
 
 def _models(options: argparse.Namespace) -> list[_Model]:
@@ -202,50 +208,78 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt:
         return list(options.prompt)
     if options.prompts not in (None, "-"):
-        return _prompts_of_file(Path(options.prompts))
-    if sys.stdin.isatty():
-        say("Type the prompt; end it with Ctrl-D")
-    text = sys.stdin.read()
+        return _prompts_of_file(options.prompts)
+    text = _stdin()
     found = _lines(text) if options.prompts == "-" else [text.rstrip("\n")]
     if not any(found):
         raise InputError("stdin holds no prompt; give --prompt, --prompts FILE, or write to stdin")
     return found
 
 
-def _prompts_of_file(path: Path) -> list[str]:
-    import json
-
+def _stdin() -> str:
+    if sys.stdin is None:  # closed
+        return ""
+    if sys.stdin.isatty():
+        say("Type the prompt; end it with Ctrl-D")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"--prompts {path} cannot be read: {error.strerror}") from error
+        text = sys.stdin.read().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise InputError(f"--prompts {path} is not UTF-8 text: {error}") from error
-    if path.suffix != ".jsonl":
-        found = _lines(text)
-    else:
-        found = []
-        for number, line in enumerate(text.splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path} line {number} is no JSON: {error}") from error
-            prompt = row.get("prompt") if isinstance(row, dict) else row
-            if not isinstance(prompt, str) or not prompt:
-                raise InputError(
-                    f'{path} line {number}: expected a text, or an object with a "prompt" that is '
-                    f"one; found {line.strip()[:60]}"
-                )
-            found.append(prompt)
+        raise InputError(f"stdin is not UTF-8 text: {error}") from error
+    check_text(text, "stdin")
+    return text
+
+
+def _prompts_of_file(path: str) -> list[str]:
+    from lorakit.data.readers import holds_rows
+
+    found = _prompts_of_rows(path) if holds_rows(path) else _lines(_text_of(path))
     if not found:
         raise InputError(f"--prompts {path} holds no prompt; write one on each line")
     return found
 
 
+def _text_of(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except OSError as error:
+        raise InputError(f"--prompts {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts {path} is not UTF-8 text: {error}") from error
+    check_text(text, f"--prompts {path}")
+    return text
+
+
+def _prompts_of_rows(path: str) -> list[str]:
+    """The column ``prompt`` of a file of rows.
+
+    Raises:
+        InputError: the file or some of its rows cannot be read; each is named.
+    """
+    from lorakit.data.columns import Columns
+    from lorakit.data.readers import open_rows
+    from lorakit.data.rows import RowError
+
+    columns = Columns("prompt/completion", {"prompt": "prompt"}, ())
+    notes: list[str] = []
+    found, problems = [], []
+    for row in open_rows(path, notes):
+        try:
+            if row.problem is not None:
+                raise RowError(row.reason, row.problem)
+            found.append(columns.text(row.values, "prompt"))
+        except RowError as error:
+            problems.append(f"{row.where}: {error}")
+    if problems:
+        raise InputError(collected(f"--prompts {path} has rows without a prompt", problems))
+    for note in notes:
+        say(note)
+    return found
+
+
 def _lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()]
+    # not splitlines, which also parts a line at signs that JSON and editors take as text
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 def _task(options: argparse.Namespace) -> str:

@@ -7,7 +7,9 @@ module does the same at its top and imports what it needs inside ``run``.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -66,6 +68,8 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``lorakit``; returns the exit code."""
+    if sys.stderr is None:  # closed; print would then write its lines to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - stays open as long as the process
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((a for a in arguments if not a.startswith("-")), None)
     parser = build_parser(command)
@@ -77,11 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return int(options.run(options) or 0)
+        code = int(options.run(options) or 0)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        _drop_stdout()
         return 1
     except LorakitError as error:
         if options.debug:
@@ -90,6 +98,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, Interrupted):
             return 130
         return 2 if isinstance(error, (InputError, MissingDependencyError)) else 1
+    except OSError as error:
+        _drop_stdout()
+        if options.debug:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+        print(f"lorakit {options.command}: {where}{reason}", file=sys.stderr)
+        given = str(error.filename) in arguments and error.errno == errno.ENOENT
+        return 2 if given or error.errno == errno.ENAMETOOLONG else 1
+
+
+def _drop_stdout() -> None:
+    """Where stdout takes no more, let what it still holds go, or the exit would fail on it."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

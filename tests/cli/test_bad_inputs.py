@@ -5,9 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -55,6 +60,17 @@ def world(tmp_path_factory) -> Path:
     write(root / "ragged.csv", "prompt,completion\nw1,w2\nw1,w2,w3\n")
     write(root / "twice.csv", "prompt,prompt\nw1,w2\n")
     write(root / "header.csv", "prompt,completion\n")
+    write(root / "repeated.jsonl", lines(*GOOD[:2]) + '{"prompt": "w1", "prompt": "w2"}\n')
+    write(root / "repeated.json", '[{"messages": []}, {"messages": [{"role": "", "role": ""}]}]')
+    write(root / "digits.jsonl", lines(*GOOD[:2]) + '{"prompt": ' + "9" * 5000 + "}\n")
+    write(root / "digits.json", '[{"prompt": ' + "9" * 5000 + "}]")
+    write(root / "deep.jsonl", "[" * 200_000 + "\n")
+    write(root / "no_prompt.csv", "question\nw1\n")
+    write(root / "zero.txt", b"w1\x00w2\n")
+    column = pyarrow.array(["w1"])
+    table = pyarrow.Table.from_arrays([column, column], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, root / "twice.parquet")
+    os.mkfifo(root / "pipe.jsonl")
     write(root / "noise.parquet", b"PAR1 this is no parquet file PAR1")
     write(root / "odd.xlsx", b"spreadsheet")
     (root / "nothing").mkdir()
@@ -155,6 +171,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "unknown columns": (having(TRAIN, data="columns.jsonl"), ["alpha", "--map"]),
     "mapped column is not there": (having(TRAIN, map="prompt=mr,completion=completion"), ["mr"]),
     "map without =": (having(TRAIN, map="prompt"), ["prompt", "="]),
+    "a field mapped twice": (
+        [*TRAIN, "--map", "prompt=a", "--map", "prompt=b"],
+        ["prompt", "twice"],
+    ),
     "map of an unknown name": (having(TRAIN, map="promt=prompt,completion=completion"), ["promt"]),
     "template field is not there": (having(TRAIN, template="{nope}"), ["nope"]),
     "no assistant turn": (having(TRAIN, data="no_assistant.jsonl"), ["1", "assistant"]),
@@ -164,6 +184,16 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "not UTF-8": (having(TRAIN, data="latin.csv"), ["latin.csv", "UTF-8"]),
     "a row with more columns": (having(TRAIN, data="ragged.csv"), ["ragged.csv", "3"]),
     "a column twice": (having(TRAIN, data="twice.csv"), ["twice.csv", "prompt"]),
+    "a Parquet column twice": (having(TRAIN, data="twice.parquet"), ["twice.parquet", "prompt"]),
+    "a JSON key twice": (having(TRAIN, data="repeated.jsonl"), ["line 3", "'prompt'", "twice"]),
+    "a JSON key twice, deep": (having(TRAIN, data="repeated.json"), ["item 2", "'role'"]),
+    "a number of 5000 digits": (having(TRAIN, data="digits.jsonl"), ["line 3", "digits"]),
+    "a number of 5000 digits in a list": (having(TRAIN, data="digits.json"), ["digits"]),
+    "JSON nested too deeply": (having(TRAIN, data="deep.jsonl"), ["deep.jsonl", "nested"]),
+    "data is a pipe": (having(TRAIN, data="pipe.jsonl"), ["pipe.jsonl", "is a pipe"]),
+    "data with a long name": (having(TRAIN, data="x" * 300 + ".jsonl"), ["no such file"]),
+    "data with a long path": (having(TRAIN, data="x/" * 2500 + "y.csv"), ["no such file"]),
+    "data of no user": (having(TRAIN, data="~nouser/y.csv"), ["~nouser"]),
     "not a Parquet file": (having(TRAIN, data="noise.parquet"), ["noise.parquet"]),
     "unknown ending": (having(TRAIN, data="odd.xlsx"), ["odd.xlsx", "jsonl"]),
     "validation data is missing": (having(TRAIN, valid="nope.jsonl"), ["nope.jsonl"]),
@@ -176,6 +206,12 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "unknown target": (having(TRAIN, targets="q_prj"), ["q_prj", "q_proj"]),
     "exclude matches nothing": (having(TRAIN, exclude="zzz"), ["zzz"]),
     "no such layers": (having(TRAIN, layers="5-9"), ["0 to 1"]),
+    "layers without a start": (having(TRAIN, layers="-1"), ["'-1'", "Write 0-1"]),
+    "layers far beyond": (having(TRAIN, layers="0-999999999"), ["0 to 1"]),
+    "too many steps": (having(TRAIN, steps="9" * 12), ["steps", "1,000,000,000"]),
+    "steps of 400 digits": (having(TRAIN, steps="9" * 400), ["--steps"]),
+    "too many epochs": (having(TRAIN, steps=None, epochs="1e308"), ["epochs", "1e+308"]),
+    "alpha beyond float32": (having(TRAIN, alpha="1e40"), ["alpha", "1e6"]),
     "rank 0": (having(TRAIN, rank="0"), ["rank", "0"]),
     "rank above the width": (having(TRAIN, rank="33"), ["33", "16"]),
     "dropout 1.5": (having(TRAIN, dropout="1.5"), ["1.5"]),
@@ -199,6 +235,9 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "base without tokenizer": (having(TRAIN, base="tokenless"), ["tokenless", "tokenizer"]),
     "not a GGUF": (having(TRAIN, base="noise.gguf"), ["noise.gguf"]),
     "hub id without network": (having(TRAIN, base="someone/nothing"), ["someone/nothing"]),
+    "base with a long name": (having(TRAIN, base="./" + "x" * 300), ["no file or folder"]),
+    "base with a long path": (having(TRAIN, base="x/" * 2500), ["no file or folder"]),
+    "base of no user": (having(TRAIN, base="~nouser/x"), ["~nouser"]),
     # folders
     "a file where the run would be": (having(TRAIN, out="a_file"), ["a_file"]),
     "a file above the run": (having(TRAIN, out="a_file/run"), ["a_file"]),
@@ -224,13 +263,28 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "two adapters of one name": ([*EVAL, "--adapter", "elsewhere/good"], ["good", "name"]),
     "weight is no number": (having(EVAL, adapter="good=much"), ["much"]),
+    "weight beyond float32": (having(EVAL, adapter="good=1e300"), ["1e300", "1e6"]),
+    "adapter with a long path": (having(EVAL, adapter="x/" * 2500), ["does not exist"]),
+    "adapter of no user": (having(EVAL, adapter="~nouser/x"), ["~nouser"]),
+    "answers saved over the data": (having(EVAL, save="good.jsonl"), ["good.jsonl", "--data"]),
+    "answers saved into no folder": (having(EVAL, save="nowhere/a.jsonl"), ["nowhere"]),
+    "answers saved below a file": (having(EVAL, save="a_file/a.jsonl"), ["a_file"]),
+    "answers saved under a long name": (having(EVAL, save="x" * 300), ["--save", "too long"]),
     "unknown metric": (having(EVAL, metrics="blue"), ["blue", "bleu"]),
     "limit 0": (having(EVAL, limit="0"), ["limit", "0"]),
     "no prompt": (having(GENERATE, prompt=None), ["--prompt"]),
     "prompts file is missing": (having(GENERATE, prompt=None, prompts="no.txt"), ["no.txt"]),
+    "prompts without a column": (
+        having(GENERATE, prompt=None, prompts="no_prompt.csv"),
+        ["question"],
+    ),
+    "prompts of zero bytes": (having(GENERATE, prompt=None, prompts="zero.txt"), ["zero.txt"]),
+    "prompt is not UTF-8": (having(GENERATE, prompt="caf\udce9"), ["--prompt", "UTF-8"]),
+    "system is not UTF-8": (having(GENERATE, system="caf\udce9"), ["--system", "UTF-8"]),
     "0 new tokens": (having(GENERATE, max_new_tokens="0"), ["0"]),
     "negative temperature": (having(GENERATE, temperature="-1"), ["-1"]),
     "inspect nothing": (["inspect", "godd"], ["godd"]),
+    "inspect a long name": (["inspect", "./" + "x" * 300], ["does not exist"]),
     "inspect a base": (["inspect", "base"], ["base"]),
 }
 
@@ -260,3 +314,61 @@ def test_bad_input(case, world, tmp_path, monkeypatch, capfd):
 
 def test_there_are_enough():
     assert len(CASES) >= 40
+
+
+def run_in(folder: Path, redirect: str, *command: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a command in a shell, as only a shell can close or redirect what a program gets."""
+    line = f"{shlex.join([sys.executable, '-m', 'lorakit.cli.main', *command])} {redirect}"
+    return subprocess.run(["sh", "-c", line], cwd=folder, capture_output=True, timeout=120)
+
+
+def test_json_alone_where_stderr_is_closed(world):
+    done = run_in(world, "2>&-", "inspect", "good", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("flags", [["--json"], []], ids=["json", "table"])
+def test_stdout_that_takes_nothing(world, flags):
+    done = run_in(world, ">/dev/full", "inspect", "good", *flags)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == b"lorakit inspect: No space left on device"
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+
+
+def test_json_of_a_path_that_is_no_text(world, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    shutil.copytree(world / "good", tmp_path / name)
+    done = run_in(tmp_path, "", "inspect", name, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("utf-8"))
+
+
+@pytest.mark.parametrize("stdin", ["<&-", "</dev/null", "<zero.txt", "<latin.csv"])
+def test_stdin_without_a_prompt(world, stdin):
+    done = run_in(world, stdin, "generate", "--base", "base")
+    assert done.returncode == 2, done.stderr
+    assert b"stdin" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_answers_go_where_the_name_leads(world, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(world)
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(target)
+    assert main(having(EVAL, limit="1", save=str(link))) == 0
+    assert link.is_symlink()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        assert main(having(EVAL, limit="1", save=str(pipe))) == 0
+        assert os.read(reader, 1 << 16) == target.read_bytes() != b""
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    link.unlink()
+    link.symlink_to(world / "good.jsonl")
+    assert main(having(EVAL, save=str(link))) == 2
+    assert "--data" in capfd.readouterr().err
