@@ -215,7 +215,7 @@ def _read_settings(path: Path, missing: list[str]) -> dict[str, Any]:
 
 def _read_rows(path: Path, missing: list[str], *, optional: bool = False) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         if not optional:
             missing.append(f"{path.name} is not there, so there are no curves.")

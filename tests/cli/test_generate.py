@@ -40,7 +40,11 @@ def world(tmp_path_factory) -> Path:
         save_adapter(handle.snapshot("a").with_(provenance=provenance), root / name)
         handle.detach()
     (root / "prompts.txt").write_text("w1 w2\n\nw3\n")
-    (root / "prompts.jsonl").write_text('{"prompt": "w1 w2", "x": 1}\n"w3"\n')
+    (root / "prompts.JSONL").write_text('{"prompt": "w1 w2"}\n{"prompt": "w3"}\n')
+    (root / "odd.txt").write_text("w1\u2028w2\x0cw3\x85w4\r\n", encoding="utf-8", newline="")
+    (root / "prompts.json").write_text('[{"prompt": "w1 w2"}, {"prompt": "w3"}]')
+    (root / "prompts.csv").write_text("\ufeffprompt,x\nw1 w2,1\nw3,2\n")
+    (root / "prompts.jsonl").write_text('{"prompt": "w1 w2", "x": 1}\n{"prompt": "w3"}\n')
     return root
 
 
@@ -121,6 +125,10 @@ def test_flags_win_over_what_the_adapter_learnt(run, expected):
         (["--prompt", "w1 w2", "--prompt", "w3"], ""),
         (["--prompts", "prompts.txt"], ""),
         (["--prompts", "prompts.jsonl"], ""),
+        (["--prompts", "prompts.JSONL"], ""),
+        (["--prompts", "prompts.json"], ""),
+        (["--prompts", "prompts.csv"], ""),
+        (["--prompts", "-"], "\ufeffw1 w2\r\nw3\r\n"),
         (["--prompts", "-"], "w1 w2\nw3\n"),
     ],
 )
@@ -131,6 +139,11 @@ def test_where_prompts_come_from(run, expected, flags, stdin):
     assert [a["prompt"] for a in answers] == ["w1 w2", "w3"]
     assert [a["text"] for a in answers] == [expected("w1 w2"), expected("w3")]
     assert {a["model"] for a in answers} == {"base"}
+
+
+def test_only_a_line_break_ends_a_prompt(run):
+    _, out, _ = run("--prompts", "odd.txt", "--json")
+    assert [a["prompt"] for a in json.loads(out)["answers"]] == ["w1\u2028w2\x0cw3\x85w4"]
 
 
 def test_all_of_stdin_is_one_prompt(run, expected):
@@ -239,11 +252,11 @@ def test_mistakes(run, flags, message):
 
 
 def test_a_broken_file_of_prompts(run, world):
-    (world / "bad.jsonl").write_text('"w1"\n{"prompt": 3}\n')
+    (world / "bad.jsonl").write_text('{"prompt": "w1"}\n{"prompt": 3}\n')
     code, _, err = run("--prompts", "bad.jsonl")
     assert code == 2
     assert "bad.jsonl line 2" in err
-    (world / "bad.jsonl").write_text('"w1"\n{"prompt": \n')
+    (world / "bad.jsonl").write_text('{"prompt": "w1"}\n{"prompt": \n')
     code, _, err = run("--prompts", "bad.jsonl")
     assert code == 2
-    assert "bad.jsonl line 2 is no JSON" in err
+    assert "bad.jsonl line 2: broken JSON" in err

@@ -72,6 +72,12 @@ def test_a_torn_last_row_is_said_and_left_out(tmp_path: Path) -> None:
     assert any("1 unreadable row(s), the first in line 3" in text for text in record.missing)
 
 
+def test_a_note_of_odd_signs_is_one_row(tmp_path: Path) -> None:
+    row = {"kind": "note", "text": "a\u2028b\x85c"}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", "utf-8")
+    assert not any("unreadable" in text for text in read_run(tmp_path).missing)
+
+
 def test_everything_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe[1]\n\n")
     record = read_run(tmp_path)
