@@ -14,6 +14,12 @@ from pathlib import Path
 
 from lorakit.errors import InputError, TrainingError
 
+#: a path at fault, rather than the disk
+_WRONG_PLACE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENOTEMPTY, errno.EBUSY, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
 
 def cache_dir() -> Path:
     """Where what can be made again is kept: ``$LORAKIT_CACHE``, or ``~/.cache/lorakit``."""
@@ -23,21 +29,26 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def clear_disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's words for a full disk or a forbidden folder into ours.
+    """Turn the system's words for a full disk or an impossible place into ours.
 
     Raises:
-        TrainingError: the disk is full.
+        TrainingError: the disk is full, or a file may not become as large.
         InputError: the place cannot be written to.
     """
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise TrainingError(
+                f"A file of {path} would be larger than the system allows; nothing that was "
+                "complete is lost. Raise the limit (ulimit -f), then go on where it stopped."
+            ) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TrainingError(
                 f"The disk that holds {path} is full; nothing that was complete is lost. "
                 "Free some space, then go on where it stopped."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _WRONG_PLACE:
             raise InputError(
                 f"{path} cannot be written: {error.strerror}. Give a folder that you may write to."
             ) from error
@@ -103,6 +114,52 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, last: str) -> Iterator[Path]:
+    """A temporary folder; what is in it lies in ``path`` when the block ends well.
+
+    Where nothing is at ``path``, one rename makes it. An empty folder there stays the one it is,
+    for it may be where somebody stands or where a disk is mounted: it is filled by renames, that
+    of ``last`` at the end. Of several processes that want one place, one gets it.
+
+    Raises:
+        FileExistsError: something lies there, perhaps only since the block began.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.is_dir()
+    if existed:
+        temporary = path / ".new.tmp"
+        temporary.mkdir()  # one process can
+    else:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        if existed and len(os.listdir(path)) > 1:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                flush(file)
+        if existed:
+            for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == last):
+                os.rename(entry, path / entry.name)
+            flush(path)
+        else:
+            os.chmod(temporary, 0o777 & ~_umask())
+            _rename_to_new(temporary, path)
+        flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_to_new(folder: Path, path: Path) -> None:
+    try:
+        os.rename(folder, path)  # onto an empty folder at most
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        raise
 
 
 def exchange(first: Path, second: Path) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorakit.core.adapter import Adapter
-from lorakit.core.files import atomic_folder, clear_disk_errors, write_atomic
+from lorakit.core.files import clear_disk_errors, new_folder, write_atomic
 from lorakit.errors import InputError
 from lorakit.formats import save_adapter
 from lorakit.optional import require
@@ -32,6 +32,7 @@ class RunFolder:
     """Paths of a run, and the file of metrics, which only grows between two checkpoints."""
 
     def __init__(self, path: Path) -> None:
+        path = Path(os.path.realpath(path.expanduser()))
         self.path = path
         self.settings = path / "run.yaml"
         self.start = path / "start"
@@ -49,6 +50,10 @@ class RunFolder:
         Raises:
             InputError: says how to go on with the run there, or to choose another place.
         """
+        with clear_disk_errors(self.path):  # a name can be too long even to look for
+            self._check_new()
+
+    def _check_new(self) -> None:
         if self.settings.exists():
             raise InputError(
                 f"{self.path} holds a run already. Go on with it: lorakit train --resume "
@@ -83,12 +88,22 @@ class RunFolder:
             TrainingError: the disk is full.
         """
         self.check_new()
-        with clear_disk_errors(self.path), atomic_folder(self.path) as temporary:
+        with clear_disk_errors(self.path):
+            try:
+                self._fill(settings, start, notes)
+            except FileExistsError:
+                self.check_new()  # another process was faster
+                raise
+
+    def _fill(
+        self, settings: Mapping[str, Any], start: Adapter | None, notes: Sequence[str]
+    ) -> None:
+        with new_folder(self.path, last=self.settings.name) as temporary:
             if start is not None:
                 save_adapter(start, temporary / self.start.name)
-            (temporary / self.settings.name).write_bytes(_as_yaml(settings))
             rows = [_as_line({"kind": "note", "text": text}) for text in notes]
             (temporary / self.metrics.name).write_bytes(b"".join(rows))
+            (temporary / self.settings.name).write_bytes(_as_yaml(settings))
 
     def read_settings(self) -> dict[str, Any]:
         """What ``run.yaml`` holds.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from lorakit.core import files
 from lorakit.errors import InputError, TrainingError
 from lorakit.train import checkpoint as checkpoints
+from lorakit.train import folder as folders
 from lorakit.train.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -176,7 +178,7 @@ def test_a_folder_is_made_in_one_stroke(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "rename", full)
     with pytest.raises(TrainingError, match="is full"):
         RunFolder(tmp_path / "b").create({}, None, [])
     assert not (tmp_path / "b").exists()
@@ -196,6 +198,60 @@ def test_a_place_that_is_taken_is_refused_untouched(tmp_path):
         RunFolder(tmp_path / "other" / "thesis.txt").check_new()
     (tmp_path / "empty").mkdir()
     RunFolder(tmp_path / "empty").create({"z": {}}, None, [])
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_of_two_runs_at_once_one_gets_the_place(tmp_path, monkeypatch, there):
+    """The second one comes between the first one's look and its rename."""
+    first, second = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "a")
+    if there:
+        first.path.mkdir()
+    original = folders._as_yaml
+
+    def race(settings):
+        if settings == {"x": "first"}:
+            second.create({"x": "second"}, None, [])
+        return original(settings)
+
+    monkeypatch.setattr(folders, "_as_yaml", race)
+    if there:  # the first one has claimed it
+        with pytest.raises(InputError, match="is not empty"):
+            first.create({"x": "first"}, None, [])
+        assert not any(first.path.iterdir())
+    else:
+        with pytest.raises(InputError, match="holds a run already"):
+            first.create({"x": "first"}, None, [])
+        assert b"second" in second.settings.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_empty_folder_stays_the_one_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    number = tmp_path.stat().st_ino
+    run = RunFolder(Path("."))
+    run.create({"x": {}}, None, ["why"])
+    assert tmp_path.stat().st_ino == number
+    assert sorted(os.listdir(".")) == ["metrics.jsonl", "run.yaml"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder(Path("~/b")).path == tmp_path.resolve() / "b"
+
+
+@pytest.mark.parametrize("place", ["/proc/lorakit", "x" * 300, f"a/{'x' * 300}/b"])
+def test_impossible_places_are_said(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"cannot be (written|made)"):
+        RunFolder(Path(place)).create({"x": {}}, None, [])
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG])
+def test_a_place_at_fault_is_the_input(number):
+    with pytest.raises(InputError, match="x cannot be written"), files.clear_disk_errors(Path("x")):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_limit_on_the_size_of_files_is_said():
+    with pytest.raises(TrainingError, match="ulimit -f"), files.clear_disk_errors(Path("x")):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
 
 @pytest.mark.parametrize(
