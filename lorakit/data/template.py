@@ -56,13 +56,17 @@ def parse_template(text: str, notes: list[str]) -> Template:
     """
     if os.sep in text or text.endswith((".txt", ".md", ".template")):
         path = Path(text)
-        if "{" not in text and not path.is_file():
+        is_file = os.path.isfile(path)  # also where a text is too long for a name
+        if "{" not in text and not is_file:
             raise DataError(
                 f"template: there is no file {text}, and as a text it has no {{column}}."
             )
-        if path.is_file():
+        if is_file:
             notes.append(f"template: read from {text}")
-            text = path.read_text(encoding="utf-8").removesuffix("\n")
+            try:
+                text = path.read_text(encoding="utf-8-sig").removesuffix("\n")
+            except UnicodeDecodeError as error:
+                raise DataError(f"template: {text} is not UTF-8 text: {error}.") from None
     if "\\n" in text and "\n" not in text:
         notes.append(
             "template: it holds a backslash and an n, not a line break; in bash write "

@@ -177,6 +177,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "map of an unknown name": (having(TRAIN, map="promt=prompt,completion=completion"), ["promt"]),
     "template field is not there": (having(TRAIN, template="{nope}"), ["nope"]),
+    "a long template with a slash": (having(TRAIN, template="a/b " * 100 + "{nope}"), ["nope"]),
+    "template is not UTF-8": (having(TRAIN, template="./latin.csv"), ["latin.csv", "UTF-8"]),
     "no assistant turn": (having(TRAIN, data="no_assistant.jsonl"), ["1", "assistant"]),
     "unknown role": (having(TRAIN, data="role.jsonl"), ["1", "boss"]),
     "longer than the context": (having(TRAIN, data="long.jsonl"), ["32", "--truncate"]),
