@@ -81,6 +81,8 @@ def load_data(
             dropped_rows=tuple(problems.named),
             cuts=tuple(work.cuts.lines()),
             notes=(*notes, *rendering.notes, *work.notes()),
+            template=spec.template,
+            system=spec.system,
         ),
         rendering.stop_ids,
     )

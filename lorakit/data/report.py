@@ -47,6 +47,10 @@ class DataReport:
     """min, median, p95 and max, in tokens."""
     histogram: tuple[tuple[int, int, int], ...] = ()
     """(from, to, examples): lengths in equal steps, ``to`` excluded."""
+    template: str | None = None
+    """The prompt's template, where one was given."""
+    system: str | None = None
+    """The system message before every chat, where one was given."""
 
     @property
     def num_dropped(self) -> int:

@@ -52,6 +52,8 @@ def _about(data: TokenData) -> dict[str, Any]:
         "columns": dict(report.columns),
         "format": report.format,
         "loss_on": report.loss_on,
+        "template": report.template,
+        "system": report.system,
     }
 
 
