@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from lorakit.core.adapter import Adapter
 from lorakit.core.files import clear_disk_errors, new_folder, write_atomic
-from lorakit.errors import InputError
+from lorakit.errors import InputError, collected
 from lorakit.formats import save_adapter
 from lorakit.optional import require
 
@@ -109,7 +109,7 @@ class RunFolder:
         """What ``run.yaml`` holds.
 
         Raises:
-            InputError: there is no run, or its settings cannot be read.
+            InputError: there is no run, or its settings cannot be read or are damaged.
         """
         yaml = require("yaml", extra="train", purpose="reading run.yaml")
         if not self.settings.is_file():
@@ -122,9 +122,7 @@ class RunFolder:
             content = yaml.safe_load(self.settings.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{self.settings} cannot be read: {error}") from error
-        if not isinstance(content, dict):
-            raise InputError(f"{self.settings} holds no settings; the run cannot be resumed.")
-        return content
+        return _checked(self.settings, content, _SECTIONS)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -173,6 +171,8 @@ class RunFolder:
 
     def _notes_length(self) -> int:
         length = 0
+        if not self.metrics.exists():  # somebody deleted it; it begins anew
+            return length
         with open(self.metrics, "rb") as file:
             for line in file:
                 if not line.startswith(_NOTE):
@@ -190,10 +190,19 @@ class RunFolder:
         write_atomic(self.result, (json.dumps(result, indent=2) + "\n").encode())
 
     def read_result(self) -> dict[str, Any] | None:
-        """What ``result.json`` holds; ``None`` while the run has not ended."""
+        """What ``result.json`` holds; ``None`` while the run has not ended.
+
+        Raises:
+            InputError: it is damaged.
+        """
         if not self.result.is_file():
             return None
-        return dict(json.loads(self.result.read_text(encoding="utf-8")))
+        try:
+            content = json.loads(self.result.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            content = error
+        content = _checked(self.result, content, _RESULT)
+        return {name: content[name] for name in _RESULT}
 
 
 class MetricsFile:
@@ -230,6 +239,58 @@ class MetricsFile:
         """Close the file."""
         with clear_disk_errors(self._path):
             self._file.close()
+
+
+#: what a resume needs of run.yaml, and of which types
+_SECTIONS: dict[str, tuple[type, ...]] = {
+    "base": (dict,),
+    "data": (dict, type(None)),
+    "validation": (dict, type(None)),
+    "lora": (dict,),
+    "train": (dict,),
+    "content": (dict,),
+}
+
+_NUMBER = (int, float, type(None))
+
+#: the same of result.json
+_RESULT: dict[str, tuple[type, ...]] = {
+    "steps": (int,),
+    "ending": (str,),
+    "last_loss": _NUMBER,
+    "base_loss": _NUMBER,
+    "best_loss": _NUMBER,
+    "best_step": (int, type(None)),
+    "seconds": (int, float),
+}
+
+#: how types are called in messages
+_WORDS = {dict: "a mapping", type(None): "null", int: "a whole number", float: "a number"}
+
+
+def _checked(path: Path, content: Any, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+    """``content`` of a file, if it is a mapping with values of these types.
+
+    Raises:
+        InputError: names the file and every field that is missing or of another type.
+    """
+    if not isinstance(content, dict):
+        problems = [f"it is no mapping: {content!r:.80}"]
+    else:
+        problems = [
+            f"{name} is missing"
+            if name not in content
+            else f"{name} is {content[name]!r:.80}; it must be "
+            + " or ".join(_WORDS.get(kind, "text") for kind in allowed)
+            for name, allowed in kinds.items()
+            if name not in content or not isinstance(content[name], allowed)
+        ]
+    if not problems:
+        return dict(content)
+    way = "Put back the file that was written"
+    if path.name == "result.json":
+        way = "Delete it and resume the run, which writes it again"
+    raise InputError(collected(f"{path} is damaged", problems) + f"\n{way}.")
 
 
 #: how a row of this kind begins

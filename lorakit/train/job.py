@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorakit.core.adapter import Adapter
 from lorakit.data import Batch, Example, TokenData, indices_at
+from lorakit.errors import InputError
 from lorakit.layers import Handle, Routing, token_keys
 from lorakit.train.settings import TrainSettings, rate_at
 
@@ -267,7 +268,17 @@ class Job:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`tensors` and :meth:`state` gave."""
+        """Go on from what :meth:`tensors` and :meth:`state` gave.
+
+        Raises:
+            InputError: they are of an adapter of another size.
+        """
+        if tensors["flat"].shape != self._flat.shape:
+            raise InputError(
+                f"the checkpoint's adapter has {tensors['flat'].numel()} parameters and this one "
+                f"{self._flat.numel()}, so the run cannot go on. Put its run.yaml and start/ back "
+                "as they were; or start a new run."
+            )
         self._go_back(tensors)
         self.step = self.weights_step = int(state["step"])
         self.stale = int(state["stale"])

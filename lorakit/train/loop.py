@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +37,7 @@ from lorakit.train.folder import MetricsFile, RunFolder
 from lorakit.train.interrupt import StopRequest
 from lorakit.train.job import Job, Window
 from lorakit.train.memory import peak_vram_mb, resident_mb
+from lorakit.train.origin import check_settings
 from lorakit.train.randomness import random_tensors, set_random_tensors
 
 #: seconds between two checkpoints where the steps between them are not given …
@@ -60,6 +61,7 @@ class Loop:
         folder, metrics: where rows and checkpoints go.
         stop: asked between two forwards.
         keep: saves the job's adapter; called at each new best.
+        decided: the settings that a checkpoint belongs to.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Loop:
         metrics: MetricsFile,
         stop: StopRequest,
         keep: Callable[[Job], None],
+        decided: Mapping[str, Any],
     ) -> None:
         self._packed = packed
         self._model = packed.model
@@ -85,6 +88,7 @@ class Loop:
         self._metrics = metrics
         self._stop = stop
         self._keep = keep
+        self._decided = decided
         self._adapted = [p for p, s in job.snapshot().sites.items() if isinstance(s, LowRank)]
         self._seconds_before = 0.0
         self._began = time.perf_counter()
@@ -100,7 +104,12 @@ class Loop:
         return self._seconds_before + time.perf_counter() - self._began
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: it was made with other settings.
+        """
+        check_settings(checkpoint.state["settings"], self._decided)
         job = {
             name.removeprefix("job."): tensor
             for name, tensor in checkpoint.tensors.items()
@@ -127,6 +136,7 @@ class Loop:
                 "job": self._job.state(),
                 "metrics_length": self._metrics.length,
                 "seconds": self.seconds,
+                "settings": self._decided,
             },
         )
         keep = self._job.settings.keep_checkpoints

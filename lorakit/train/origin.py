@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from lorakit.bases import Base, context_length, load_base
 from lorakit.core.identity import BaseIdentity
 from lorakit.core.spec import LoRASpec
 from lorakit.data import DataSpec, TokenData, load_data
-from lorakit.errors import BaseError, DataError, InputError
+from lorakit.errors import BaseError, DataError, InputError, collected
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Origin:
             InputError: a section is missing or malformed.
         """
         try:
+            inspect.signature(load_base).bind(**sections["base"])
             return cls(
                 base=dict(sections["base"]),
                 data=_spec_from_dict(sections["data"]),
@@ -134,6 +136,39 @@ def check_content(stored: Mapping[str, Any], now: Mapping[str, str | None]) -> N
         raise BaseError(
             "the base changed since this run began: sampled weights differ. Put the old one back "
             "(--revision pins one from the hub), or start a new run."
+        )
+
+
+#: training settings that decide nothing about the adapter
+_FREE = {"checkpoint_every", "keep_checkpoints", "samples", "sample_tokens"}
+
+
+def decisive(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of run.yaml that decide what the adapter becomes, by dotted name."""
+    return {
+        f"{section}.{name}": value
+        for section in ("lora", "train")
+        for name, value in sections[section].items()
+        if name not in _FREE
+    }
+
+
+def check_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare :func:`decisive` settings with those of the steps made so far.
+
+    Raises:
+        InputError: names those that differ; the run cannot go on exactly.
+    """
+    changed = [
+        f"{name}: {stored.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted({*stored, *now})
+        if stored.get(name) != now.get(name)
+    ]
+    if changed:
+        raise InputError(
+            collected("run.yaml was edited since this run's steps were made", changed)
+            + "\nPut the old values back; or start a new run with the new ones from its adapter: "
+            "lorakit train --from RUN/adapter --data … --out …"
         )
 
 

@@ -29,6 +29,7 @@ from lorakit.train.origin import (
     Origin,
     check_content,
     content_hashes,
+    decisive,
     plain,
     spec_from_dict,
     spec_to_dict,
@@ -218,6 +219,7 @@ class Trainer:
                     metrics=metrics,
                     stop=stop,
                     keep=self._keep,
+                    decided=decisive(self._folder.read_settings()),
                 )
                 if checkpoint is not None:
                     loop.load(checkpoint)
@@ -413,15 +415,19 @@ def finished_run(out: str | os.PathLike[str]) -> RunResult | None:
     """The result of a run that has ended; ``None`` while it can go on.
 
     Raises:
-        InputError: there is no run.
+        InputError: there is no run, or it is damaged.
     """
     folder = RunFolder(Path(out))
     folder.read_settings()
     stored = folder.read_result()
     if stored is None:
         return None
-    adapter = folder.adapter if folder.adapter.is_dir() else None
-    return RunResult(**{**stored, "out": folder.path, "adapter": adapter})
+    if not (folder.adapter / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder.path} has ended, but its adapter is missing. Delete {folder.result} and "
+            "resume the run: it is saved again from the last checkpoint."
+        )
+    return RunResult(**{**stored, "out": folder.path, "adapter": folder.adapter})
 
 
 def result_to_dict(result: RunResult) -> dict[str, Any]:

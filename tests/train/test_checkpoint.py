@@ -27,6 +27,8 @@ from lorakit.train.folder import RunFolder
 from lorakit.train.randomness import random_tensors, seeded, set_random_tensors
 from tests.train import child
 
+SECTIONS = {name: {} for name in ("base", "data", "validation", "lora", "train", "content")}
+
 
 def make(step: int) -> Checkpoint:
     return Checkpoint(
@@ -166,11 +168,9 @@ def test_seeded_leaves_no_trace():
 
 def test_a_folder_is_made_in_one_stroke(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "runs" / "a")
-    folder.create({"train": {"lr": 1e-3, "betas": [0.9, 0.99]}, "text": "größer"}, None, ["why"])
-    assert folder.read_settings() == {
-        "train": {"lr": 1e-3, "betas": [0.9, 0.99]},
-        "text": "größer",
-    }
+    train = {"lr": 1e-3, "betas": [0.9, 0.99]}
+    folder.create({**SECTIONS, "train": train, "text": "größer"}, None, ["why"])
+    assert folder.read_settings() == {**SECTIONS, "train": train, "text": "größer"}
     assert folder.metrics.read_text() == '{"kind": "note", "text": "why"}\n'
     assert sorted(path.name for path in folder.path.iterdir()) == ["metrics.jsonl", "run.yaml"]
     assert sorted(path.name for path in folder.path.parent.iterdir()) == ["a"]
@@ -186,10 +186,10 @@ def test_a_folder_is_made_in_one_stroke(tmp_path, monkeypatch):
 
 def test_a_place_that_is_taken_is_refused_untouched(tmp_path):
     folder = RunFolder(tmp_path / "a")
-    folder.create({"x": {}}, None, [])
+    folder.create(SECTIONS, None, [])
     with pytest.raises(InputError, match=r"holds a run already.*--resume"):
         folder.create({"y": {}}, None, [])
-    assert folder.read_settings() == {"x": {}}
+    assert folder.read_settings() == SECTIONS
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="is not empty"):
@@ -229,7 +229,7 @@ def test_an_empty_folder_stays_the_one_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     number = tmp_path.stat().st_ino
     run = RunFolder(Path("."))
-    run.create({"x": {}}, None, ["why"])
+    run.create(SECTIONS, None, ["why"])
     assert tmp_path.stat().st_ino == number
     assert sorted(os.listdir(".")) == ["metrics.jsonl", "run.yaml"]
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -240,7 +240,7 @@ def test_an_empty_folder_stays_the_one_it_is(tmp_path, monkeypatch):
 def test_impossible_places_are_said(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"cannot be (written|made)"):
-        RunFolder(Path(place)).create({"x": {}}, None, [])
+        RunFolder(Path(place)).create(SECTIONS, None, [])
 
 
 @pytest.mark.parametrize("number", [errno.EBUSY, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG])
@@ -260,7 +260,9 @@ def test_a_limit_on_the_size_of_files_is_said():
         (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "has no run.yaml"),
         (lambda path: (path.mkdir(), (path / "run.yaml").write_text("a: [")), "cannot be read"),
-        (lambda path: (path.mkdir(), (path / "run.yaml").write_text("text")), "no settings"),
+        (lambda path: (path.mkdir(), (path / "run.yaml").write_text("text")), "no mapping"),
+        (lambda path: (path.mkdir(), (path / "run.yaml").write_text("{}")), "train is missing"),
+        (lambda path: (path.mkdir(), (path / "run.yaml").write_text("lora: 3")), "lora is 3; it"),
         (lambda path: (path.mkdir(), (path / "run.yaml").write_bytes(b"\xff")), "cannot be read"),
     ],
 )
@@ -272,7 +274,7 @@ def test_no_run_to_resume(tmp_path, prepare, message):
 
 def test_metrics_are_cut_where_the_checkpoint_was(tmp_path):
     folder = RunFolder(tmp_path / "a")
-    folder.create({"x": {}}, None, ["one", "two"])
+    folder.create(SECTIONS, None, ["one", "two"])
     metrics = folder.open_metrics(None)
     metrics.append({"kind": "step", "loss": 1.5})
     length = metrics.length
@@ -292,7 +294,7 @@ def test_metrics_are_cut_where_the_checkpoint_was(tmp_path):
 
 def test_one_process_at_a_time(tmp_path):
     folder = RunFolder(tmp_path / "a")
-    folder.create({"x": {}}, None, [])
+    folder.create(SECTIONS, None, [])
     with (
         folder.locked(),
         pytest.raises(InputError, match="another process is running"),
@@ -305,7 +307,7 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_what_a_kill_left_is_removed(tmp_path):
     folder = RunFolder(tmp_path / "a")
-    folder.create({"x": {}}, None, [])
+    folder.create(SECTIONS, None, [])
     folder.checkpoints.mkdir()
     (folder.checkpoints / ".step-00000001.safetensors.abc.tmp").write_bytes(b"half")
     (folder.path / ".adapter.abc.tmp").mkdir()

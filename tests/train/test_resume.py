@@ -253,6 +253,40 @@ def test_a_changed_base_is_refused(shop):
         Trainer.resume(out, base=base)
 
 
+def test_edited_settings_are_refused(shop, expected):
+    out = interrupted(shop)
+    path = out / "run.yaml"
+    content = path.read_text()
+    edited = content.replace("lr: 0.01", "lr: 0.02").replace("rank: 3", "rank: 4")
+    path.write_text(edited)
+    with pytest.raises(InputError) as error:
+        Trainer.resume(out)
+    assert "train.lr: 0.01 then, 0.02 now" in str(error.value)
+    assert "lora.rank: 3 then, 4 now" in str(error.value)
+    path.write_text(content.replace("keep_checkpoints: 2", "keep_checkpoints: 1"))
+    Trainer.resume(out)
+    assert_same(out, expected)
+
+
+def test_a_damaged_end_is_said(shop):
+    shop.trainer(steps=2).run()
+    out = shop.out / "run"
+    result = finished_run(out)
+    whole = (out / "result.json").read_text()
+    for text, message in [("{}", "steps is missing"), ("[]", "no mapping"), (whole[:-9], "no map")]:
+        (out / "result.json").write_text(text)
+        with pytest.raises(InputError, match=rf"result.json is damaged.*\s.*{message}"):
+            finished_run(out)
+    (out / "result.json").write_text(whole)
+    shutil.rmtree(out / "adapter")
+    with pytest.raises(InputError, match=r"adapter is missing. Delete .*result.json"):
+        Trainer.resume(out)
+    (out / "result.json").unlink()
+    (out / "metrics.jsonl").unlink()
+    assert Trainer.resume(out).best_loss == result.best_loss
+    assert (out / "adapter" / "adapter_config.json").exists()
+
+
 def test_damage_is_said(shop, expected):
     out = interrupted(shop)
     newest = list_checkpoints(out / "checkpoints")[-1]
