@@ -96,7 +96,7 @@ def test_interrupted_and_resumed_from_elsewhere(files, capfd, monkeypatch):
     monkeypatch.setattr(command, "_callbacks", lambda *_: [Stop()])
     assert train("--optimizer", "sgd") == 130
     monkeypatch.undo()
-    assert "Go on with: lorakit train --resume run" in capfd.readouterr().err
+    assert f"Go on with: lorakit train --resume {files / 'run'}" in capfd.readouterr().err
     # paths in run.yaml are absolute, so the working directory does not matter
     (files / "elsewhere").mkdir()
     monkeypatch.chdir(files / "elsewhere")
