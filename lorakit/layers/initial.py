@@ -12,7 +12,7 @@ from torch import nn
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.core.spec import LoRASpec
-from lorakit.errors import TargetError
+from lorakit.errors import SpecError, TargetError, collected
 from lorakit.layers.places import home_of
 from lorakit.layers.targets import compact_targets, resolve_targets, whole_modules
 
@@ -27,6 +27,11 @@ def initial_adapter(model: nn.Module, spec: LoRASpec, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     sites: dict[str, Site] = {}
     targeted = resolve_targets(model, spec)
+    silent = [t.path for t in targeted if t.alpha == 0]
+    if silent:
+        raise SpecError(
+            collected("alpha is 0 here, so nothing could be learnt; give another", silent, limit=3)
+        )
     for target in targeted:
         _, dtype = home_of(target.module)
         A = torch.empty(target.shape.a(target.rank), dtype=dtype)

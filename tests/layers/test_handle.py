@@ -12,7 +12,7 @@ from torch import nn
 from lorakit import LoRASpec
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Replace
-from lorakit.errors import BaseError, FormatError, LorakitError, TargetError
+from lorakit.errors import BaseError, FormatError, LorakitError, SpecError, TargetError
 from lorakit.layers import attach, handle_of
 
 from .. import models
@@ -414,3 +414,8 @@ def test_an_adapter_of_other_weights_is_refused():
     assert handle_of(second) is None
     attach(second, adapter, allow_other_base=True)
     handle_of(first).add(adapter, "same")
+
+
+def test_an_alpha_of_zero_learns_nothing():
+    with pytest.raises(SpecError, match="nothing could be learnt"):
+        attach(models.llama(), LoRASpec(rank=2, alpha=0))
