@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish, granted between two forwards."""
+"""Ctrl-C, SIGTERM and SIGHUP as a wish, granted between two forwards."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: SIGHUP, of a closed terminal, where the system has it
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 class StopRequest:
     """While entered, the first signal is only noted; a second one interrupts at once.
 
-    Outside the main thread, where Python allows no handlers, signals act as they did.
+    A SIGHUP that is ignored, as under nohup, stays ignored. Outside the main thread, where
+    Python allows no handlers, signals act as they did.
     """
 
     def __init__(self) -> None:
@@ -24,6 +28,8 @@ class StopRequest:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
+                if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

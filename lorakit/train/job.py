@@ -90,6 +90,8 @@ class Job:
         """Training loss of the last step."""
         self.stale = 0
         """Evaluations in a row that were no new best."""
+        self.evaluated: int | None = None
+        """The step after which the last evaluation was."""
         self._handle = handle
         self._dropout = dropout
         self._data = data
@@ -209,7 +211,11 @@ class Job:
     # --- evaluations -----------------------------------------------------------------------
 
     def evaluation_due(self) -> bool:
-        """Whether the step just made is one after which to evaluate."""
+        """Whether to evaluate now, after the last step, and it was not done yet."""
+        if self.evaluated == self.step:
+            return False
+        if self.step == 0:
+            return True
         every = self.settings.eval_every
         return self.step == self.total_steps or bool(every and self.step % every == 0)
 
@@ -219,6 +225,7 @@ class Job:
         Returns:
             Whether it is. A loss that is not finite never is.
         """
+        self.evaluated = self.step
         if self.step == 0:
             self.start_loss = loss
         if math.isfinite(loss) and (self.best is None or loss < self.best.loss):
@@ -260,6 +267,7 @@ class Job:
         return {
             "step": self.step,
             "stale": self.stale,
+            "evaluated": self.evaluated,
             "start_loss": self.start_loss,
             "base_loss": self.base_loss,
             "last_loss": self.last_loss,
@@ -282,6 +290,7 @@ class Job:
         self._go_back(tensors)
         self.step = self.weights_step = int(state["step"])
         self.stale = int(state["stale"])
+        self.evaluated = state["evaluated"]
         self.start_loss = state["start_loss"]
         self.base_loss = state["base_loss"]
         self.last_loss = state["last_loss"]

@@ -162,20 +162,26 @@ class Loop:
             TrainingError: a loss or a gradient is not finite, the disk or the memory is full.
         """
         job = self._job
-        if job.step == 0 and self._validation is not None and job.start_loss is None:
-            self.evaluate()
-        while not job.done:
-            try:
+        try:
+            self._evaluate_if_due()  # before the first step, or where a stop cut it off
+            while not job.done:
                 self._step()
-            except Stopped:
-                job.clear_gradient()
-                self.save()
-                raise
-            if self._validation is not None and job.evaluation_due():
-                self.evaluate()
-            if self._checkpoint_due():
-                self.save()
+                self._evaluate_if_due()
+                if self._checkpoint_due():
+                    self.save()
+        except Stopped:
+            job.clear_gradient()
+            self.save()
+            raise
         self.save()
+
+    def _evaluate_if_due(self) -> None:
+        if self._validation is not None and self._job.evaluation_due():
+            self.evaluate()
+
+    def _look_for_stop(self) -> None:
+        if self._stop.received is not None:
+            raise Stopped
 
     def _step(self) -> None:
         job = self._job
@@ -217,8 +223,7 @@ class Loop:
         self._job.clear_gradient()
         total = torch.zeros((), dtype=torch.float64)
         for part in window.parts:
-            if self._stop.received is not None:
-                raise Stopped
+            self._look_for_stop()
             total += self._backward(part, window.num_supervised).cpu()
         return float(total) / window.num_supervised
 
@@ -274,6 +279,7 @@ class Loop:
             indices,
             token_budget=self._job.settings.micro_batch_tokens,
             packed=self._packed,
+            on_batch=lambda *_: self._look_for_stop(),
         )
 
     def _checkpoint_due(self) -> bool:

@@ -27,6 +27,7 @@ from lorakit.train import (
     origin,
 )
 from lorakit.train.checkpoint import list_checkpoints
+from lorakit.train.interrupt import StopRequest
 from tests.train import child, tiny
 from tests.train.conftest import SPEC, open_shop
 
@@ -72,7 +73,7 @@ class Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_saves_and_says_how_to_go_on(shop, expected, number):
     out = shop.out / "run"
     before = signal.getsignal(number)
@@ -98,6 +99,42 @@ def test_interrupted_again_and_again(shop, expected):
     Trainer.resume(out)
     assert_same(out, expected)
     assert len(list_checkpoints(out / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize("evaluation", [1, 2, 5])
+def test_an_interrupt_during_an_evaluation(shop, expected, evaluation, monkeypatch):
+    """It ends with the forward, and the resumed run makes the evaluation again."""
+    from lorakit.train import loop
+
+    begun = []
+
+    def interrupted_loss(*args, on_batch, **kwargs):
+        begun.append(1)
+        if len(begun) == evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, on_batch=on_batch, **kwargs)
+
+    original = loop.evaluate_loss
+    monkeypatch.setattr(loop, "evaluate_loss", interrupted_loss)
+    step = 5 * (evaluation - 1)
+    with pytest.raises(Interrupted, match=f"by SIGTERM after step {step} of 20"):
+        shop.trainer(**LONG).run()
+    rows = [
+        json.loads(line) for line in (shop.out / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert sum(row["kind"] == "eval" for row in rows) == evaluation - 1
+    Trainer.resume(shop.out / "run")
+    assert_same(shop.out / "run", expected)
+
+
+def test_an_ignored_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_is_at_once(shop):
