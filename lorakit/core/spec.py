@@ -105,8 +105,10 @@ class LoRASpec:
             *_prefixed("alpha_pattern", self.alpha_pattern),
         ]:
             # far larger ones would leave float32's range once multiplied
-            if not isinstance(alpha, (int, float)) or not abs(alpha) <= 1e6:
-                problems.append(f"{where} is {alpha!r}; it must be a number of at most 1e6 in size")
+            if not isinstance(alpha, (int, float)) or not abs(alpha) <= 1e30:
+                problems.append(
+                    f"{where} is {alpha!r}; it must be a number of at most 1e30 in size"
+                )
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout is {self.dropout!r}; it must lie in [0, 1)")
         for name, allowed in (

@@ -213,7 +213,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "too many steps": (having(TRAIN, steps="9" * 12), ["steps", "1,000,000,000"]),
     "steps of 400 digits": (having(TRAIN, steps="9" * 400), ["--steps"]),
     "too many epochs": (having(TRAIN, steps=None, epochs="1e308"), ["epochs", "1e+308"]),
-    "alpha beyond float32": (having(TRAIN, alpha="1e40"), ["alpha", "1e6"]),
+    "alpha beyond float32": (having(TRAIN, alpha="1e40"), ["alpha", "1e30"]),
     "rank 0": (having(TRAIN, rank="0"), ["rank", "0"]),
     "rank above the width": (having(TRAIN, rank="33"), ["33", "16"]),
     "dropout 1.5": (having(TRAIN, dropout="1.5"), ["1.5"]),
