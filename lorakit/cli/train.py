@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,11 +235,10 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train or resume, then print where the adapter is."""
-    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C, also before the loop begins
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
-    result = _resume(options) if options.resume is not None else _start(options)
+    from lorakit.train.interrupt import signals_as_interrupts
+
+    with signals_as_interrupts():  # also before the loop begins
+        result = _resume(options) if options.resume is not None else _start(options)
     _print_result(options, result)
     return 0
 
