@@ -147,7 +147,7 @@ def next_steps(out: Path, seconds: float) -> list[str]:
 
 
 def _lorakit(*arguments: object, capture: bool = False) -> str:
-    """Run a command after printing it; ends the demo with the command's exit code if it fails."""
+    """Run a command after printing it; one that fails ends the demo with its exit code."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ lorakit {shlex.join(words)}", flush=True)
     # Ctrl-C reaches the command too, which saves its state; this waits for it to end
@@ -164,7 +164,8 @@ def _lorakit(*arguments: object, capture: bool = False) -> str:
     if done.returncode:
         if done.returncode == 130:
             _say("Stopped. `make demo` goes on where it was.")
-        raise SystemExit(done.returncode)
+        # a signal's number is negative here; shells say 128 and more
+        raise SystemExit(done.returncode if done.returncode > 0 else 128 - done.returncode)
     return done.stdout or ""
 
 
