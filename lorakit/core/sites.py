@@ -39,6 +39,9 @@ class LowRank:
     kind: Kind = "linear"
     bias: Tensor | None = None
     """A bias of B, [d_out] (PEFT's ``lora_bias``); it is scaled like B·A."""
+    magnitude: Tensor | None = None
+    """DoRA's length of each output's weight vector, [d_out] (Liu et al., arXiv 2402.09353). The
+    adapted weight is ``magnitude · (W + scaling·B A) / ‖W + scaling·B A‖``, by output."""
 
     @property
     def rank(self) -> int:
@@ -50,7 +53,7 @@ class LowRank:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their field name."""
-        named = {"A": self.A, "B": self.B, "bias": self.bias}
+        named = {"A": self.A, "B": self.B, "bias": self.bias, "magnitude": self.magnitude}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def problems(self) -> list[str]:
@@ -69,8 +72,9 @@ class LowRank:
                 found.append(f"A has shape {a} and B {b}; B must be [c_out, {a[0]}/groups, 1…]")
         elif b[1] != a[0]:
             found.append(f"A has rank {a[0]} (shape {a}), B has rank {b[1]} (shape {b})")
-        if self.bias is not None and tuple(self.bias.shape) != b[:1]:
-            found.append(f"its bias has shape {tuple(self.bias.shape)}; expected {b[:1]}")
+        for name, vector in (("bias", self.bias), ("magnitude", self.magnitude)):
+            if vector is not None and tuple(vector.shape) != b[:1]:
+                found.append(f"its {name} has shape {tuple(vector.shape)}; expected {b[:1]}")
         if not math.isfinite(self.scaling):
             found.append(f"its scaling is {self.scaling}; expected a finite number")
         found += _not_finite(self.tensors())

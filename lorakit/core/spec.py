@@ -144,7 +144,7 @@ class LoRASpec:
         Raises:
             SpecError: the config uses a PEFT feature that has no counterpart here.
         """
-        from lorakit.formats.peft_config import spec_from_config  # the dialect's home
+        from lorakit.formats.peft.config import spec_from_config  # the dialect's home
 
         raw = config if isinstance(config, Mapping) else config.to_dict()
         return spec_from_config(raw)

@@ -7,8 +7,8 @@ The native file is the PEFT folder, so that every tool of the field reads what i
     save_adapter(adapter, "copy")                         # the same bytes again
     push_adapter(adapter, "owner/name")
 
-Read ``peft_keys`` for the names of tensors, ``peft_config`` for the settings, ``peft_read`` and
-``peft_write`` for what joins them, ``safetensors_io`` and ``folder`` for bytes and disk.
+The room of PEFT's dialect is ``peft``; every other dialect has its own file beside it and meets
+the rest in ``format``; ``folder`` is for the disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from lorakit.core.adapter import Adapter
 from lorakit.formats.hub import upload
 from lorakit.formats.load import load_adapter
-from lorakit.formats.peft_write import write_peft
+from lorakit.formats.peft.write import write_peft
 
 __all__ = ["load_adapter", "push_adapter", "save_adapter"]
 

@@ -14,7 +14,7 @@ from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.errors import FormatError
 from lorakit.formats.folder import CONFIG, PICKLED, WEIGHTS
 from lorakit.formats.hub import download, is_hub_id
-from lorakit.formats.peft_read import read_peft
+from lorakit.formats.peft.read import read_peft
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 

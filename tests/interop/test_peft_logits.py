@@ -12,7 +12,7 @@ import transformers
 
 from lorakit import LoRASpec, attach, load_adapter, save_adapter
 from lorakit.bases import identify, load_base
-from lorakit.formats.peft_keys import AUTOMATIC_HEADS
+from lorakit.formats.peft.keys import AUTOMATIC_HEADS
 
 from .. import models
 from .peft_cases import (

@@ -10,7 +10,7 @@ import pytest
 
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import SpecError
-from lorakit.formats.peft_config import (
+from lorakit.formats.peft.config import (
     FILE_FACTS,
     FOREIGN,
     HARMLESS,

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from lorakit.core.sites import LowRank
 from lorakit.core.spec import LoRASpec
-from lorakit.formats.peft_match import Patterned, Selection, fitting_spec, scalings, select
+from lorakit.formats.peft.match import Patterned, Selection, fitting_spec, scalings, select
 
-from .adapters import NAMES, paths, specs
+from ..adapters import NAMES, paths, specs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

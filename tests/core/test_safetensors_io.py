@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lorakit.core.safetensors_io import DTYPES, read_safetensors, write_safetensors
 from lorakit.errors import FormatError
-from lorakit.formats.safetensors_io import DTYPES, read_safetensors, write_safetensors
 
-from .small import MEMORY
+from ..formats.small import MEMORY
 
 
 @st.composite

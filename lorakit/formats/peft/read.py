@@ -13,22 +13,22 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.core.adapter import Adapter
+from lorakit.core.safetensors_io import read_safetensors
 from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, collected
 from lorakit.formats.folder import CONFIG, PICKLED, WEIGHTS
 from lorakit.formats.header import Header, apply_difference, read_header
-from lorakit.formats.peft_config import AUTOMATIC_HEADS, FILE_FACTS, read_config
-from lorakit.formats.peft_keys import (
+from lorakit.formats.peft.config import AUTOMATIC_HEADS, FILE_FACTS, read_config
+from lorakit.formats.peft.keys import (
     Found,
     Reading,
     low_rank_site,
     saved_names,
     sort_keys,
 )
-from lorakit.formats.peft_match import Patterned, scalings
+from lorakit.formats.peft.match import Patterned, scalings
 from lorakit.formats.pickled import read_pickled
-from lorakit.formats.safetensors_io import read_safetensors
 from lorakit.formats.tokenizer_files import tokenizer_files_in
 
 logger = logging.getLogger(__name__)

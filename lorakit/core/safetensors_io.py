@@ -8,9 +8,10 @@ header before it believes it.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from math import prod
 from pathlib import Path
@@ -42,8 +43,8 @@ _NEXT = "The file is damaged or no safetensors file; copy or download it again."
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """Where one tensor lies in the data part of a file."""
+class Entry:
+    """Where one tensor lies in a file: bytes ``begin`` to ``end``."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -57,20 +58,53 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         FormatError: the file is no sound safetensors file. It names the file and what is wrong.
     """
+    with _opened(path) as file:
+        entries, metadata = _read_entries(file, path)
+        return {name: _read_tensor(file, e, path) for name, e in entries.items()}, metadata
+
+
+def read_safetensors_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Where each tensor lies, and the header's metadata; no tensor is read.
+
+    Raises:
+        FormatError: as :func:`read_safetensors`.
+    """
+    with _opened(path) as file:
+        return _read_entries(file, path)
+
+
+def read_entry(path: Path, entry: Entry) -> Tensor:
+    """One tensor of a file whose header was read before; nothing else is read.
+
+    Raises:
+        FormatError: the file cannot be read, or has become shorter.
+    """
+    with _opened(path) as file:
+        return _read_tensor(file, entry, path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
     try:
         with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            header, data_start = _read_header(file, size, path)
-            metadata = _metadata(header.pop("__metadata__", {}), path)
-            entries = _entries(header, size - data_start, path)
-            return {
-                name: _read_tensor(file, data_start, entry) for name, entry in entries.items()
-            }, metadata
+            yield file
     except FileNotFoundError:
         raise
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _read_entries(file: BufferedReader, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The checked entries, in the order of the file, and the metadata."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    header, data_start = _read_header(file, size, path)
+    metadata = _metadata(header.pop("__metadata__", {}), path)
+    entries = _entries(header, size - data_start, path)
+    return {
+        name: replace(e, begin=e.begin + data_start, end=e.end + data_start)
+        for name, e in entries.items()
+    }, metadata
 
 
 def write_safetensors(
@@ -114,11 +148,12 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _read_tensor(file: BufferedReader, data_start: int, entry: _Entry) -> Tensor:
+def _read_tensor(file: BufferedReader, entry: Entry, path: Path) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     if tensor.numel():
-        file.seek(data_start + entry.begin)
-        file.readinto(_bytes_of(tensor))
+        file.seek(entry.begin)
+        if file.readinto(_bytes_of(tensor)) != entry.end - entry.begin:
+            _damaged(path, "it became shorter while it was read")
     return tensor
 
 
@@ -158,9 +193,9 @@ def _metadata(raw: Any, path: Path) -> dict[str, str]:
     return raw
 
 
-def _entries(header: Mapping[str, Any], data_size: int, path: Path) -> dict[str, _Entry]:
+def _entries(header: Mapping[str, Any], data_size: int, path: Path) -> dict[str, Entry]:
     """The checked entries, in the order of the file."""
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     problems = []
     for name, raw in header.items():
         try:
@@ -184,7 +219,7 @@ def _entries(header: Mapping[str, Any], data_size: int, path: Path) -> dict[str,
     return ordered
 
 
-def _entry(raw: Any) -> _Entry:
+def _entry(raw: Any) -> Entry:
     """One tensor's place.
 
     Raises:
@@ -203,7 +238,7 @@ def _entry(raw: Any) -> _Entry:
     needed = prod(shape) * dtype.itemsize
     if end - begin != needed:
         raise ValueError(f"shape {shape} needs {needed} bytes, its place has {end - begin}")
-    return _Entry(dtype, tuple(shape), begin, end)
+    return Entry(dtype, tuple(shape), begin, end)
 
 
 def _is_counts(value: Any) -> bool:

@@ -13,13 +13,15 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.core.adapter import Adapter
+from lorakit.core.safetensors_io import write_safetensors
 from lorakit.core.sites import Replace
 from lorakit.errors import FormatError, collected
-from lorakit.formats import peft_config, peft_match
 from lorakit.formats.card import model_card
 from lorakit.formats.folder import CARD, CONFIG, WEIGHTS, Content, write_folder
 from lorakit.formats.header import Header, spec_difference, write_header
-from lorakit.formats.peft_keys import (
+from lorakit.formats.peft import config as peft_config
+from lorakit.formats.peft import match as peft_match
+from lorakit.formats.peft.keys import (
     VOCABULARY_MODULES,
     Reading,
     keys_from_sites,
@@ -27,7 +29,6 @@ from lorakit.formats.peft_keys import (
     saved_path,
     sort_keys,
 )
-from lorakit.formats.safetensors_io import write_safetensors
 from lorakit.formats.tokenizer_files import is_tokenizer_file
 
 #: models whose linears are transformers' Conv1D, for which PEFT wants ``fan_in_fan_out``

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lorakit.core.sites import Kind, LowRank, Replace, Site
 from lorakit.formats.dialects import describe_keys
-from lorakit.formats.peft_config import AUTOMATIC_HEADS
+from lorakit.formats.peft.config import AUTOMATIC_HEADS
 
 PREFIX = "base_model.model."
 

@@ -1,0 +1,1 @@
+"""Adapter → Adapter, on values alone: no model is needed."""

@@ -1,0 +1,125 @@
+"""What every file format of adapters has in common: it recognises, reads, and writes.
+
+A format is one file of this package with one object at its end, listed in ``registry``. Reading
+gives an :class:`Adapter` whose paths are those of the model in transformers or diffusers; writing
+gives the files to be, before anything touches the disk. Both list what they could not carry over,
+and whoever called decides whether that is acceptable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lorakit.core.adapter import Adapter
+from lorakit.core.safetensors_io import Entry, read_safetensors, read_safetensors_header
+from lorakit.formats.pickled import read_pickled
+
+#: a file's content, or what writes it to a path
+Content = bytes | Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or folder whose format is not known yet; read as far as it is asked for."""
+
+    path: Path
+    """What the user named."""
+    weights: Path
+    """The file of tensors: ``path`` itself, or the one in the folder."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The JSON object of ``adapter_config.json`` beside the weights; empty if there is none."""
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name → shape; of a safetensors file, no data is read."""
+        if self.weights.suffix == ".safetensors":
+            return {name: entry.shape for name, entry in self._header[0].items()}
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of a safetensors header; of other files, empty."""
+        return self._header[1] if self.weights.suffix == ".safetensors" else {}
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensor name → tensor on the CPU, in its stored dtype."""
+        if self.weights.suffix == ".safetensors":
+            return read_safetensors(self.weights)[0]
+        return read_pickled(self.weights)
+
+    @cached_property
+    def _header(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        return read_safetensors_header(self.weights)
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a file may not say, and its user can."""
+
+    alpha: float | None = None
+    """Of formats that do not store it (loralib)."""
+    rank: int | None = None
+    """The rank to approximate at, where a file's change has no low rank (LoKr)."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """The base's ``config.json``, for formats whose layout depends on its heads or names."""
+    family: str | None = None
+    """Naming of a picture model, such as ``"sdxl"``, where the adapter does not tell."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What came out of a file."""
+
+    adapter: Adapter
+    notes: tuple[str, ...] = ()
+    """Choices that were made, each with its reason, and errors of approximations."""
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Tensor or field that was not carried over → why."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files that an adapter becomes."""
+
+    files: Mapping[str, Content]
+    """File name → content; one file, or those of a folder."""
+    notes: tuple[str, ...] = ()
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Path of a site, or name of a setting, that was not carried over → why."""
+
+
+class Format(Protocol):
+    """One dialect of adapter files."""
+
+    name: str
+    """What ``--to`` takes."""
+    title: str
+    """What a person calls it."""
+    folder: bool
+    """Whether it is a folder of files rather than one file."""
+
+    def recognises(self, source: Source) -> bool:
+        """Whether a file is of this format, by its names, metadata and config alone."""
+
+    def read(self, source: Source, hints: Hints) -> Reading:
+        """The adapter of a file.
+
+        Raises:
+            FormatError: the file is malformed, or lacks what a hint would give. All problems are
+                in one message.
+        """
+
+    def write(self, adapter: Adapter, hints: Hints) -> Written:
+        """The files of an adapter; the same adapter gives the same bytes.
+
+        Raises:
+            FormatError: nothing of the adapter can be written, a hint is missing, or the format
+                is read only.
+        """
