@@ -1,12 +1,12 @@
 # Needs Python ≥ 3.11 with pip, and make. Everything is installed into .venv beside this file.
 #
-#   make setup | demo | test | check | bench
+#   make setup | demo | test | check | bench | interop
 #
 # PYTHON=… chooses another interpreter, VENV=… another folder; ARGS=… is handed to what runs.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format bench interop clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -38,6 +38,9 @@ format: $(VENV)/.dev-is-ready  ## sort imports and format
 
 bench: $(VENV)/.dev-is-ready  ## training speed and memory beside a plain PEFT loop
 	$(BIN)/python -m benchmarks train $(ARGS)
+
+interop: $(VENV)/.dev-is-ready  ## our files in other programs, each in an environment of its own
+	$(BIN)/python -m tests.interop.runtimes $(ARGS)
 
 clean:  ## remove .venv and caches; runs stay
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
