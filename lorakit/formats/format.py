@@ -12,16 +12,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from lorakit.core.adapter import Adapter
+from lorakit.core.gguf_file import GgufFile, read_gguf
 from lorakit.core.safetensors_io import Entry, read_safetensors, read_safetensors_header
+from lorakit.errors import FormatError
 from lorakit.formats.pickled import read_pickled
 
 #: a file's content, or what writes it to a path
 Content = bytes | Callable[[Path], None]
+
+#: how a file of tensors is stored
+Storage = Literal["safetensors", "gguf", "pickle"]
 
 
 @dataclass(frozen=True)
@@ -36,23 +41,46 @@ class Source:
     """The JSON object of ``adapter_config.json`` beside the weights; empty if there is none."""
 
     @cached_property
+    def storage(self) -> Storage:
+        """By the first bytes, then by the name: what is called .bin may be any of them."""
+        try:
+            with open(self.weights, "rb") as file:
+                start = file.read(4)
+        except OSError as error:
+            raise FormatError(
+                f"{self.weights} cannot be read: {error.strerror or error}."
+            ) from error
+        if start == b"GGUF" or self.weights.suffix == ".gguf":
+            return "gguf"
+        return "safetensors" if self.weights.suffix in (".safetensors", ".sft") else "pickle"
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name → shape; of a safetensors file, no data is read."""
-        if self.weights.suffix == ".safetensors":
+        """Tensor name → shape; only of a pickle, the data is read for it."""
+        if self.storage == "safetensors":
             return {name: entry.shape for name, entry in self._header[0].items()}
+        if self.storage == "gguf":
+            return {name: entry.shape for name, entry in self.gguf.entries.items()}
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     @property
     def metadata(self) -> dict[str, str]:
         """The metadata of a safetensors header; of other files, empty."""
-        return self._header[1] if self.weights.suffix == ".safetensors" else {}
+        return self._header[1] if self.storage == "safetensors" else {}
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensor name → tensor on the CPU, in its stored dtype."""
-        if self.weights.suffix == ".safetensors":
+        """Tensor name → tensor on the CPU; in its stored dtype, unless that is a GGUF's blocks."""
+        if self.storage == "safetensors":
             return read_safetensors(self.weights)[0]
+        if self.storage == "gguf":
+            return self.gguf.tensors()
         return read_pickled(self.weights)
+
+    @cached_property
+    def gguf(self) -> GgufFile:
+        """The fields and the tensors' places of a GGUF."""
+        return read_gguf(self.weights)
 
     @cached_property
     def _header(self) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -122,7 +122,25 @@ MUTATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (put(f"{PREFIX}{SITE}.lora_B.bias", torch.ones(9))(f), config(lora_bias=True)(f)),
         "its bias has shape (9,)",
     ),
-    "DoRA's magnitude": (put(f"{PREFIX}{SITE}.lora_magnitude_vector", torch.ones(5)), "DoRA"),
+    "a magnitude that the config denies": (
+        put(f"{PREFIX}{SITE}.lora_magnitude_vector", torch.ones(5)),
+        f"{SITE}: has lora_magnitude_vector (DoRA), but use_dora is False",
+    ),
+    "a magnitude of a wrong length": (
+        put(f"{PREFIX}{SITE}.lora_magnitude_vector", torch.ones(1, 5)),
+        "lora_magnitude_vector has shape (1, 5); expected (5,)",
+    ),
+    "a magnitude alone": (
+        put(f"{PREFIX}model.other.lora_magnitude_vector", torch.ones(5)),
+        "model.other: lora_A.weight is missing",
+    ),
+    "a magnitude and a bias of B": (
+        lambda f: (
+            put(f"{PREFIX}{SITE}.lora_magnitude_vector", torch.ones(5))(f),
+            put(f"{PREFIX}{SITE}.lora_B.bias", torch.ones(5))(f),
+        ),
+        "has a bias of B and a magnitude",
+    ),
     "trained tokens": (
         put(f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta", torch.ones(1, 2)),
         "single trained tokens",
@@ -161,7 +179,11 @@ MUTATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "head: bias is in the file twice",
     ),
-    "DoRA": (config(use_dora=True), "use_dora = True: DoRA"),
+    "DoRA": (
+        config(use_dora=True),
+        "lacks lora_magnitude_vector (DoRA), but use_dora is True",
+    ),
+    "DoRA of a word": (config(use_dora="yes"), "use_dora is 'yes'; expected true or false"),
     "PiSSA": (config(init_lora_weights="pissa_niter_16"), "moved the base"),
     "another method": (config(peft_type="IA3"), "peft_type is 'IA3'"),
     "a field of the future": (config(use_tomorrow=True), "use_tomorrow = True: this field is"),
@@ -316,9 +338,9 @@ def test_a_whole_model(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("a.gguf", "GGUF file"),
+        ("a.gguf", "no GGUF file"),
         ("a.txt", "is no adapter"),
-        ("a.safetensors", "has no adapter_config.json beside it"),
+        ("a.safetensors", "has 1 bytes"),
     ],
 )
 def test_files_that_are_no_adapter(tmp_path, name, words):

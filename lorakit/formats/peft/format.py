@@ -1,0 +1,40 @@
+"""PEFT's folder as one of the formats: the native one, which loses nothing."""
+
+from __future__ import annotations
+
+from lorakit.core.adapter import Adapter
+from lorakit.errors import FormatError
+from lorakit.formats.folder import CONFIG
+from lorakit.formats.format import Hints, Reading, Source, Written
+from lorakit.formats.peft.keys import PREFIX
+from lorakit.formats.peft.read import read_peft
+from lorakit.formats.peft.write import plan_files
+
+
+class _Peft:
+    name = "peft"
+    title = "PEFT folder"
+    folder = True
+
+    def recognises(self, source: Source) -> bool:
+        """PEFT's config beside it, or PEFT's prefix on each key."""
+        if "peft_type" in source.config:
+            return True
+        return bool(source.shapes) and all(key.startswith(PREFIX) for key in source.shapes)
+
+    def read(self, source: Source, hints: Hints) -> Reading:
+        """The adapter of the folder in which the weights lie."""
+        folder = source.weights.parent
+        if not (folder / CONFIG).exists():
+            raise FormatError(
+                f"{source.weights} has weights but no {CONFIG} beside it, without which their "
+                "scale and ranks are unknown. Put the config of the same adapter there."
+            )
+        return Reading(read_peft(folder, source.weights))
+
+    def write(self, adapter: Adapter, hints: Hints) -> Written:
+        """The folder's files."""
+        return Written(plan_files(adapter))
+
+
+FORMAT = _Peft()
