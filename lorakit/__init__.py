@@ -22,6 +22,7 @@ _HOME = {
     "LoRASpec": "lorakit.core.spec",
     "LorakitError": "lorakit.errors",
     "attach": "lorakit.layers",
+    "extract": "lorakit.workflows.extract",
     "load_adapter": "lorakit.formats",
     "load_base": "lorakit.bases",
     "push_adapter": "lorakit.formats",
@@ -33,6 +34,7 @@ __all__ = [
     "LoRASpec",
     "LorakitError",
     "attach",
+    "extract",
     "load_adapter",
     "load_base",
     "push_adapter",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from lorakit.errors import LorakitError
     from lorakit.formats import load_adapter, push_adapter, save_adapter
     from lorakit.layers import attach
+    from lorakit.workflows.extract import extract
 
 
 def __getattr__(name: str) -> Any:

@@ -95,6 +95,40 @@ def resolve_targets(model: nn.Module, spec: LoRASpec) -> list[Target]:
     return targets
 
 
+def matching_paths(
+    model: nn.Module, targets: Sequence[str] | None, exclude: Sequence[str] | None = None
+) -> set[str]:
+    """Paths of the adaptable modules that words select; a shared module under each of its paths.
+
+    Args:
+        targets: words as in ``LoRASpec.targets``; ``None`` means every adaptable module.
+        exclude: words of what is left out again.
+
+    Raises:
+        TargetError: a word matches nothing that can be adapted, or nothing is left.
+    """
+    everything = _aliases(model)
+    adaptable = {p: s for p, m in everything.items() if (s := shape_of(m)) is not None}
+    problems: list[str] = []
+
+    def matched(what: str, words: Sequence[str]) -> set[str]:
+        found: set[str] = set()
+        for word in words:
+            paths = {p for p in _match(word, model, everything, adaptable) if p in adaptable}
+            if not paths:
+                problems.append(_nothing(what, word, everything))
+            found |= paths
+        return found
+
+    chosen = set(adaptable) if targets is None else matched("target", targets)
+    chosen -= matched("exclude", exclude or ())
+    if not chosen and not problems:
+        problems.append("the targets, less the excluded, leave nothing to adapt")
+    if problems:
+        raise TargetError(collected("The targets do not fit this model", problems))
+    return chosen
+
+
 def whole_modules(model: nn.Module, words: Sequence[str]) -> dict[str, nn.Module]:
     """The modules named by ``train_modules``: whole paths or ends of paths.
 
