@@ -75,6 +75,10 @@ class LowRank:
         for name, vector in (("bias", self.bias), ("magnitude", self.magnitude)):
             if vector is not None and tuple(vector.shape) != b[:1]:
                 found.append(f"its {name} has shape {tuple(vector.shape)}; expected {b[:1]}")
+        if self.bias is not None and self.magnitude is not None:
+            found.append(
+                "it has a bias of B and a magnitude; DoRA rescales weights and has no such bias"
+            )
         if not math.isfinite(self.scaling):
             found.append(f"its scaling is {self.scaling}; expected a finite number")
         found += _not_finite(self.tensors())

@@ -14,6 +14,7 @@ from lorakit.errors import SpecError, collected
 Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
 BiasMode = Literal["none", "lora", "all"]
 Init = Literal["kaiming", "gaussian", "orthogonal"]
+Variant = Literal["lora", "dora"]
 
 #: names from PEFT's dialect, and what they are called here
 _FOREIGN_NAMES = {
@@ -23,6 +24,7 @@ _FOREIGN_NAMES = {
     "exclude_modules": "exclude",
     "lora_dropout": "dropout",
     "use_rslora": 'scaling="alpha/sqrt(r)"',
+    "use_dora": 'variant="dora"',
     "modules_to_save": "train_modules",
     "layers_to_transform": "layers",
     "init_lora_weights": "init",
@@ -64,6 +66,10 @@ class LoRASpec:
     """Paths or suffixes of modules trained and saved whole, such as a new classifier head."""
     init: Init = "kaiming"
     """Distribution of A; B starts at zero, so the first forward is the base's."""
+    variant: Variant = "lora"
+    """How the factors change the weight: ``"lora"`` adds ``scaling·B A``; ``"dora"`` (Liu et al.,
+    arXiv 2402.09353) trains the length of each output's weight vector apart from its direction:
+    ``magnitude · (W + scaling·B A) / ‖W + scaling·B A‖``."""
 
     def __init_subclass__(cls) -> None:  # pragma: no cover - a value, not a base class
         raise TypeError("LoRASpec is a value; it is not subclassed")
@@ -115,6 +121,7 @@ class LoRASpec:
             ("scaling", ("alpha/r", "alpha/sqrt(r)")),
             ("bias", ("none", "lora", "all")),
             ("init", ("kaiming", "gaussian", "orthogonal")),
+            ("variant", ("lora", "dora")),
         ):
             if getattr(self, name) not in allowed:
                 problems.append(

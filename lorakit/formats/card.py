@@ -80,6 +80,7 @@ def _settings(adapter: Adapter) -> list[tuple[str, str]]:
         ("rank", _span(site.rank for site in low_rank.values())),
         ("scaling", _span(site.scaling for site in low_rank.values())),
         ("rule", spec.scaling if low_rank else None),
+        ("variant", "DoRA" if any(s.magnitude is not None for s in low_rank.values()) else None),
         ("modules", ", ".join(sorted({_last_name(p) for p in low_rank}))),
         ("trained whole", ", ".join(sorted({_last_name(p) for p in adapter.replaced}))),
         ("dropout", f"{spec.dropout:g}" if spec.dropout else None),

@@ -17,7 +17,6 @@ _DIALECTS = {
     r".*\.lora\.(down|up)\.weight": "diffusers' older names",
     r".*\.lora_[ab](\.weight)?": "names of MLX or torchtune (lora_a, lora_b)",
     r".*\.lora_[AB]": "loralib's names (no .weight, and the scale is not in the file)",
-    r".*\.lora_magnitude_vector": "a DoRA adapter",
     r"(.*\.)?prompt_embeddings|.*\.ia3_l|.*\.oft_|.*\.vera_": "another PEFT method, not LoRA",
 }
 

@@ -38,7 +38,7 @@ def tensor(draw, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 
 @st.composite
-def low_rank_sites(draw, *, biases: bool = False) -> LowRank:
+def low_rank_sites(draw, *, biases: bool = False, magnitudes: bool = False) -> LowRank:
     kinds = ["linear", "conv"] if biases else ["linear", "conv", "embedding"]
     kind = draw(st.sampled_from(kinds))
     rank, d_in, d_out = draw(sizes), draw(sizes), draw(sizes)
@@ -51,7 +51,8 @@ def low_rank_sites(draw, *, biases: bool = False) -> LowRank:
     A = tensor(draw, rank, d_in, *kernel, dtype=dtype)
     B = tensor(draw, d_out, rank // groups, *(1 for _ in kernel), dtype=dtype)
     bias = tensor(draw, d_out) if biases and draw(st.booleans()) else None
-    return LowRank(A, B, draw(scalings), kind, bias)
+    magnitude = tensor(draw, d_out) if magnitudes else None
+    return LowRank(A, B, draw(scalings), kind, bias, magnitude)
 
 
 @st.composite
@@ -85,6 +86,7 @@ def specs(draw) -> LoRASpec:
         bias=draw(st.sampled_from(["none", "lora", "all"])),
         train_modules=draw(st.sampled_from([(), ("head",), ("score", "norm")])),
         init=draw(st.sampled_from(["kaiming", "gaussian", "orthogonal"])),
+        variant=draw(st.sampled_from(["lora", "dora"])),
     )
 
 
@@ -103,8 +105,10 @@ def identities(draw) -> BaseIdentity:
 @st.composite
 def adapters(draw) -> Adapter:
     """Any adapter that the PEFT folder can hold."""
-    biases = draw(st.booleans())
-    sites: dict[str, Site] = {path: draw(low_rank_sites(biases=biases)) for path in draw(paths())}
+    biases, magnitudes = draw(st.sampled_from([(False, False), (True, False), (False, True)]))
+    sites: dict[str, Site] = {
+        path: draw(low_rank_sites(biases=biases, magnitudes=magnitudes)) for path in draw(paths())
+    }
     for path in list(sites):
         if draw(st.integers(0, 3)) == 0:
             sites[f"{path}.bias"] = Replace({"": tensor(draw, 3)})

@@ -207,6 +207,17 @@ LINEAR = LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)
             },
             "refuses embeddings",
         ),
+        (
+            {"a.q": LINEAR, "a.d": LowRank(LINEAR.A, LINEAR.B, 1.0, magnitude=torch.ones(2))},
+            "a.q: is plain LoRA, and a.d is DoRA; PEFT has one switch",
+        ),
+        (
+            {
+                "a.b": LowRank(LINEAR.A, LINEAR.B, 1.0, bias=torch.ones(2)),
+                "a.d": LowRank(LINEAR.A, LINEAR.B, 1.0, magnitude=torch.ones(2)),
+            },
+            "a.b: has a bias of B, and a.d is DoRA",
+        ),
         ({"a.q": LINEAR, "a": Replace({"q.weight": torch.ones(2, 2)})}, "trained whole; keep one"),
         ({"a.lora_A.weight": Replace({"": torch.ones(2, 2)})}, "cannot be told apart"),
         ({"a.base_layer.q": LINEAR}, "cannot be told apart"),

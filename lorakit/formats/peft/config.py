@@ -50,6 +50,7 @@ MAPPED = {
     "r",
     "rank_pattern",
     "target_modules",
+    "use_dora",
     "use_rslora",
 }
 
@@ -89,7 +90,6 @@ FOREIGN = {
     "target_parameters": f"it adapts bare parameters, not modules; {_RETRAIN}",
     "trainable_token_indices": f"it trains single rows of the embedding; {_RETRAIN}",
     "use_bdlora": f"BD-LoRA stores block-diagonal factors; {_RETRAIN}",
-    "use_dora": f"DoRA rescales the whole weight; {_RETRAIN}",
     "use_qalora": f"QA-LoRA pools the input; {_RETRAIN}",
     "velora_config": f"VeLoRA compresses activations in training; {_RETRAIN}",
 }
@@ -172,6 +172,7 @@ def read_config(
             bias=_BIAS[raw.get("bias", "none")],  # type: ignore[arg-type]
             train_modules=_names(raw.get("modules_to_save")),
             init=_plain_init(raw.get("init_lora_weights", True)),
+            variant="dora" if raw.get("use_dora") else "lora",
         )
     except SpecError as error:
         lines = [line.removeprefix("  - ") for line in str(error).splitlines()[1:]]
@@ -221,7 +222,7 @@ def config_from_spec(
             target_modules if isinstance(target_modules, str) else sorted(target_modules)
         ),
         "task_type": None,
-        "use_dora": False,
+        "use_dora": spec.variant == "dora",
         "use_rslora": spec.scaling == "alpha/sqrt(r)",
     }
     if exclude_modules:
@@ -291,6 +292,7 @@ def _malformed(raw: Mapping[str, Any]) -> list[str]:
         "lora_alpha": (_is_number, "a finite number"),
         "lora_dropout": (_is_number, "a number"),
         "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+        "use_dora": (lambda v: isinstance(v, bool), "true or false"),
         "lora_bias": (lambda v: isinstance(v, bool), "true or false"),
         "fan_in_fan_out": (lambda v: isinstance(v, bool), "true or false"),
         "bias": (lambda v: isinstance(v, str) and v in _BIAS, "none, all or lora_only"),

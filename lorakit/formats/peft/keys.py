@@ -7,6 +7,7 @@ key, behind ``base_model.model.``    site
 ``<path>.lora_B.weight``             [d_out, r] or [c_out, r/groups, 1…]
 ``<path>.lora_B.bias``               its bias, [d_out] (``lora_bias``)
 ``<path>.lora_embedding_A``, ``_B``  ``LowRank`` of an embedding, [r, V] and [d, r]
+``<path>.lora_magnitude_vector``      DoRA's magnitude, [d_out]; of a convolution [1, c_out, 1…]
 ``<path>.bias``                      ``Replace`` at ``<path>.bias`` (``bias="all"``)
 ``<path>.base_layer.bias``           the same, of a module that has a low-rank site too
 ``<path>.<name>``                    ``Replace`` at ``<path>``, if ``modules_to_save`` names it
@@ -17,6 +18,7 @@ key, behind ``base_model.model.``    site
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,12 +31,15 @@ from lorakit.core.sites import Kind, LowRank, Replace, Site
 from lorakit.formats.dialects import describe_keys
 from lorakit.formats.peft.config import AUTOMATIC_HEADS
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "base_model.model."
 
 #: embeddings and heads that PEFT saves whole when their number of rows differs from the base's
 VOCABULARY_MODULES = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in")
 
 _FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)\.(weight|bias)|lora_embedding_(A|B))")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector")
 _NAMED = re.compile(r".+\.lora_(?:A|B|embedding_A|embedding_B)\.([^.]+)(?:\.(?:weight|bias))?")
 
 
@@ -89,6 +94,10 @@ def _sort_key(key: str, tensor: Tensor, reading: Reading, found: Found) -> None:
         path, factor, what, embedding = match.groups()
         name = f"E{embedding}" if embedding else (factor if what == "weight" else f"{factor}.bias")
         found.factors.setdefault(path, {})[name] = tensor
+        return
+    match = _MAGNITUDE.fullmatch(key)
+    if match is not None and ".base_layer." not in key:
+        found.factors.setdefault(match[1], {})["magnitude"] = tensor
         return
     owner, inside, tail = key.rpartition(".base_layer.")
     key = f"{owner}.{tail}" if inside else key
@@ -178,8 +187,6 @@ def _unknown(key: str, adapted: str) -> str:
             f"{key}: the adapter's name {named[1]!r} was left in the key; save it with "
             "PEFT's save_pretrained, which removes it"
         )
-    if key.endswith("lora_magnitude_vector"):
-        return f"{key}: belongs to DoRA, which is not plain LoRA"
     if ".token_adapter." in key or key.endswith("trainable_tokens_delta"):
         return f"{key}: belongs to single trained tokens, which plain LoRA has not"
     if adapted:
@@ -197,7 +204,7 @@ def low_rank_site(parts: Mapping[str, Tensor], scaling: float) -> tuple[LowRank 
     embedding = "EA" in parts or "EB" in parts
     names = ("EA", "EB") if embedding else ("A", "B")
     missing = [_key_part(name) for name in names if name not in parts]
-    surplus = [_key_part(name) for name in parts if name not in (*names, "B.bias")]
+    surplus = [_key_part(name) for name in parts if name not in (*names, "B.bias", "magnitude")]
     if embedding and "B.bias" in parts:
         surplus.append(_key_part("B.bias"))
     problems = [f"{name} is missing" for name in missing]
@@ -206,12 +213,49 @@ def low_rank_site(parts: Mapping[str, Tensor], scaling: float) -> tuple[LowRank 
         return None, problems
     A, B = parts[names[0]], parts[names[1]]
     kind: Kind = "embedding" if embedding else ("conv" if A.dim() > 2 else "linear")
-    site = LowRank(A, B, scaling, kind, parts.get("B.bias"))
+    magnitude = parts.get("magnitude")
+    if magnitude is not None:
+        expected = _magnitude_shape(kind, B)
+        if magnitude.shape != expected:
+            return None, [
+                f"lora_magnitude_vector has shape {tuple(magnitude.shape)}; expected {expected}"
+            ]
+        magnitude = magnitude.reshape(-1)
+    site = LowRank(A, B, scaling, kind, parts.get("B.bias"), magnitude)
     problems = site.problems()
     return (None if problems else site), problems
 
 
+def _magnitude_shape(kind: Kind, B: Tensor) -> tuple[int, ...]:
+    """PEFT keeps a convolution's in the shape in which it multiplies the output."""
+    return (1, *B.shape[:1], *B.shape[2:]) if kind == "conv" else tuple(B.shape[:1])
+
+
+def warn_of_grouped_dora(what: str, sites: Mapping[str, Site]) -> None:
+    """Say where PEFT's DoRA is another formula than ours.
+
+    For a convolution with groups PEFT (0.21) reshapes a product of B and A whose rows belong to
+    other outputs, and takes the lengths of that. Ours are those of the weight that is applied.
+    """
+    grouped = [
+        path
+        for path, site in sites.items()
+        if isinstance(site, LowRank)
+        and site.magnitude is not None
+        and site.B.shape[1] != site.A.shape[0]
+    ]
+    if grouped:
+        logger.warning(
+            "%s: %s is DoRA on a convolution with groups, where PEFT computes other lengths, so "
+            "its output there differs from lorakit's",
+            what,
+            ", ".join(grouped),
+        )
+
+
 def _key_part(name: str) -> str:
+    if name == "magnitude":
+        return "lora_magnitude_vector"
     if name.startswith("E"):
         return f"lora_embedding_{name[1:]}"
     return f"lora_{name}" if "." in name else f"lora_{name}.weight"
@@ -229,7 +273,11 @@ def keys_from_sites(sites: Mapping[str, Site], *, lora_bias: bool) -> dict[str, 
         if isinstance(site, Replace):
             for name, tensor in site.tensors_by_name.items():
                 keys[PREFIX + _parameter_key(path, name, sites)] = tensor
-        elif site.kind == "embedding":
+            continue
+        if site.magnitude is not None:
+            shape = _magnitude_shape(site.kind, site.B)
+            keys[f"{PREFIX}{path}.lora_magnitude_vector"] = site.magnitude.reshape(shape)
+        if site.kind == "embedding":
             keys[f"{PREFIX}{path}.lora_embedding_A"] = site.A
             keys[f"{PREFIX}{path}.lora_embedding_B"] = site.B
         else:

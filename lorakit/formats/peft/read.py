@@ -26,6 +26,7 @@ from lorakit.formats.peft.keys import (
     low_rank_site,
     saved_names,
     sort_keys,
+    warn_of_grouped_dora,
 )
 from lorakit.formats.peft.match import Patterned, scalings
 from lorakit.formats.pickled import read_pickled
@@ -107,6 +108,8 @@ def _adapter(files: _Files, *, keep_base_weights: bool) -> Adapter:
         )
     for note in found.notes:
         logger.warning("%s: %s", files.folder, note)
+    if header is None:  # PEFT's own
+        warn_of_grouped_dora(str(files.folder), sites)
     return Adapter(
         sites=dict(sorted(sites.items())),
         spec=spec if header is not None else _without_unused_heads(spec, config, sites),
@@ -129,7 +132,7 @@ def _sites(
     settings = spec or LoRASpec()  # the rest is checked although the settings are unusable
     factor_on = scalings(settings, found.factors)
     ranks = Patterned(settings.rank, settings.rank_pattern)
-    with_bias = bool(config.get("lora_bias"))
+    with_bias, with_magnitude = bool(config.get("lora_bias")), bool(config.get("use_dora"))
     for path, parts in found.factors.items():
         site, wrong = low_rank_site(parts, _scaling(path, factor_on[path], header))
         problems += [f"{path}: {problem}" for problem in wrong]
@@ -143,6 +146,11 @@ def _sites(
         if (site.bias is not None) != with_bias and site.kind != "embedding":
             has = "lacks" if site.bias is None else "has"
             problems.append(f"{path}: {has} lora_B.bias, but lora_bias is {with_bias}")
+        if (site.magnitude is not None) != with_magnitude:
+            has = "lacks" if site.magnitude is None else "has"
+            problems.append(
+                f"{path}: {has} lora_magnitude_vector (DoRA), but use_dora is {with_magnitude}"
+            )
     for path, tensors in found.whole.items():
         sites[path] = Replace(tensors)
         problems += [f"{path}: {problem}" for problem in sites[path].problems()]

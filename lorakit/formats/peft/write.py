@@ -28,6 +28,7 @@ from lorakit.formats.peft.keys import (
     saved_names,
     saved_path,
     sort_keys,
+    warn_of_grouped_dora,
 )
 from lorakit.formats.tokenizer_files import is_tokenizer_file
 
@@ -51,6 +52,7 @@ def plan_files(adapter: Adapter) -> dict[str, Content]:
     problems = [*_unwritable(adapter), *_unwritable_files(adapter.tokenizer_files)]
     if problems:
         raise FormatError(collected("The adapter does not fit PEFT's format", problems))
+    warn_of_grouped_dora("what is saved", adapter.sites)
     config, header = _plan(adapter)
     keys = keys_from_sites(adapter.sites, lora_bias=bool(config.get("lora_bias")))
     metadata = write_header(header)
@@ -68,7 +70,7 @@ def _plan(adapter: Adapter) -> tuple[dict[str, Any], Header]:
     """The config, and what it leaves out."""
     low_rank = adapter.low_rank
     spec = peft_match.fitting_spec(adapter.spec, low_rank)
-    spec = replace(spec, bias=_bias_mode(adapter))
+    spec = replace(spec, bias=_bias_mode(adapter), variant=_variant(adapter))
     selection = peft_match.select(spec, list(low_rank))
     lora_bias = any(site.bias is not None for site in low_rank.values())
     facts = _file_facts(adapter)
@@ -142,6 +144,12 @@ def _bias_mode(adapter: Adapter) -> Any:
     return "lora"
 
 
+def _variant(adapter: Adapter) -> Any:
+    """What the sites are; all are DoRA's, or none is."""
+    magnitudes = [site.magnitude is not None for site in adapter.low_rank.values()]
+    return "dora" if any(magnitudes) else "lora"
+
+
 def _modules_to_save(adapter: Adapter) -> list[str]:
     """The paths of modules that were trained whole.
 
@@ -173,6 +181,7 @@ def _unwritable(adapter: Adapter) -> list[str]:
     low_rank = adapter.low_rank
     whole = [p for p, site in adapter.replaced.items() if "" not in site.tensors_by_name]
     with_bias = [path for path, site in low_rank.items() if site.bias is not None]
+    with_magnitude = [path for path, site in low_rank.items() if site.magnitude is not None]
     for path, site in low_rank.items():
         if not math.isfinite(site.scaling):
             problems.append(f"{path}: its scaling is {site.scaling}")
@@ -184,6 +193,16 @@ def _unwritable(adapter: Adapter) -> list[str]:
                 f"{path}: an embedding, beside {with_bias[0]}, which has a bias of B; PEFT's "
                 "lora_bias covers all sites and refuses embeddings"
             )
+        if with_magnitude and site.magnitude is None:
+            problems.append(
+                f"{path}: is plain LoRA, and {with_magnitude[0]} is DoRA; PEFT has one switch for "
+                "all sites, and would give this one a magnitude too"
+            )
+    if with_magnitude and with_bias:
+        problems.append(
+            f"{with_bias[0]}: has a bias of B, and {with_magnitude[0]} is DoRA; PEFT has no file "
+            "with both"
+        )
     if adapter.task_type is not None and adapter.task_type not in peft_config.TASK_TYPES:
         problems.append(
             f"task_type is {adapter.task_type!r}; expected one of "

@@ -103,7 +103,6 @@ FOREIGN_VALUES = {
     "target_parameters": ["experts.w"],
     "trainable_token_indices": [5],
     "use_bdlora": {"nblocks": 2},
-    "use_dora": True,
     "use_qalora": True,
     "velora_config": {"num_groups": 64},
 }
@@ -171,10 +170,10 @@ def test_a_field_of_the_future(caplog):
 
 
 def test_all_problems_at_once():
-    raw = {"r": "4", "use_dora": True, "init_lora_weights": "pissa", "odd": 1, "bias": "x"}
+    raw = {"r": "4", "use_qalora": True, "init_lora_weights": "pissa", "odd": 1, "bias": "x"}
     with pytest.raises(SpecError) as caught:
         spec_from_config(raw)
-    for word in ("r is '4'", "use_dora", "pissa", "odd", "bias is 'x'", "target_modules is not"):
+    for word in ("r is '4'", "use_qalora", "pissa", "odd", "bias is 'x'", "target_modules is not"):
         assert word in str(caught.value)
 
 
