@@ -50,11 +50,7 @@ def read_header(path: Path) -> GgufHeader:
         BaseError: it is not a GGUF, is damaged, or holds something else than a whole model of an
             architecture that transformers can build.
     """
-    _check_magic(path)
-    reader = _open(path)
-    text = {k: f.contents() for k, f in reader.fields.items() if k.startswith("general.")}
-    architecture = str(text.get("general.architecture", ""))
-    _check_whole(path, reader, text, architecture)
+    reader, architecture = open_whole(path)
     _check_supported(path, architecture)
     sizes: Counter[str] = Counter()
     for tensor in reader.tensors:
@@ -72,6 +68,20 @@ def read_header(path: Path) -> GgufHeader:
         context_length=int(context.contents()) if context else None,
         special_tokens=_special_tokens(reader),
     )
+
+
+def open_whole(path: Path) -> tuple[Any, str]:
+    """A ``GGUFReader`` of a file that holds a whole model, and llama.cpp's name of what it is.
+
+    Raises:
+        BaseError: it is not a GGUF, is damaged, or holds something else.
+    """
+    _check_magic(path)
+    reader = _open(path)
+    text = {k: f.contents() for k, f in reader.fields.items() if k.startswith("general.")}
+    architecture = str(text.get("general.architecture", ""))
+    _check_whole(path, reader, text, architecture)
+    return reader, architecture
 
 
 def _special_tokens(reader: Any) -> dict[str, str]:

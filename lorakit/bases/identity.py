@@ -48,7 +48,7 @@ def identify(
         path = _weight_of(path)
         shape = _shape(module)
         shapes[path] = shape
-        values, kind = _read(module, _positions(shape))
+        values, kind = _read(module, sample_positions(shape))
         kinds[path] = storage if storage is not None and len(shape) > 1 else kind
         if values is not None:
             samples[path] = tuple(float(f"{v:.9g}") for v in values.tolist())
@@ -178,7 +178,7 @@ def _kind(path: str) -> str:
     return ".".join(part for part in path.split(".") if not part.isdigit())
 
 
-def _positions(shape: tuple[int, ...]) -> list[int]:
+def sample_positions(shape: tuple[int, ...]) -> list[int]:
     """Flat positions in a tensor of ``shape``; they depend on the shape and on nothing else."""
     size = math.prod(shape)
     draws = (
