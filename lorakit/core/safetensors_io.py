@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from math import prod
@@ -83,6 +83,23 @@ def read_entry(path: Path, entry: Entry) -> Tensor:
         return _read_tensor(file, entry, path)
 
 
+def read_rows(path: Path, entry: Entry, rows: Sequence[int]) -> Tensor:
+    """Some rows of one tensor, [len(rows), n]: its first dimension by all others.
+
+    Raises:
+        FormatError: as :func:`read_entry`.
+    """
+    width = prod(entry.shape[1:])
+    size = width * entry.dtype.itemsize
+    found = torch.empty((len(rows), width), dtype=entry.dtype)
+    with _opened(path) as file:
+        for place, row in enumerate(rows):
+            begin = entry.begin + row * size
+            part = replace(entry, shape=(width,), begin=begin, end=begin + size)
+            found[place] = _read_tensor(file, part, path)
+    return found
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
     try:
@@ -118,20 +135,35 @@ def write_safetensors(
     Raises:
         FormatError: a dtype that the format has no name for.
     """
-    foreign = [f"{k}: {t.dtype}" for k, t in tensors.items() if t.dtype not in _NAMES]
+    plan = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_streamed(path, plan, tensors.__getitem__, metadata)
+
+
+def write_streamed(
+    path: Path,
+    plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """As :func:`write_safetensors`, asking for one tensor at a time when it is its turn.
+
+    Args:
+        plan: name → dtype and shape of what ``make`` will give.
+        make: called once for each name.
+
+    Raises:
+        FormatError: a dtype that the format has no name for.
+    """
+    foreign = [f"{name}: {dtype}" for name, (dtype, _) in plan.items() if dtype not in _NAMES]
     if foreign:
         raise FormatError(collected("safetensors cannot hold these dtypes", foreign))
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(plan, key=lambda name: (-plan[name][0].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     begin = 0
     for name in order:
-        tensor = tensors[name]
-        end = begin + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+        dtype, shape = plan[name]
+        end = begin + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -139,8 +171,10 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:
-            if tensors[name].numel():
-                file.write(_bytes_of(tensors[name].detach().cpu().contiguous()))
+            tensor = make(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == plan[name], name
+            if tensor.numel():
+                file.write(_bytes_of(tensor.detach().cpu().contiguous()))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

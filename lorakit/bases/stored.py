@@ -1,0 +1,193 @@
+"""How one weight of a base is stored, and how it becomes dense and is stored again.
+
+================ =========================================== =============================
+stored           dense                                       what undoing keeps
+================ =========================================== =============================
+a float tensor   itself                                      the tensor
+nf4, fp4         code[nibble] · absmax[block]                packed bytes, absmax, offset
+int8             q · SCB[row] / 127                          bytes and SCB
+================ =========================================== =============================
+
+Quantised weights are unpacked here rather than by bitsandbytes: its CPU kernel of 0.50 takes the
+scale of another block where a row is not a whole number of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import BaseError
+from lorakit.optional import require
+
+#: numbers that are unpacked at a time
+_BLOCK = 1 << 22
+
+
+class Packed(Protocol):
+    """A quantised weight [d_out, d_in]."""
+
+    storage: str
+    """``"nf4"``, ``"fp4"`` or ``"int8"``."""
+    shape: tuple[int, ...]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """What the packed numbers mean."""
+
+    def store_(self, dense: Tensor) -> None:
+        """Quantise again, into the tensors that are there."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that :meth:`store_` writes to."""
+
+
+def packed_weight(module: nn.Module) -> Packed | None:
+    """The quantised weight of a module; ``None`` if its weight is an ordinary tensor.
+
+    Raises:
+        BaseError: a storage that cannot be written to.
+    """
+    weight: Any = getattr(module, "weight", None)
+    if getattr(weight, "quant_state", None) is not None:
+        return Packed4bit.of(weight)
+    if isinstance(weight, Tensor) and weight.dtype == torch.int8:
+        return PackedInt8.of(module)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and _is_plain(weight):
+        return None
+    how = type(weight).__name__ if weight is not None else "a packed format without `weight`"
+    raise BaseError(
+        f"its weight is stored as {how}, which cannot be written to. Load the base without "
+        "quantisation (or dequantise it), and merge into that"
+    )
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, nn.Parameter)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed4bit:
+    """bitsandbytes' 4 bits (Dettmers et al., 2023, arXiv 2305.14314, section 3)."""
+
+    weight: Any
+    state: Any
+
+    @classmethod
+    def of(cls, weight: Any) -> Packed4bit:
+        state = weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            raise BaseError(
+                "its 4-bit bytes were reordered by a CPU kernel in its first forward; load it "
+                "with lorakit.load_base, which forbids that, and merge then"
+            )
+        return cls(weight, state)
+
+    @property
+    def storage(self) -> str:
+        return str(self.state.quant_type)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.state.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"packed": self.weight.data, "absmax": self.state.absmax}
+        if self.state.nested:
+            found |= {"offset": self.state.offset, "absmax2": self.state.state2.absmax}
+        return found
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[d_out, d_in]: two numbers to a byte, the first in the high half."""
+        state = self.state
+        scale = state.absmax
+        if state.nested:
+            scale = state.state2.code[scale.long()].view(-1)
+            per = state.state2.blocksize
+            scale = scale * state.state2.absmax.repeat_interleave(per)[: len(scale)] + state.offset
+        scale, code = scale.to(dtype), state.code.to(dtype)
+        packed = self.weight.detach().reshape(-1).view(torch.uint8)
+        size = torch.Size(self.shape).numel()
+        values = torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
+        for begin in range(0, len(packed), _BLOCK):
+            part = packed[begin : begin + _BLOCK]
+            where = slice(2 * begin, 2 * (begin + len(part)))
+            pairs = values[where].view(-1, 2)
+            pairs[:, 0], pairs[:, 1] = code[(part >> 4).int()], code[(part & 15).int()]
+        values = values[:size]
+        whole = size // state.blocksize * state.blocksize
+        values[:whole].view(-1, state.blocksize).mul_(scale[: whole // state.blocksize, None])
+        if whole < size:
+            values[whole:].mul_(scale[-1])
+        return values.view(self.shape)
+
+    def store_(self, dense: Tensor) -> None:
+        """Quantised by bitsandbytes with the settings that are there, in the dtype it had."""
+        state = self.state
+        packed, new = require("bitsandbytes.functional").quantize_4bit(
+            dense.float(),
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=self.weight.dtype,
+        )
+        self.weight.data.copy_(packed.view(self.weight.shape))
+        state.absmax.copy_(new.absmax)
+        if state.nested:
+            state.offset.copy_(new.offset)
+            state.state2.absmax.copy_(new.state2.absmax)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedInt8:
+    """LLM.int8's rows (Dettmers et al., 2022, arXiv 2208.07339, section 2.1)."""
+
+    weight: Tensor
+    scales: Tensor
+    """SCB [d_out], the largest size in each row."""
+    storage: str = "int8"
+
+    @classmethod
+    def of(cls, module: Any) -> PackedInt8:
+        scales = getattr(module.weight, "SCB", None)
+        if scales is None:  # moved there by the first forward
+            scales = getattr(getattr(module, "state", None), "SCB", None)
+        if scales is None:
+            raise BaseError(
+                "its weight is int8 without scales, so its values are not known. Load the base "
+                "again, without quantisation or with quantize='int8'"
+            )
+        return cls(module.weight.data, scales)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"packed": self.weight, "scales": self.scales}
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype) * (self.scales.to(dtype) / 127)[:, None]
+
+    def store_(self, dense: Tensor) -> None:
+        largest = dense.abs().amax(dim=1)
+        step = torch.where(largest > 0, largest, torch.ones_like(largest)) / 127
+        self.weight.copy_((dense / step[:, None]).round_().clamp_(-127, 127).to(torch.int8))
+        self.scales.copy_(largest)
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Packed]]:
+    """Path, module and weight of every quantised linear."""
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            found = packed_weight(module) if not _dense(module) else None
+            if found is not None:
+                yield path, module, found
+
+
+def _dense(module: Any) -> bool:
+    weight = module.weight
+    return bool(weight.is_floating_point() and getattr(weight, "quant_state", None) is None)
