@@ -97,6 +97,9 @@ class Hints:
     """The rank to approximate at, where a file's change has no low rank (LoKr)."""
     base: Mapping[str, Any] = field(default_factory=dict)
     """The base's ``config.json``, for formats whose layout depends on its heads or names."""
+    enabled: tuple[bool, ...] = ()
+    """Which parts of a joined projection are adapted (loralib's ``enable_lora``, litgpt's query,
+    key and value), such as ``(True, False, True)``."""
     family: str | None = None
     """Naming of a picture model, such as ``"sdxl"``, where the adapter does not tell."""
 

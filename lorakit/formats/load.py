@@ -79,10 +79,10 @@ def _read(path: Path, *, keep_base_weights: bool) -> Adapter:
     from lorakit.formats.registry import identify, refuse_losses
 
     source = open_source(path)
-    if "peft_type" in source.config and source.storage != "gguf":
+    form = identify(source)
+    if form.name == "peft" and source.config:
         folder = source.weights.parent
         return _read_settled(folder, source.weights, keep_base_weights=keep_base_weights)
-    form = identify(source)
     reading = form.read(source, Hints())
     for note in reading.notes:
         logger.warning("%s (%s): %s", path, form.name, note)

@@ -6,14 +6,14 @@ rsLoRA's as alpha/r. A file in which every factor is exactly 1 leaves nothing to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lorakit.core.adapter import Adapter
-from lorakit.core.sites import LowRank, Site
+from lorakit.core.sites import LowRank
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, collected
 
@@ -45,25 +45,55 @@ def fold(adapter: Adapter, *, rank: int | None = None) -> tuple[Adapter, list[st
         raise FormatError(
             collected("This adapter is more than plain LoRA", problems) + f"\nOr {MERGE}."
         )
-    sites: dict[str, Site] = {}
-    widened, padded = [], []
-    for path, site in adapter.low_rank.items():
-        folded = fold_site(site)
-        if folded.B.dtype != site.B.dtype:
-            widened.append(path)
+    sites, notes = fold_sites(adapter.low_rank, rank=rank)
+    return adapter.with_(sites=sites, spec=plain_spec(adapter.spec, sites)), notes
+
+
+def fold_sites(
+    sites: Mapping[str, LowRank], *, rank: int | None = None
+) -> tuple[dict[str, LowRank], list[str]]:
+    """Each site with a scaling of 1, padded to ``rank`` if one is given, and what was done."""
+    folded, widened, padded = {}, 0, 0
+    for path, site in sites.items():
+        one = fold_site(site)
+        widened += one.B.dtype != site.B.dtype
         if rank is not None and site.rank < rank:
-            folded = pad_site(folded, rank)
-            padded.append(path)
-        sites[path] = folded
-    notes = [f"the scale of {len(sites)} sites is folded into B; every factor is 1"]
+            one = pad_site(one, rank)
+            padded += 1
+        folded[path] = one
+    scaled = sum(site.scaling != 1.0 for site in sites.values())
+    notes = [f"the scale of {scaled} sites is folded into B, so that every factor is 1"]
     if widened:
         notes.append(
-            f"A and B of {len(widened)} sites became float32, because their factor times B does "
-            "not fit the stored 16 bits exactly"
+            f"A and B of {widened} sites became float32, because their factor times B does not "
+            "fit the 16 bits that it was stored in"
         )
     if padded:
-        notes.append(f"{len(padded)} sites are padded with zeros to rank {rank}")
-    return adapter.with_(sites=sites, spec=_spec(adapter.spec, sites)), notes
+        notes.append(f"{padded} sites are padded with zeros to rank {rank}")
+    return folded, notes if scaled else notes[1:]
+
+
+def plain_sites(
+    adapter: Adapter, kinds: Collection[str] = ("linear",)
+) -> tuple[dict[str, LowRank], dict[str, str]]:
+    """The low-rank sites without a bias or a magnitude, and what is left out: path → why."""
+    kept: dict[str, LowRank] = {}
+    lost: dict[str, str] = {}
+    for path, site in adapter.sites.items():
+        if not isinstance(site, LowRank):
+            lost[path] = "trained whole; this format holds low-rank changes alone"
+        elif site.magnitude is not None:
+            lost[path] = "DoRA, which rescales the whole weight; this format has no place for it"
+        elif site.kind not in kinds:
+            lost[path] = f"adapts {_KINDS[site.kind]}, which this format has no place for"
+        else:
+            if site.bias is not None:
+                lost[f"{path}.bias"] = "a bias of B; this format has no place for it"
+            kept[path] = replace(site, bias=None)
+    return kept, lost
+
+
+_KINDS = {"linear": "a linear layer", "conv": "a convolution", "embedding": "an embedding"}
 
 
 def not_plain(adapter: Adapter) -> list[str]:
@@ -79,17 +109,16 @@ def not_plain(adapter: Adapter) -> list[str]:
     return problems
 
 
-def fold_site(site: LowRank) -> LowRank:
-    """``scaling·B`` in the place of B; exact in B's dtype, or in float32 where that rounds."""
-    if site.scaling == 1.0:
+def fold_site(site: LowRank, scaling: float = 1.0) -> LowRank:
+    """The same change at another scaling; in B's dtype where that is exact, else in float32."""
+    if site.scaling == scaling:
         return site
-    exact = site.B.double() * site.scaling
+    exact = site.B.double() * (site.scaling / scaling)
     B = exact.to(site.B.dtype)
-    if not torch.equal(B.double(), exact) and site.B.dtype not in (torch.float32, torch.float64):
+    if not torch.equal(B.double(), exact) and B.dtype.itemsize < 4:
         B = exact.float()
-    if B.dtype != site.B.dtype:
-        return replace(site, A=_widened(site.A, B.dtype), B=B, scaling=1.0)
-    return replace(site, B=B, scaling=1.0)
+        return replace(site, A=site.A.to(_at_least_float32(site.A.dtype)), B=B, scaling=scaling)
+    return replace(site, B=B, scaling=scaling)
 
 
 def pad_site(site: LowRank, rank: int) -> LowRank:
@@ -114,13 +143,13 @@ def _zeros_below(part: Tensor, rows: int) -> Tensor:
     return padded
 
 
-def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype.itemsize >= dtype.itemsize else tensor.to(dtype)
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.itemsize >= 4 else torch.float32
 
 
-def _spec(spec: LoRASpec, sites: Mapping[str, Site]) -> LoRASpec:
-    """Alpha equal to the rank at every site, under the rule that every reader knows."""
-    ranks = [site.rank for site in sites.values() if isinstance(site, LowRank)]
+def plain_spec(spec: LoRASpec, sites: Mapping[str, LowRank]) -> LoRASpec:
+    """Alpha equal to the rank, under the rule that every reader knows."""
+    ranks = [site.rank for site in sites.values()]
     common = max(set(ranks), key=lambda r: (ranks.count(r), -r))
     return replace(
         spec,

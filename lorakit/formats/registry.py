@@ -78,6 +78,8 @@ def identify(source: Source) -> Format:
     found = [form for form in map(get, readable()) if form.recognises(source)]
     if len(found) == 1:
         return found[0]
+    if not found and "peft_type" in source.config:
+        return get("peft")  # it knows best what is wrong with the keys
     if found:
         names = ", ".join(form.name for form in found)
         raise FormatError(

@@ -17,10 +17,8 @@ class _Peft:
     folder = True
 
     def recognises(self, source: Source) -> bool:
-        """PEFT's config beside it, or PEFT's prefix on each key."""
-        if "peft_type" in source.config:
-            return True
-        return bool(source.shapes) and all(key.startswith(PREFIX) for key in source.shapes)
+        """PEFT's prefix on its keys."""
+        return any(key.startswith(PREFIX) for key in source.shapes)
 
     def read(self, source: Source, hints: Hints) -> Reading:
         """The adapter of the folder in which the weights lie."""
