@@ -1,6 +1,7 @@
 """What is in an adapter: settings, base, size, and how far each layer moves from the base.
 
-No base is loaded. The norm is that of the whole change, ‖scaling · B A‖ (Frobenius); the
+No base is loaded. The norm is that of the whole change, ‖scaling · B A‖ (Frobenius), of a DoRA
+adapter before it is brought to its lengths; the
 effective rank is the exponential of the entropy of its singular values: how many directions are
 really used.
 
@@ -170,6 +171,7 @@ def _print_facts(out: Any, facts: Mapping[str, Any]) -> None:
             for name in ("exclude", "layers", "rank_pattern", "alpha_pattern", "train_modules")
             if settings[name]
         },
+        **({"variant": settings["variant"]} if settings["variant"] != "lora" else {}),
         "dropout": f"{settings['dropout']:g}",
         "bias": settings["bias"],
         "init": settings["init"],

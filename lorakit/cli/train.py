@@ -156,6 +156,12 @@ def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         "--init", choices=("kaiming", "gaussian", "orthogonal"), help="of A; default kaiming"
     )
     group.add_argument(
+        "--variant",
+        choices=("lora", "dora"),
+        help="default lora; dora also trains the length of each output's weights, which takes more "
+        "time a step",
+    )
+    group.add_argument(
         "--bias",
         choices=("none", "lora", "all"),
         help="train biases too: of the adapted modules (lora) or all; default none",

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from lorakit.core.sites import Kind
 from lorakit.errors import LorakitError
+from lorakit.layers.dora import Magnitude
 
 
 class LowRankParameters:
     """A low-rank site as a module uses it; the tensors are parameters of a :class:`Bank`."""
 
-    __slots__ = ("A", "B", "bias", "dropout", "kind", "scaling")
+    __slots__ = ("A", "B", "bias", "dropout", "kind", "magnitude", "scaling")
 
     def __init__(
         self,
@@ -24,8 +25,10 @@ class LowRankParameters:
         scaling: float,
         kind: Kind,
         dropout: float,
+        magnitude: nn.Parameter | None = None,
     ) -> None:
         self.A, self.B, self.bias = A, B, bias
+        self.magnitude = None if magnitude is None else Magnitude(magnitude)
         self.scaling = scaling
         self.kind = kind
         self.dropout = dropout

@@ -264,8 +264,9 @@ class Forwards:
     def _fill(self, plan: Plan) -> None:
         """Write the weights for compiled code; the buffer keeps its place where it fits."""
         self.keyed = plan.dropout_keys is not None
-        matrix = plan.matrix(self.names)
+        # what inference mode makes could not be written to in the next forward
         with torch.inference_mode(False), torch.no_grad():
+            matrix = plan.matrix(self.names)
             if matrix.shape == self.weights.shape and self.weights.device == self.device:
                 self.weights.copy_(matrix)
             else:

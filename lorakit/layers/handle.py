@@ -18,6 +18,7 @@ from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import LorakitError, RoutingError, TargetError, collected
 from lorakit.layers.bank import Bank, LowRankParameters, ReplaceParameters
+from lorakit.layers.dora import check_dense
 from lorakit.layers.forwards import Forwards
 from lorakit.layers.generating import CapturingGenerate
 from lorakit.layers.initial import initial_adapter
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 #: the child of the root under which the adapters' parameters are registered
 CHILD = "lorakit_adapters"
+
+#: fields of a low-rank site → how its parameters are called behind its path
+_NAMES = {"A": "lora_A", "B": "lora_B", "bias": "lora_bias", "magnitude": "lora_magnitude"}
 
 
 def attach(
@@ -174,6 +178,9 @@ class Handle:
             adapter, trainable = what, bool(trainable)
             self._check_base(adapter, name, allow_other=allow_other_base)
         owners = self._places.owners(adapter)
+        check_dense(
+            {p: owners[p][1] for p, s in adapter.low_rank.items() if s.magnitude is not None}
+        )
         dropout = adapter.spec.dropout if trainable else 0.0
         bank = self._make_bank(adapter, owners, trainable)
         child[key] = bank
@@ -188,6 +195,7 @@ class Handle:
                     site.scaling,
                     site.kind,
                     dropout,
+                    None if site.magnitude is None else bank.get(f"{path}.lora_magnitude"),
                 )
             else:
                 own = forward.replaced.setdefault(name, ReplaceParameters({}))
@@ -325,10 +333,10 @@ class Handle:
         sites: dict[str, Site] = {}
         for path, site in source.sites.items():
             if isinstance(site, LowRank):
-                bias = None if site.bias is None else value(f"{path}.lora_bias")
-                sites[path] = replace(
-                    site, A=value(f"{path}.lora_A"), B=value(f"{path}.lora_B"), bias=bias
-                )
+                tensors: dict[str, Any] = {
+                    key: value(f"{path}.{_NAMES[key]}") for key in site.tensors()
+                }
+                sites[path] = replace(site, **tensors)
             else:
                 sites[path] = Replace(
                     {k: value(f"{path}.{k}" if k else path) for k in site.tensors_by_name}
@@ -375,9 +383,8 @@ class Handle:
         for path, site in adapter.sites.items():
             device, dtype = self._places.home(owners[path][0])
             target = dtype if trainable else None
-            names = {"A": "lora_A", "B": "lora_B", "bias": "lora_bias"}
             for key, tensor in site.tensors().items():
-                key = names[key] if isinstance(site, LowRank) else key
+                key = _NAMES[key] if isinstance(site, LowRank) else key
                 full = f"{path}.{key}" if key else path
                 # a copy: what happens to it here must not reach the value
                 tensors[full] = tensor.detach().to(device=device, dtype=target, copy=True)

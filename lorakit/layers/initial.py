@@ -13,6 +13,7 @@ from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import SpecError, TargetError, collected
+from lorakit.layers.dora import check_dense, weight_lengths
 from lorakit.layers.places import home_of
 from lorakit.layers.targets import compact_targets, resolve_targets, whole_modules
 
@@ -22,7 +23,11 @@ def initial_adapter(model: nn.Module, spec: LoRASpec, seed: int) -> Adapter:
 
     A is drawn as PyTorch draws a linear's weight (Kaiming uniform with a = √5, bound
     1/√fan_in), from N(0, 1/r²), or with orthonormal rows; B is zero (Hu et al., 2021, §4.1).
-    An embedding's A is zero and its B normal, as in the authors' loralib.
+    An embedding's A is zero and its B normal, as in the authors' loralib. DoRA's magnitude is the
+    length of each output's weights, so that the factor on them is 1.
+
+    Raises:
+        SpecError, TargetError: settings that don't fit the model.
     """
     generator = torch.Generator().manual_seed(seed)
     sites: dict[str, Site] = {}
@@ -32,6 +37,8 @@ def initial_adapter(model: nn.Module, spec: LoRASpec, seed: int) -> Adapter:
         raise SpecError(
             collected("alpha is 0 here, so nothing could be learnt; give another", silent, limit=3)
         )
+    if spec.variant == "dora":
+        check_dense({target.path: target.module for target in targeted})
     for target in targeted:
         _, dtype = home_of(target.module)
         A = torch.empty(target.shape.a(target.rank), dtype=dtype)
@@ -47,7 +54,10 @@ def initial_adapter(model: nn.Module, spec: LoRASpec, seed: int) -> Adapter:
             bound = 1 / math.sqrt(A[0].numel())
             A.uniform_(-bound, bound, generator=generator)
         scaling = spec.scaling_of(target.rank, target.alpha)
-        sites[target.path] = LowRank(A, B, scaling, target.shape.kind)
+        lengths = None
+        if spec.variant == "dora":
+            lengths = weight_lengths(target.module, dtype).cpu()
+        sites[target.path] = LowRank(A, B, scaling, target.shape.kind, magnitude=lengths)
     whole = whole_modules(model, spec.train_modules)
     for path, module in whole.items():
         _refuse_running_statistics(path, module)

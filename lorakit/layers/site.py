@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.func import functional_call
 
 from lorakit.errors import RoutingError
 from lorakit.layers.bank import LowRankParameters, ReplaceParameters
+from lorakit.layers.dora import Magnitude
 from lorakit.layers.dropout import keyed_dropout, site_number
 from lorakit.layers.forwards import Forwards
 from lorakit.layers.kinds import delta
@@ -19,6 +21,11 @@ from lorakit.layers.routing import Plan, Share
 
 #: dimensions of a row of x that are features, not tokens
 _FEATURE_DIMS = {"linear": 1, "embedding": 0}
+
+
+def _is_sole(shares: Sequence[Share]) -> bool:
+    """Whether one adapter acts on all rows at weight 1."""
+    return len(shares) == 1 and shares[0].rows is None and bool(shares[0].weight == 1.0)
 
 
 _serials = itertools.count()
@@ -81,10 +88,12 @@ class SiteForward:
         else:
             y = self.base(*args, **kwargs)
         owned = False
+        # what DoRA rescales: each adapter's own output, before anything was added
+        origin = y if not replaced or _is_sole(shares) else None
         for share in shares:
             site = self.low_rank.get(share.name)
             if site is not None:
-                y, owned = self._add(plan, site, share, x, y, owned)
+                y, owned = self._add(plan, site, share, x, y, origin, owned)
         return y
 
     @property
@@ -102,26 +111,37 @@ class SiteForward:
         return int(x.numel()) if is_ids else int(x.numel() // x.shape[-1])
 
     def _add(
-        self, plan: Plan, site: LowRankParameters, share: Share, x: Tensor, y: Tensor, owned: bool
+        self,
+        plan: Plan,
+        site: LowRankParameters,
+        share: Share,
+        x: Tensor,
+        y: Tensor,
+        origin: Tensor | None,
+        owned: bool,
     ) -> tuple[Tensor, bool]:
         """y plus one adapter's share; ``owned`` says that y may be written to."""
         keys = plan.dropout_keys
         rows = share.rows
         if rows is None and isinstance(share.weight, float):
-            return self._everywhere(site, share.weight, x, y, keys), False
+            return self._everywhere(site, share, x, y, origin, keys), False
         flat = plan.routing.axis == "token"
         depth = _FEATURE_DIMS.get(site.kind, 0)
         if flat and site.kind != "conv":
             x = x.reshape(-1, *x.shape[x.dim() - depth :])
         shape = y.shape
         y = y.reshape(-1, shape[-1]) if flat else y
+        if origin is not None and flat:
+            origin = origin.reshape(-1, shape[-1])
         keys = keys.reshape(-1) if flat and keys is not None else keys
         if rows is None:
             part, rows = x, torch.arange(x.shape[0], device=x.device)
         else:
             part = x.index_select(0, rows)
             keys = None if keys is None else keys.index_select(0, rows)
-        change = self._delta(site, part, y.dtype, keys) * site.scaling
+            if origin is not None and site.magnitude is not None:
+                origin = origin.index_select(0, rows)
+        change = self._change(site, share.name, part, origin, y.dtype, keys)
         if isinstance(share.weight, float):
             change = change * share.weight
         else:
@@ -133,9 +153,19 @@ class SiteForward:
         return y.reshape(shape), True
 
     def _everywhere(
-        self, site: LowRankParameters, weight: float, x: Tensor, y: Tensor, keys: Tensor | None
+        self,
+        site: LowRankParameters,
+        share: Share,
+        x: Tensor,
+        y: Tensor,
+        origin: Tensor | None,
+        keys: Tensor | None,
     ) -> Tensor:
-        factor = site.scaling * weight
+        assert isinstance(share.weight, float)
+        if site.magnitude is not None:
+            change = self._rescaled(site, site.magnitude, share.name, x, origin, y.dtype, keys)
+            return y + (change if share.weight == 1.0 else change * share.weight)
+        factor = site.scaling * share.weight
         if site.kind == "linear" and site.bias is None and y.dtype == x.dtype:
             # fused: B(A x) is accumulated into a copy of y, no delta of y's size is made
             x = self._dropped(site, x, keys)
@@ -148,6 +178,65 @@ class SiteForward:
             )
             return out.view(y.shape)
         return y + (self._delta(site, x, y.dtype, keys) * factor).to(y.dtype)
+
+    def _change(
+        self,
+        site: LowRankParameters,
+        name: str,
+        x: Tensor,
+        origin: Tensor | None,
+        dtype: torch.dtype,
+        keys: Tensor | None,
+    ) -> Tensor:
+        """One adapter's change of the output, at weight 1."""
+        if site.magnitude is not None:
+            return self._rescaled(site, site.magnitude, name, x, origin, dtype, keys)
+        return self._delta(site, x, dtype, keys) * site.scaling
+
+    def _rescaled(
+        self,
+        site: LowRankParameters,
+        magnitude: Magnitude,
+        name: str,
+        x: Tensor,
+        origin: Tensor | None,
+        dtype: torch.dtype,
+        keys: Tensor | None,
+    ) -> Tensor:
+        """DoRA's change, ``(g − 1) ⊙ (W x) + g ⊙ s·B A x``; see ``layers.dora``.
+
+        Dropout acts on the input of both parts, as in the authors' code and in PEFT, so that W is
+        applied a second time while there is dropout.
+
+        Args:
+            origin: W x + bias where the module has computed it; else it is computed here.
+        """
+        own = self.replaced[name].by_name if name in self.replaced else {}
+        if x.is_floating_point():
+            dropped = self._dropped(site, x, keys)
+            origin = origin if dropped is x else None
+            x = dropped
+        if origin is None:
+            origin = self._own_output(name, x)
+        bias = own.get("bias", getattr(self.module, "bias", None))
+        factor = magnitude.factor(self.module, site.A, site.B, site.scaling, own.get("weight"))
+        spatial = (1,) * (site.B.dim() - 2)
+        linear = origin if bias is None else origin - bias.to(origin.dtype).view(-1, *spatial)
+        # 1 is taken off before a half-precision dtype would round it away
+        change = (factor - 1).to(dtype).view(-1, *spatial) * linear
+        dtype = x.dtype if x.is_floating_point() else dtype
+        B = (site.B * factor.view(-1, 1, *spatial)).to(dtype)
+        part = delta(self.module, site.kind, x, site.A.to(dtype), B, None)
+        return change + (part * site.scaling).to(change.dtype)
+
+    def _own_output(self, name: str, x: Tensor) -> Tensor:
+        """The module's output without low-rank changes, with what this adapter replaces."""
+        if name in self.replaced:
+            output = self._with_parameters(Share(name, None, 1.0), (x,), {})
+        else:
+            output = self.base(x)
+        assert isinstance(output, Tensor)
+        return output
 
     def _delta(
         self, site: LowRankParameters, x: Tensor, dtype: torch.dtype, keys: Tensor | None
@@ -177,7 +266,7 @@ class SiteForward:
         kwargs: dict[str, Any],
     ) -> Any:
         """The module's output with trained parameters in place of its own, per row."""
-        if len(shares) == 1 and shares[0].rows is None and shares[0].weight == 1.0:
+        if _is_sole(shares):
             return self._with_parameters(shares[0], args, kwargs)
         base = self.base(*args, **kwargs)
         if not isinstance(base, Tensor) or len(args) != 1 or kwargs:
@@ -222,6 +311,7 @@ class SiteForward:
         _note_traced(self._serial)
         y = self.base(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
+        origin = y
         weights = self.forwards.weights
         if self.replaced:
             raise RoutingError(
@@ -246,6 +336,6 @@ class SiteForward:
                     f"{self.path} sees {x.shape[0]} rows where the batch has {weights.shape[0]}; "
                     "leave it out (exclude) or run uncompiled"
                 )
-            change = self._delta(site, x, y.dtype, None) * site.scaling
+            change = self._change(site, name, x, origin, y.dtype, None)
             y = torch.where(weight != 0, y + weight * change.to(y.dtype), y)
         return y

@@ -163,6 +163,17 @@ def test_activation_checkpointing_recomputes_under_the_same_routing(llama, ids, 
         assert (a - b).abs().max() <= LIMIT
 
 
+def test_forwards_in_inference_mode(llama, ids):
+    model, handle = llama
+    with torch.no_grad(), handle.use(rows=ROWS):
+        expected = model(ids).logits
+    with handle.use(rows=ROWS):
+        for _ in range(2):
+            with torch.inference_mode():
+                assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids).logits.detach(), expected)
+
+
 def test_compiled_without_a_recompile_per_routing(llama, ids):
     import torch._dynamo.testing
 
