@@ -1,0 +1,332 @@
+"""diffusers' file, ``pytorch_lora_weights.safetensors``, and the older ones that it reads.
+
+``<component>.<path>.lora_A.weight [r, d_in]`` and ``.lora_B.weight [d_out, r]``, where the
+component is ``unet``, ``transformer``, ``text_encoder`` or ``text_encoder_2``. Since diffusers
+0.35 the header's ``lora_adapter_metadata`` holds a ``LoraConfig`` of PEFT for each component, every
+field with the component in front; without it alpha is the rank. Older files have
+``lora.down.weight`` and ``lora.up.weight``, or ``lora_linear_layer.down.weight`` in text encoders;
+the oldest, of attention processors, ``attn1.processor.to_q_lora.down.weight``, also as a pickle and
+without a component.
+
+Source: diffusers' ``loaders/lora_base.py``, ``loaders/peft.py``, ``utils/state_dict_utils.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.core.adapter import Adapter
+from lorakit.core.safetensors_io import write_safetensors
+from lorakit.core.sites import LowRank, Replace, Site
+from lorakit.core.spec import LoRASpec
+from lorakit.errors import FormatError, collected
+from lorakit.formats.carried import adapter_of, header_of
+from lorakit.formats.format import Hints, Reading, Source, Written
+from lorakit.formats.header import read_header
+from lorakit.formats.peft.config import as_number, read_config
+from lorakit.formats.peft.match import fitting_spec, scalings
+from lorakit.formats.picture_names import stored_text_path, text_path
+
+FILE = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+#: end of a key → which of a site's tensors it is
+_PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "bias",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora.down.weight": "A",
+    ".lora.up.weight": "B",
+    ".lora_linear_layer.down.weight": "A",
+    ".lora_linear_layer.up.weight": "B",
+    ".alpha": "alpha",
+}
+_PROCESSOR = re.compile(r"(.+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _place(key: str) -> tuple[str, str, str] | None:
+    """Component, path and part of a key; ``None`` if it is not one of the format's."""
+    component, _, rest = key.partition(".")
+    if component not in COMPONENTS:
+        if ".processor." not in key:
+            return None
+        component, rest = "unet", key  # the oldest files are of a UNet alone
+    rest = rest.replace(".processor.", ".")
+    if old := _PROCESSOR.fullmatch(rest):
+        path, which, side = old.groups()
+        if component.startswith("text_encoder"):
+            leaf = f"{which}_proj"
+        else:
+            leaf = "to_out.0" if which == "out" else f"to_{which}"
+        return component, text_path(component, f"{path}.{leaf}"), "A" if side == "down" else "B"
+    for end, part in _PARTS.items():
+        if rest.endswith(end):
+            return component, text_path(component, rest.removesuffix(end)), part
+    return None
+
+
+def _components(
+    tensors: Mapping[str, Tensor], lost: dict[str, str], problems: list[str]
+) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Component → path → part → tensor."""
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for key in sorted(tensors):
+        place = _place(key)
+        if place is None:
+            lost[key] = "is no name of diffusers' format"
+            continue
+        component, path, part = place
+        parts = found.setdefault(component, {}).setdefault(path, {})
+        if part in parts:
+            problems.append(f"{key}: {component}.{path} has two of its {part}")
+        parts[part] = tensors[key]
+    return found
+
+
+def _configs(source: Source, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Component → its ``LoraConfig``, of those that the header has one for."""
+    if METADATA not in source.metadata:
+        return {}
+    try:
+        raw = json.loads(source.metadata[METADATA])
+        items = list(raw.items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        problems.append(f"its {METADATA} is no JSON object ({error})")
+        return {}
+    configs: dict[str, dict[str, Any]] = {}
+    for name, value in items:
+        component, _, setting = name.partition(".")
+        if component not in COMPONENTS or not setting:
+            problems.append(f"its {METADATA} has {name!r}, which belongs to no component")
+            continue
+        configs.setdefault(component, {})[setting] = value
+    return configs
+
+
+def _scalings(
+    component: str,
+    modules: Mapping[str, Mapping[str, Tensor]],
+    config: Mapping[str, Any] | None,
+    problems: list[str],
+) -> dict[str, float]:
+    """Path → factor on B·A."""
+    found = dict.fromkeys(modules, 1.0)
+    if config is not None:
+        spec, wrong = read_config(config, trained=True)
+        problems += [f"{METADATA} of {component}: {problem}" for problem in wrong]
+        found = found if spec is None else scalings(spec, modules)
+    for path, parts in modules.items():
+        if "alpha" in parts and "A" in parts and parts["alpha"].numel() == 1:
+            found[path] = float(parts["alpha"].item()) / parts["A"].shape[0]
+    return found
+
+
+def _site(parts: Mapping[str, Tensor], scaling: float) -> LowRank | str:
+    """The site, or what is wrong."""
+    missing = [f"lora_{x}" for x in ("A", "B") if x not in parts]
+    if missing:
+        return f"lacks {' and '.join(missing)}"
+    magnitude = parts.get("magnitude")
+    kind: Any = "linear" if parts["A"].ndim == 2 else "conv"
+    site = LowRank(
+        parts["A"],
+        parts["B"],
+        scaling,
+        kind,
+        parts.get("bias"),
+        None if magnitude is None else magnitude.flatten(),
+    )
+    return "; ".join(site.problems()) or site
+
+
+def read_diffusers(source: Source) -> Reading:
+    """The adapter of a file of any age.
+
+    Raises:
+        FormatError: it is malformed; all problems are in one message.
+    """
+    lost: dict[str, str] = {}
+    problems: list[str] = []
+    components = _components(source.tensors, lost, problems)
+    configs = _configs(source, problems)
+    sites: dict[str, Site] = {}
+    for component, modules in components.items():
+        factors = _scalings(component, modules, configs.get(component), problems)
+        for path, parts in modules.items():
+            site = _site(parts, factors[path])
+            if isinstance(site, str):
+                problems.append(f"{component}.{path}: {site}")
+            else:
+                sites[f"{component}.{path}"] = site
+    if not problems and not sites:
+        problems = [f"{key}: {why}" for key, why in lost.items()] or ["it holds no tensor"]
+    if problems:
+        raise FormatError(
+            collected(f"{source.weights} cannot be used as an adapter", problems)
+            + "\nNothing of it was loaded."
+        )
+    facts = {"diffusers": {"metadata": configs}} if configs else {}
+    notes = [
+        f"{c}: the file says no alpha, so it is the rank, and the scaling 1"
+        for c, modules in components.items()
+        if c not in configs
+        and not any("alpha" in parts for parts in modules.values())
+        and read_header(source.metadata) is None
+    ]
+    return Reading(adapter_of(sites, source.metadata, facts), tuple(notes), lost)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def _unwritable(path: str, site: Site) -> str | None:
+    """Why a site has no place in the format."""
+    component = path.partition(".")[0]
+    if component not in COMPONENTS or "." not in path:
+        return f"lies in no component of a pipeline; paths begin with {', '.join(COMPONENTS)}"
+    if isinstance(site, Replace):
+        return "was trained whole; diffusers' files hold low-rank changes only"
+    if site.kind == "embedding":
+        return "is an embedding, which diffusers leaves out"
+    return None
+
+
+def _by_component(adapter: Adapter, lost: dict[str, str]) -> dict[str, dict[str, LowRank]]:
+    found: dict[str, dict[str, LowRank]] = {}
+    for path, site in sorted(adapter.sites.items()):
+        if reason := _unwritable(path, site):
+            lost[path] = reason
+            continue
+        assert isinstance(site, LowRank)
+        component, _, inner = path.partition(".")
+        found.setdefault(component, {})[inner] = site
+    for component, sites in found.items():
+        with_magnitude = {p for p, s in sites.items() if s.magnitude is not None}
+        if 0 < len(with_magnitude) < len(sites):
+            for path in sorted(set(sites) - with_magnitude):
+                lost[f"{component}.{path}"] = (
+                    "is plain beside DoRA sites; diffusers has one kind for a component"
+                )
+                del sites[path]
+    return found
+
+
+def _config(sites: Mapping[str, LowRank]) -> dict[str, Any]:
+    """PEFT's settings that give exactly these ranks and scalings, and no module besides."""
+    spec = fitting_spec(LoRASpec(), sites)
+    names: Any = sorted(sites)
+    if any("." not in path for path in sites):
+        # PEFT takes an entry for the end of any path, so "proj_out" would be every block's too
+        names = "|".join(re.escape(path) for path in names)
+    return {
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "lora_alpha": as_number(spec.alpha),
+        "rank_pattern": dict(spec.rank_pattern),
+        "alpha_pattern": {k: as_number(v) for k, v in spec.alpha_pattern.items()},
+        "target_modules": names,
+        "use_dora": any(site.magnitude is not None for site in sites.values()),
+        "lora_bias": any(site.bias is not None for site in sites.values()),
+    }
+
+
+def _tensors(component: str, sites: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    with_bias = any(site.bias is not None for site in sites.values())
+    for path, site in sites.items():
+        key = f"{component}.{stored_text_path(component, path)}"
+        tensors[f"{key}.lora_A.weight"] = site.A
+        tensors[f"{key}.lora_B.weight"] = site.B
+        if with_bias:  # PEFT's setting covers all sites
+            zeros = torch.zeros(site.B.shape[0], dtype=site.B.dtype)
+            tensors[f"{key}.lora_B.bias"] = zeros if site.bias is None else site.bias
+        if site.magnitude is not None:
+            ones = [1] * (site.A.ndim - 2)
+            magnitude = site.magnitude.reshape(1, -1, *ones) if ones else site.magnitude
+            tensors[f"{key}.lora_magnitude_vector"] = magnitude
+    return tensors
+
+
+def write_diffusers(adapter: Adapter) -> Written:
+    """The file, with the metadata by which diffusers applies exactly our scaling.
+
+    Raises:
+        FormatError: nothing of the adapter can be written.
+    """
+    lost: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    configs: dict[str, Any] = {}
+    stored: dict[str, float] = {}
+    for component, sites in _by_component(adapter, lost).items():
+        config = _config(sites)
+        tensors |= _tensors(component, sites)
+        configs |= {f"{component}.{name}": value for name, value in config.items()}
+        spec, _ = read_config(config, trained=True)
+        given = scalings(spec or LoRASpec(), sites)
+        stored |= {f"{component}.{path}": scaling for path, scaling in given.items()}
+    if not tensors:
+        raise FormatError(
+            collected(
+                "Nothing of this adapter fits diffusers' format",
+                (f"{path}: {why}" for path, why in lost.items()),
+            )
+        )
+    if adapter.tokenizer_files:
+        lost["tokenizer_files"] = "diffusers' format has no place for a tokenizer"
+    metadata = header_of(adapter, stored) | {
+        METADATA: json.dumps(configs, indent=2, sort_keys=True)
+    }
+    notes = []
+    if any(scaling != 1 for scaling in stored.values()):
+        notes.append(
+            "the scale is in the header, which diffusers reads from 0.35 on; for older ones, "
+            "fold it into B"
+        )
+    if any(p.startswith("transformer.") for p in stored) and any(
+        p.startswith("text_encoder_2.") for p in stored
+    ):
+        notes.append(
+            "text_encoder_2 of Flux is in the file, but diffusers itself loads no adapter into it"
+        )
+    content = partial(write_safetensors, tensors=tensors, metadata=metadata)
+    return Written({FILE: content}, tuple(notes), lost)
+
+
+# --- the format ----------------------------------------------------------------------------------
+
+
+class Diffusers:
+    """See the module."""
+
+    name = "diffusers"
+    title = "diffusers (pytorch_lora_weights)"
+    folder = False
+
+    def recognises(self, source: Source) -> bool:
+        """By names such as ``unet.….lora_A.weight``."""
+        places = [place for place in map(_place, source.shapes) if place is not None]
+        return any(part in ("A", "B") for _, _, part in places)
+
+    def read(self, source: Source, hints: Hints) -> Reading:
+        """See :class:`~lorakit.formats.format.Format`."""
+        return read_diffusers(source)
+
+    def write(self, adapter: Adapter, hints: Hints) -> Written:
+        """See :class:`~lorakit.formats.format.Format`."""
+        return write_diffusers(adapter)
+
+
+FORMAT = Diffusers()
