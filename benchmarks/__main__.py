@@ -6,7 +6,12 @@ import argparse
 import importlib
 import sys
 
-BENCHMARKS = {"train": "training steps, beside a plain PEFT loop"}
+BENCHMARKS = {
+    "start": "what is waited for: imports, the base, attaching, a hundred adapters",
+    "train": "training steps, beside a plain PEFT loop",
+    "full_finetune": "a fully fine-tuned checkpoint, in a plain loop",
+    "extract": "what adapters extracted from such a checkpoint keep, by rank",
+}
 
 
 def main() -> int:
