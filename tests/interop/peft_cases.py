@@ -104,6 +104,18 @@ class ConvNet(nn.Module):
         return self.head(torch.cat([text, flat, deep], -1))
 
 
+class Conv1dNet(nn.Module):
+    """One ungrouped convolution over embedded tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 8)
+        self.conv = nn.Conv1d(8, 6, 3, stride=2, padding=1)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.embed(input_ids).transpose(1, 2)).mean(-1)
+
+
 def conv_inputs() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
@@ -205,6 +217,47 @@ CASES = {
         conv_inputs,
         warns=(GROUPS,),
     ),
+    "llama, DoRA": Case(
+        llama,
+        {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "use_dora": True},
+        ids,
+    ),
+    "llama, DoRA, embedding, patterns, rsLoRA": Case(
+        llama,
+        {
+            "target_modules": ["embed_tokens", "q_proj", "down_proj"],
+            "use_dora": True,
+            "use_rslora": True,
+            "rank_pattern": {"down_proj": 3},
+        },
+        ids,
+    ),
+    "gpt2, DoRA, biases": Case(
+        gpt2,
+        {
+            "target_modules": ["c_attn", "c_fc"],
+            "fan_in_fan_out": True,
+            "use_dora": True,
+            "bias": "lora_only",
+        },
+        ids,
+    ),
+    "bert, DoRA, head": Case(
+        bert,
+        {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "use_dora": True},
+        ids,
+    ),
+    # grouped convolutions are left out: PEFT takes the lengths of another product there
+    "conv, DoRA": Case(
+        ConvNet,
+        {
+            "target_modules": ["two", "three", "embed"],
+            "use_dora": True,
+            "modules_to_save": ["head"],
+        },
+        conv_inputs,
+    ),
+    "conv 1, DoRA": Case(Conv1dNet, {"target_modules": ["conv", "embed"], "use_dora": True}, ids),
     "conv, biases": Case(
         ConvNet,
         {"target_modules": ["one", "two", "three"], "lora_bias": True, "bias": "lora_only"},

@@ -56,6 +56,10 @@ def test_reads_what_peft_holds_in_memory(trained):
         assert torch.equal(site.B, B)
         assert (site.bias is None) == (bias is None)
         assert bias is None or torch.equal(site.bias, bias)
+        assert (site.magnitude is None) == ("default" not in layer.lora_magnitude_vector)
+        if site.magnitude is not None:
+            magnitude = layer.lora_magnitude_vector["default"].weight
+            assert torch.equal(site.magnitude, magnitude.flatten())
         assert site.scaling == layer.scaling["default"]
         assert site.rank == layer.r["default"]
     assert adapter.task_type == case.config.get("task_type")
@@ -126,7 +130,9 @@ def random_adapter(case: Case, folder: Path, tmp_path: Path) -> Adapter:
         A = torch.randn(rank, *site.A.shape[1:], generator=generator)
         B = torch.randn(site.B.shape[0], rank // groups, *site.B.shape[2:], generator=generator)
         bias = None if site.bias is None else torch.randn(site.bias.shape, generator=generator)
-        sites[path] = LowRank(A, B, math.pi / (number + 1), site.kind, bias)
+        magnitude = site.magnitude
+        magnitude = None if magnitude is None else torch.rand(magnitude.shape, generator=generator)
+        sites[path] = LowRank(A, B, math.pi / (number + 1), site.kind, bias, magnitude)
     return load_adapter(folder).with_(sites=sites)
 
 
@@ -141,6 +147,9 @@ def test_peft_takes_every_rank_and_scaling(trained, tmp_path):
         assert torch.equal(A, site.A)
         assert torch.equal(B, site.B)
         assert site.bias is None or torch.equal(bias, site.bias)
+        if site.magnitude is not None:
+            magnitude = layers[path].lora_magnitude_vector["default"].weight
+            assert torch.equal(magnitude.flatten(), site.magnitude)
         assert layers[path].scaling["default"] == site.scaling
     again = load_adapter(tmp_path / "ours")
     assert {p: s.scaling for p, s in again.low_rank.items()} == {
