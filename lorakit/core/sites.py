@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -58,6 +59,10 @@ class LowRank:
 
     def problems(self) -> list[str]:
         """What is wrong with it as a value; empty if nothing."""
+        return list(self._problems)
+
+    @cached_property  # a reader asks, to say all at once, and the adapter asks again
+    def _problems(self) -> tuple[str, ...]:
         dims = {"linear": (2, 2), "embedding": (2, 2)}.get(self.kind)
         a, b = tuple(self.A.shape), tuple(self.B.shape)
         found = []
@@ -82,7 +87,7 @@ class LowRank:
         if not math.isfinite(self.scaling):
             found.append(f"its scaling is {self.scaling}; expected a finite number")
         found += _not_finite(self.tensors())
-        return found
+        return tuple(found)
 
 
 @dataclass(frozen=True, eq=False)
