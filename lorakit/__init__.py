@@ -22,9 +22,12 @@ _HOME = {
     "LoRASpec": "lorakit.core.spec",
     "LorakitError": "lorakit.errors",
     "attach": "lorakit.layers",
+    "combine": "lorakit.algebra.combine",
+    "compress": "lorakit.algebra.compress",
     "extract": "lorakit.workflows.extract",
     "load_adapter": "lorakit.formats",
     "load_base": "lorakit.bases",
+    "merge": "lorakit.layers",
     "push_adapter": "lorakit.formats",
     "save_adapter": "lorakit.formats",
 }
@@ -34,20 +37,25 @@ __all__ = [
     "LoRASpec",
     "LorakitError",
     "attach",
+    "combine",
+    "compress",
     "extract",
     "load_adapter",
     "load_base",
+    "merge",
     "push_adapter",
     "save_adapter",
 ]
 
 if TYPE_CHECKING:
+    from lorakit.algebra.combine import combine
+    from lorakit.algebra.compress import compress
     from lorakit.bases import load_base
     from lorakit.core.adapter import Adapter
     from lorakit.core.spec import LoRASpec
     from lorakit.errors import LorakitError
     from lorakit.formats import load_adapter, push_adapter, save_adapter
-    from lorakit.layers import attach
+    from lorakit.layers import attach, merge
     from lorakit.workflows.extract import extract
 
 

@@ -22,10 +22,13 @@ COMMANDS = {
     "train": ("train", "train one adapter on a file of data, or go on with one"),
     "eval": ("evaluate", "loss, perplexity and text metrics: base beside adapter"),
     "generate": ("generate", "text from the base and from adapters, side by side"),
+    "merge": ("merge", "adapters into their base: a whole model, tensor by tensor, verified"),
     "convert": ("convert", "an adapter in another format, or as a certain program needs it"),
     "inspect": ("inspect_", "what is in an adapter: settings, size, norms per layer"),
     "extract": ("extract", "an adapter from a fully fine-tuned checkpoint and its base"),
     "compare": ("compare", "how alike two adapters are: subspaces, cosine, norms, spectra"),
+    "combine": ("combine", "one adapter out of several: exact sums, TIES, DARE, cut by SVD"),
+    "compress": ("compress", "a smaller adapter: by rank, energy, parameters, or measured loss"),
     "push": ("push", "upload an adapter folder to the hub"),
 }
 

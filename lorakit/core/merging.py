@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -161,7 +161,7 @@ def exact_products(device_type: str) -> Iterator[None]:
 
 
 def check_rows(
-    read: Callable[[list[int]], Tensor],
+    before: Tensor,
     written: Tensor,
     rows: list[int],
     recipe: Recipe,
@@ -174,17 +174,16 @@ def check_rows(
     distance of two numbers of the stored dtype.
 
     Args:
-        read: gives rows of the weight before, [len(rows), n] in its stored dtype.
+        before: rows of the weight before, [len(rows), n] in its stored dtype.
         written: those rows of the merged weight, [len(rows), n].
-        rows: which.
-        recipe: by rows; see :attr:`Recipe.by_rows`.
+        rows: which; all of them where the recipe is not :attr:`Recipe.by_rows`.
         asked: the dtype that was added in.
 
     Returns:
         The largest ratio of difference to bound; above 1 the weight is not W + ΔW.
     """
-    before = read(rows)
-    start = (before if recipe.value is None else recipe.value.flatten(1)[rows]).double()
+    value = recipe.value
+    start = (before if value is None else value.reshape(len(value), -1)[rows]).double()
     exact, size, num_products = start.clone(), start.abs(), 1
     for term in recipe.terms:
         left, right = term.left.detach()[rows].double(), term.right.detach().double()
@@ -192,9 +191,11 @@ def check_rows(
         size += abs(term.factor) * (left.abs() @ right.abs())
         num_products += left.shape[1] + 1
     if recipe.magnitude is not None:
-        scale = recipe.magnitude.detach().double()[rows, None] / exact.norm(dim=1, keepdim=True)
+        magnitude, dim = recipe.magnitude.detach().double(), 1 if recipe.outputs_in_rows else 0
+        magnitude = magnitude[rows, None] if dim else magnitude
+        scale = magnitude / exact.norm(dim=dim, keepdim=True)
         exact, size = exact * scale, size * scale.abs()
-        num_products += exact.shape[1] + 3  # the norm is a sum over the row
+        num_products += exact.shape[dim] + 3  # the norm is a sum over these
     compute = compute_dtype_for(before.dtype, asked)
     info = torch.finfo(written.dtype)
     allowed = (

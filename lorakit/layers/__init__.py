@@ -6,6 +6,7 @@ Read in this order: ``routing`` (which rows use what), ``forwards`` (when it is 
 
 from lorakit.layers.dropout import token_keys
 from lorakit.layers.handle import Handle, attach, handle_of
+from lorakit.layers.merge import Undo, merge
 from lorakit.layers.routing import Routing
 
-__all__ = ["Handle", "Routing", "attach", "handle_of", "token_keys"]
+__all__ = ["Handle", "Routing", "Undo", "attach", "handle_of", "merge", "token_keys"]
