@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,17 +65,42 @@ def compress(
     """
     _check(adapter, rank, energy, parameters)
     spectra = {path: spectrum(site) for path, site in adapter.low_rank.items()}
-    how: dict[str, Any]
+    if parameters is not None:
+        return _to_parameters(adapter, spectra, parameters)
     if rank is not None:
-        how = {"rank": rank}
         chosen = {path: max(1, rank // num_groups(s)) for path, s in adapter.low_rank.items()}
-    elif energy is not None:
-        how = {"energy": energy}
-        chosen = {path: _for_energy(one, energy) for path, one in spectra.items()}
-    else:
-        assert parameters is not None
-        chosen, best = _for_parameters(adapter, spectra, parameters)
-        how = {"parameters": parameters, "allocation": "optimal" if best else "greedy"}
+        return _built(adapter, spectra, chosen, {"rank": rank})
+    assert energy is not None
+    chosen = {path: _for_energy(one, energy) for path, one in spectra.items()}
+    return _built(adapter, spectra, chosen, {"energy": energy})
+
+
+def compress_to_each(adapter: Adapter, parameters: Iterable[int]) -> Iterator[Adapter]:
+    """``compress(adapter, parameters=…)`` of several sizes, decomposed once.
+
+    Raises:
+        SpecError, InputError: as :func:`compress`.
+    """
+    sizes = list(parameters)
+    for size in sizes:
+        _check(adapter, None, None, size)
+    spectra = {path: spectrum(site) for path, site in adapter.low_rank.items()}
+    for size in sizes:
+        yield _to_parameters(adapter, spectra, size)
+
+
+def size_at_rank(adapter: Adapter, rank: int) -> int:
+    """Parameters of ``compress(adapter, rank=rank)``."""
+    saved = 0
+    for site in adapter.low_rank.values():
+        groups = num_groups(site)
+        saved += _cost(site) * max(0, site.rank // groups - max(1, rank // groups))
+    return adapter.num_parameters - saved
+
+
+def _to_parameters(adapter: Adapter, spectra: Mapping[str, Spectrum], parameters: int) -> Adapter:
+    chosen, best = _for_parameters(adapter, spectra, parameters)
+    how = {"parameters": parameters, "allocation": "optimal" if best else "greedy"}
     return _built(adapter, spectra, chosen, how)
 
 
@@ -167,23 +192,39 @@ def _for_parameters(
         path: [gain * low_rank[path].scaling ** 2 for gain in one.gains]
         for path, one in spectra.items()
     }
-    # a site with a bias of B is not left out: the bias is no part of the rank
     least = {path: int(site.bias is not None) for path, site in low_rank.items()}
-    biases = sum(site.bias.numel() for site in low_rank.values() if site.bias is not None)
-    whole = sum(site.num_parameters for site in adapter.replaced.values())
-    fixed = whole + biases + sum(costs[path] * number for path, number in least.items())
-    budget = parameters - fixed
-    rest = {path: own[least[path] :] for path, own in gains.items()}
-    found, best = allocate(rest, costs, max(0, budget))
-    chosen = {path: number + least[path] for path, number in found.items()}
-    if budget < 0 or not (any(chosen.values()) or adapter.replaced):
-        smallest = fixed or min(costs.values())
-        reason = "what cannot be cut" if fixed else "one direction of the smallest site"
+    smallest = smallest_size(adapter)
+    if parameters < smallest:
+        reason = "its smallest direction" if not any(least.values()) else "what cannot be cut"
         raise SpecError(
-            f"parameters is {parameters:,}, and {reason} has {smallest:,} already; the adapter has "
-            f"{adapter.num_parameters:,}. Give more, or rank=1"
+            f"parameters is {parameters:,}; with {reason} the adapter has {smallest:,} already, "
+            f"and {adapter.num_parameters:,} as it is. Give more"
         )
+    rest = {path: own[least[path] :] for path, own in gains.items()}
+    budget = parameters - _fixed(adapter)
+    found, best = allocate(rest, costs, budget)
+    chosen = {path: number + least[path] for path, number in found.items()}
+    if not any(chosen.values()) and not adapter.replaced:  # every change is zero
+        chosen[min(costs, key=costs.__getitem__)] = 1
     return chosen, best
+
+
+def smallest_size(adapter: Adapter) -> int:
+    """The fewest parameters to which this adapter can be compressed."""
+    fixed = _fixed(adapter)
+    whole = bool(adapter.replaced) or any(s.bias is not None for s in adapter.low_rank.values())
+    return fixed if whole else fixed + min(_cost(site) for site in adapter.low_rank.values())
+
+
+def _fixed(adapter: Adapter) -> int:
+    """Parameters that no rank decides about.
+
+    A site with a bias of B is not left out, so one direction of it is among them.
+    """
+    fixed = sum(site.num_parameters for site in adapter.replaced.values())
+    for site in adapter.low_rank.values():
+        fixed += 0 if site.bias is None else site.bias.numel() + _cost(site)
+    return fixed
 
 
 def _cost(site: LowRank) -> int:
