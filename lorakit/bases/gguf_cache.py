@@ -143,7 +143,7 @@ def _write_model(gguf: Path, header: GgufHeader, folder: Path) -> list[str]:
     notes: list[str] = []
     with quiet_transformers(stderr=True), torch.random.fork_rng(devices=[]):
         try:
-            model = _dequantised(gguf)
+            model = dequantised(gguf)
             model.save_pretrained(folder)
             del model
             if header.has_tokenizer:
@@ -159,7 +159,7 @@ def _write_model(gguf: Path, header: GgufHeader, folder: Path) -> list[str]:
     return notes
 
 
-def _dequantised(gguf: Path) -> Any:
+def dequantised(gguf: Path) -> Any:
     """The model in float32, as if it had never been quantised."""
     import torch
     import transformers

@@ -129,7 +129,8 @@ def fits(shape: Sequence[int], kind: str) -> bool:
 def quantize(rows: np.ndarray, kind: str) -> np.ndarray:
     """Float32 rows ``[n, d]`` in a type of :data:`WRITABLE`; ``[n, bytes]``, or floats."""
     gguf = require("gguf", extra="train", purpose="writing a .gguf file")
-    with np.errstate(divide="ignore", invalid="ignore"):  # a block of zeros, caught there
+    # a block of zeros is caught there; a value beyond float16 becomes infinite, and is found
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         packed: np.ndarray = gguf.quants.quantize(
             np.ascontiguousarray(rows, dtype=np.float32), gguf.GGMLQuantizationType[kind]
         )
