@@ -71,6 +71,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "the adapter names, where its config is on this machine",
     )
     parser.add_argument(
+        "--enabled",
+        type=_switches,
+        default=(),
+        metavar="1,0,1",
+        help="which parts of a joined projection were trained, where a file does not say "
+        "(loralib's enable_lora; litgpt's query, key, value)",
+    )
+    parser.add_argument(
         "--family", metavar="NAME", help="naming of a picture model, such as sdxl, if not clear"
     )
     parser.add_argument(
@@ -80,6 +88,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace what this format wrote to OUT before"
     )
     add_json_argument(parser)
+
+
+def _switches(text: str) -> tuple[bool, ...]:
+    parts = text.split(",")
+    if not all(part in ("0", "1") for part in parts) or "1" not in parts:
+        raise argparse.ArgumentTypeError(f"{text!r} given; expected ones and zeros, such as 1,0,1")
+    return tuple(part == "1" for part in parts)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -121,6 +136,7 @@ def _hints(options: argparse.Namespace, path: str) -> Any:
         alpha=options.alpha,
         rank=options.rank,
         base=_base_config(options, path),
+        enabled=options.enabled,
         family=options.family,
     )
 
