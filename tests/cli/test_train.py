@@ -41,7 +41,7 @@ def test_every_flag_arrives(files, capfd):
         "lora": {
             "rank": 2, "alpha": 5.0, "targets": ["q_proj", "v_proj", "o_proj"],
             "exclude": ["v_proj"], "layers": "0", "dropout": 0.1,
-            "scaling": "alpha/sqrt(r)", "init": "gaussian",
+            "scaling": "alpha/sqrt(r)", "init": "gaussian", "variant": "dora",
         },
         "train": {
             "batch_size": 4, "micro_batch": 2, "micro_batch_tokens": 99, "lr": 0.002,

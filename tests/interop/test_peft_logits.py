@@ -17,8 +17,11 @@ from lorakit.formats.peft.keys import AUTOMATIC_HEADS
 from .. import models
 from .peft_cases import (
     CASES,
+    GROUPS,
     Case,
+    ConvNet,
     build,
+    conv_inputs,
     ids,
     llama,
     load_with_peft,
@@ -68,6 +71,23 @@ def spec_of(case: Case) -> LoRASpec:
     spec = LoRASpec.from_peft({"r": 4, "lora_alpha": 8, **case.config})
     heads = AUTOMATIC_HEADS.get(case.config.get("task_type", ""), ())[:1]
     return dataclasses.replace(spec, train_modules=(*spec.train_modules, *heads))
+
+
+def test_dora_on_a_grouped_convolution_is_said(tmp_path, caplog):
+    """PEFT takes the lengths of a product whose rows are other outputs'; ours are the weight's."""
+    config = {"target_modules": ["one", "two"], "use_dora": True}
+    case = Case(ConvNet, config, conv_inputs, warns=(GROUPS,))
+    theirs = logits(train_with_peft(case, tmp_path / "theirs"), case)
+    adapter = load_adapter(tmp_path / "theirs")
+    assert "one is DoRA on a convolution with groups, where PEFT computes" in caplog.text
+    model = build(case)
+    attach(model, adapter)
+    assert largest_difference(theirs, logits(model, case)) > LIMIT
+    caplog.clear()
+    save_adapter(adapter, tmp_path / "ours")
+    assert "what is saved: one is DoRA" in caplog.text
+    load_adapter(tmp_path / "ours")
+    assert caplog.text.count("is DoRA") == 1
 
 
 def resized() -> torch.nn.Module:
