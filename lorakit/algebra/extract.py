@@ -117,6 +117,8 @@ class Left:
     """‖change‖, Frobenius; ``None`` of numbers that are not floats."""
     kept: bool
     """Whether a ``Replace`` site holds it."""
+    tied_to: str | None = None
+    """The parameter that holds the same tensor and is listed too."""
 
 
 @dataclass(frozen=True)
@@ -130,24 +132,22 @@ class Extracted:
     """By parameter path."""
     unchanged: int
     """Tensors that are equal in both."""
+    change: float
+    """‖tuned - base‖ over all float tensors, a tied one once."""
+    lacking: float
+    """‖what the adapter lacks of it‖."""
+    lacking_best: float
+    """The same, had each site the smallest error of its rank."""
 
     @property
     def error(self) -> float:
-        """‖what the adapter lacks‖ / ‖the whole change‖, over all float tensors."""
-        return self._share(best=False)
+        """Share of the whole change that the adapter lacks, as norms."""
+        return self.lacking / self.change if self.change else 0.0
 
     @property
     def best(self) -> float:
-        """The same, had each site the smallest error of its rank."""
-        return self._share(best=True)
-
-    def _share(self, *, best: bool) -> float:
-        lacking = [(e.best if best else e.error) * e.norm for e in self.errors.values()]
-        lacking += [left.norm or 0.0 for left in self.remainder.values() if not left.kept]
-        whole = [e.norm for e in self.errors.values()]
-        whole += [left.norm or 0.0 for left in self.remainder.values()]
-        total = math.hypot(*whole)
-        return math.hypot(*lacking) / total if total else 0.0
+        """The smallest such share at these ranks."""
+        return self.lacking_best / self.change if self.change else 0.0
 
 
 # --- plan --------------------------------------------------------------------------------------
@@ -261,6 +261,7 @@ def extract_sites(
     sites: dict[str, Site] = {}
     errors: dict[str, SiteError] = {}
     left: dict[str, Left] = {}
+    sizes: list[tuple[float, float, float]] = []
     unchanged, broken = 0, []
     for number, pair in enumerate(pairs, 1):
         before, after = base.read(pair.before).to(device), tuned.read(pair.after).to(device)
@@ -272,11 +273,10 @@ def extract_sites(
             found, own_errors = _adapted(before, after, pair, size, choice, dtype, dense)
             sites |= found
             errors |= own_errors
-            adapted = {f"{place.path}.weight" for place in pair.places if place.path in found}
-            norm = math.sqrt(size) if before.is_floating_point() else None
-            for path in pair.parameters:
-                if path not in adapted:
-                    left[path] = Left(tuple(before.shape), norm, kept=remainder == "keep")
+            alone = _without_site(pair, found, before, size, kept=remainder == "keep")
+            left |= alone
+            if before.is_floating_point():
+                sizes.append(_lacking(math.sqrt(size), list(own_errors.values()), alone))
         if progress is not None:
             progress(number, len(pairs), pair.parameters[0])
     if broken:
@@ -296,7 +296,29 @@ def extract_sites(
             collected("No weight that may be adapted changed; only these did", _listed(left))
             + "\nKeep them whole (remainder='keep', --remainder keep), or give other targets."
         )
-    return Extracted(sites, errors, left, unchanged)
+    change, lacking, best = (math.hypot(*column) for column in zip(*sizes, strict=True))
+    return Extracted(sites, errors, left, unchanged, change, lacking, best)
+
+
+def _without_site(
+    pair: Pair, sites: Mapping[str, Site], before: Tensor, size: float, *, kept: bool
+) -> dict[str, Left]:
+    """The parameters of a changed tensor that no low-rank site adapts."""
+    adapted = {f"{path}.weight" for path in sites}
+    norm = math.sqrt(size) if before.is_floating_point() else None
+    paths = [path for path in pair.parameters if path not in adapted]
+    shape = tuple(before.shape)
+    return {p: Left(shape, norm, kept, None if p == paths[0] else paths[0]) for p in paths}
+
+
+def _lacking(
+    norm: float, errors: Sequence[SiteError], left: Mapping[str, Left]
+) -> tuple[float, float, float]:
+    """‖change‖ of one tensor, what is lacking of it, and the least that must be."""
+    if any(not one.kept for one in left.values()):
+        return norm, norm, norm
+    worst = max(errors, key=lambda one: one.error, default=None)
+    return norm, norm * (worst.error if worst else 0.0), norm * (worst.best if worst else 0.0)
 
 
 def _equal(before: Tensor, after: Tensor) -> bool:

@@ -209,15 +209,20 @@ def _print_remainder(out: Any, remainder: Mapping[str, Any]) -> None:
         return
     kept = remainder["mode"] == "keep"
     verb = "kept whole" if kept else "not in the adapter"
-    total = sum((t["norm"] or 0.0) ** 2 for t in tensors.values()) ** 0.5
+    own = [t for t in tensors.values() if "tied_to" not in t]
+    total = sum((t["norm"] or 0.0) ** 2 for t in own) ** 0.5
     out.print(
-        f"\n{len(tensors)} other tensors changed ({verb}), by {total:.4g} together"
+        f"\n{len(own)} other tensors changed ({verb}), by {total:.4g} together"
         + ("" if kept else "; --remainder keep stores their new values"),
         highlight=False,
     )
     largest = sorted(tensors.items(), key=lambda item: -(item[1]["norm"] or 0.0))
     rows = [
-        (path, " × ".join(map(str, t["shape"])), "" if t["norm"] is None else f"{t['norm']:#.4g}")
+        (
+            path + (" (tied)" if "tied_to" in t else ""),
+            " × ".join(map(str, t["shape"])),
+            "" if t["norm"] is None else f"{t['norm']:#.4g}",
+        )
         for path, t in largest[:_SHOWN]
     ]
     _print_rows(out, ("remainder", "shape", "change"), rows)

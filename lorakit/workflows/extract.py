@@ -267,7 +267,12 @@ def _provenance(
         "remainder": {
             "mode": remainder,
             "tensors": {
-                path: {"shape": list(one.shape), "norm": short(one.norm), "kept": one.kept}
+                path: {
+                    "shape": list(one.shape),
+                    "norm": short(one.norm),
+                    "kept": one.kept,
+                    **({"tied_to": one.tied_to} if one.tied_to else {}),
+                }
                 for path, one in found.remainder.items()
             },
         },
