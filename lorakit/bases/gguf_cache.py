@@ -130,12 +130,12 @@ def _build(gguf: Path, header: GgufHeader, folder: Path, say: Say) -> None:
     say(f"dequantising {gguf.name} ({header.storage}) to float32, once, into {folder}")
     began = time.monotonic()
     with atomic_folder(folder) as temporary:
-        notes = _write_model(gguf, header, temporary)
+        notes = write_model(gguf, header, temporary)
         _write_seal(temporary, {"source": gguf.name, "storage": header.storage, "notes": notes})
     say(f"dequantised in {time.monotonic() - began:.0f} s; the next start reads that folder")
 
 
-def _write_model(gguf: Path, header: GgufHeader, folder: Path) -> list[str]:
+def write_model(gguf: Path, header: GgufHeader, folder: Path) -> list[str]:
     """Write config, weights and tokenizer of a GGUF file to ``folder``; return what to say."""
     import torch
 

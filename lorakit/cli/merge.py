@@ -9,6 +9,7 @@ leaves no half model.
   lorakit merge --base smollm2 --adapter runs/mine --out merged
   lorakit merge --base B --adapter a=0.7 --adapter b=0.3 --out merged --dtype bfloat16
   lorakit merge --base B --adapter runs/mine --out merged --data test.jsonl
+  lorakit merge --base B --adapter runs/mine --to gguf --out model.gguf --quantize q8_0
 """
 
 from __future__ import annotations
@@ -40,12 +41,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     add_base_arguments(parser, weights=False)
     add_adapter_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is new or empty")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="a folder that is new or empty; with --to gguf, a file",
+    )
     parser.add_argument(
         "--to",
-        choices=("safetensors",),
+        choices=("safetensors", "gguf"),
         default="safetensors",
-        help="what is written; default: safetensors, in the layout of the base",
+        help="what is written; default: safetensors, in the layout of the base; gguf: one file "
+        "for llama.cpp and Ollama, of a .gguf base or of a Llama, Mistral, Qwen 2 or 3 folder",
+    )
+    parser.add_argument(
+        "--quantize",
+        metavar="TYPE",
+        help="with --to gguf, the type of all matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or "
+        "q4_0; default: as each is stored",
     )
     parser.add_argument(
         "--dtype", choices=_DTYPES, help="of every float tensor; default: as each is stored"
@@ -96,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
         emit_json(facts)
     else:
         printable_stdout()
-        _print(facts)
+        _PRINTERS[options.to](facts)
     return 0
 
 
@@ -106,6 +119,12 @@ def _to_safetensors(
     import torch
 
     from lorakit.cli.meter import meter
+
+    if options.quantize is not None:
+        raise InputError(
+            "--quantize cannot act here; it is the type of a GGUF file (--to gguf). For another "
+            "dtype give --dtype"
+        )
     from lorakit.workflows.merge_files import merge_files
     from lorakit.workflows.merge_memory import merge_in_memory
 
@@ -183,7 +202,10 @@ def _print(facts: dict[str, Any]) -> None:
             f"  checked   {facts['rows_checked']} rows in float64; the worst differs by "
             f"{facts['worst_row']:.0%} of what rounding allows"
         )
-    text = facts["text"]
+    _print_text(facts["text"])
+
+
+def _print_text(text: Any) -> None:
     if text is not None:
         print(
             f"  on text   {text.tokens} tokens, computed in {text.dtype}: largest logit difference "
@@ -195,5 +217,22 @@ def _print(facts: dict[str, Any]) -> None:
         )
 
 
+def _to_gguf(
+    options: argparse.Namespace, named: dict[str, Adapter], weights: dict[str, float]
+) -> dict[str, Any]:
+    from lorakit.cli import merge_gguf
+
+    return merge_gguf.write(options, named, weights, _compare)
+
+
+def _print_gguf(facts: dict[str, Any]) -> None:
+    from lorakit.cli import merge_gguf
+
+    merge_gguf.show(facts)
+    _print_text(facts["text"])
+
+
 #: --to → what writes it and gives the facts that are printed
-_WRITERS = {"safetensors": _to_safetensors}
+_WRITERS = {"safetensors": _to_safetensors, "gguf": _to_gguf}
+#: --to → what prints them
+_PRINTERS = {"safetensors": _print, "gguf": _print_gguf}

@@ -81,6 +81,7 @@ def merge_to_gguf(
     quantize: str | None = None,
     revision: str | None = None,
     allow_other_base: bool = False,
+    before_end: Callable[[Path, GgufBase], None] = lambda path, parts: None,
     say: Say = lambda text: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergedGguf:
@@ -93,6 +94,8 @@ def merge_to_gguf(
         out: the file; it appears whole or not at all.
         quantize: a key of :data:`lorakit.bases.gguf_write.FILE_TYPES` for all matrices; ``None``
             keeps each tensor's type.
+        before_end: called with the finished file before it gets its name, and with what the base
+            was; what it raises leaves nothing.
         progress: called with the bytes written and those there will be.
 
     Raises:
@@ -124,6 +127,7 @@ def merge_to_gguf(
     with atomic_file(path) as temporary:
         write_gguf(temporary, fields, tensors, alignment=parts.alignment, progress=progress)
         checked = check_rows(temporary, parts, plan.changes, plan.names())
+        before_end(temporary, parts)
         num_bytes = temporary.stat().st_size
     return MergedGguf(
         path=path,
