@@ -113,9 +113,10 @@ def plan_reading(
         adapter, to, said = shape_for(runtime, adapter, to, hints)
         notes += said
     elif portable:
-        from lorakit.formats.portable import fold
+        from lorakit.formats.portable import fold, one_rank
 
-        adapter, said = fold(adapter)
+        # PEFT's config says rank and alpha once; what differs needs patterns, which some skip
+        adapter, said = fold(adapter, rank=one_rank(adapter) if to == "peft" else None)
         notes += said
     if to is None:
         raise FormatError(f"no format to write is given; there are {', '.join(writable())}")

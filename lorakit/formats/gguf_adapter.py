@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -189,7 +189,7 @@ def _layout(config: Mapping[str, Any], adapter: Adapter) -> _Layout:
         )
     num_heads, num_layers = config.get("num_attention_heads"), config.get("num_hidden_layers")
     num_kv_heads = config.get("num_key_value_heads") or num_heads
-    if not (_is_count(num_heads) and _is_count(num_layers) and _is_count(num_kv_heads)):
+    if not _is_count(num_heads) or not _is_count(num_layers) or not _is_count(num_kv_heads):
         raise FormatError(
             "The base's config lacks what a GGUF adapter needs: num_attention_heads is "
             f"{num_heads!r}, num_hidden_layers {num_layers!r}, num_key_value_heads "
@@ -212,7 +212,7 @@ def _layout(config: Mapping[str, Any], adapter: Adapter) -> _Layout:
     return layout
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and value > 0
 
 

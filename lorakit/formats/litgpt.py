@@ -143,7 +143,7 @@ def _factors(
             f"parts {[p for p, on in zip(_PARTS, enabled, strict=True) if on]} make "
             f"[{n * rank}, …] and [{sum(sizes)}, …]"
         )
-    blocks = zip(A.chunk(n), B.split([size for size in sizes if size]), strict=True)
+    blocks = zip(A.chunk(n), torch.split(B, [size for size in sizes if size]), strict=True)
     pairs = [(a.contiguous(), b.contiguous()) for a, b in blocks]
     if block[2] == "attn.attn" and all(enabled):
         # the rows were added in the order of the groups, though they were computed part by part

@@ -30,7 +30,7 @@ from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, collected
 from lorakit.formats.carried import adapter_of, header_of
 from lorakit.formats.folder import CONFIG
-from lorakit.formats.format import Hints, Reading, Source, Written
+from lorakit.formats.format import Content, Hints, Reading, Source, Written
 from lorakit.formats.pairs import by_module, left_behind, missing_parts, refuse
 from lorakit.formats.portable import fold_site, pad_site
 
@@ -112,7 +112,7 @@ class _Mlx:
             "num_layers": hints.base.get("num_hidden_layers", -1),
         }
         metadata = header_of(adapter.with_(sites=uniform, spec=spec), dict.fromkeys(uniform, scale))
-        files = {
+        files: dict[str, Content] = {
             CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
             FILE: partial(write_safetensors, tensors=tensors, metadata=metadata),
         }

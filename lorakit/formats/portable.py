@@ -49,6 +49,11 @@ def fold(adapter: Adapter, *, rank: int | None = None) -> tuple[Adapter, list[st
     return adapter.with_(sites=sites, spec=plain_spec(adapter.spec, sites)), notes
 
 
+def one_rank(adapter: Adapter) -> int | None:
+    """The rank to which all sites can be padded: their largest; ``None`` where there is none."""
+    return max((site.rank for site in adapter.low_rank.values()), default=None)
+
+
 def fold_sites(
     sites: Mapping[str, LowRank], *, rank: int | None = None
 ) -> tuple[dict[str, LowRank], list[str]]:
@@ -60,7 +65,7 @@ def fold_sites(
         if rank is not None and site.rank < rank:
             one = pad_site(one, rank)
             padded += 1
-        folded[path] = one
+        folded[path] = _in_one_dtype(one)
     scaled = sum(site.scaling != 1.0 for site in sites.values())
     notes = [f"the scale of {scaled} sites is folded into B, so that every factor is 1"]
     if widened:
@@ -96,13 +101,17 @@ def plain_sites(
 _KINDS = {"linear": "a linear layer", "conv": "a convolution", "embedding": "an embedding"}
 
 
-def not_plain(adapter: Adapter) -> list[str]:
-    """What B·A alone cannot say."""
+def not_plain(adapter: Adapter, *, dora: bool = False) -> list[str]:
+    """What B·A alone cannot say.
+
+    Args:
+        dora: a magnitude is no problem.
+    """
     problems = []
     for path, site in adapter.sites.items():
         if not isinstance(site, LowRank):
             problems.append(f"{path}: was trained whole, and is no low-rank change")
-        elif site.magnitude is not None:
+        elif site.magnitude is not None and not dora:
             problems.append(f"{path}: is DoRA, which rescales the whole weight")
         elif site.bias is not None:
             problems.append(f"{path}: has a bias of B")
@@ -141,6 +150,14 @@ def _zeros_below(part: Tensor, rows: int) -> Tensor:
     padded = part.new_zeros(rows, *part.shape[1:])
     padded[: part.shape[0]] = part
     return padded
+
+
+def _in_one_dtype(site: LowRank) -> LowRank:
+    """A and B in the wider dtype of the two, which some programs demand."""
+    dtype = torch.promote_types(site.A.dtype, site.B.dtype)
+    if site.A.dtype == site.B.dtype:
+        return site
+    return replace(site, A=site.A.to(dtype), B=site.B.to(dtype))
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
