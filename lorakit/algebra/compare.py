@@ -200,7 +200,8 @@ def directions(site: LowRank, *, of: Of = "delta") -> Directions:
 def _own(factor: Tensor) -> Tensor:
     """Left singular vectors of a factor [d, r]."""
     U, values, _ = torch.linalg.svd(factor, full_matrices=False)
-    return U[:, : _above_rounding(values, len(factor))[1]]
+    own: Tensor = U[:, : _above_rounding(values, len(factor))[1]]
+    return own
 
 
 def _above_rounding(values: Tensor, width: int) -> tuple[Tensor, int]:
@@ -221,7 +222,8 @@ def similarity(first: Tensor, second: Tensor) -> Tensor:
     overlap = (first.T @ second).square().cumsum(0).cumsum(1)
     i = torch.arange(1, overlap.shape[0] + 1, dtype=overlap.dtype).unsqueeze(1)
     j = torch.arange(1, overlap.shape[1] + 1, dtype=overlap.dtype).unsqueeze(0)
-    return overlap / torch.minimum(i, j)
+    found: Tensor = overlap / torch.minimum(i, j)
+    return found
 
 
 def inner(first: LowRank, second: LowRank) -> float:

@@ -50,7 +50,7 @@ def plot_comparison(
     heights = [3.6, *([2.5] * 2 * rows), 3.2]
     figure = Figure(figsize=(width, sum(heights) + 1.0), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
-    parts = figure.subfigures(4, 1, height_ratios=[3.6, 2.5 * rows, 2.5 * rows, 3.2])
+    parts: Any = figure.subfigures(4, 1, height_ratios=[3.6, 2.5 * rows, 2.5 * rows, 3.2])
     figure.suptitle(_title(comparison, names), fontsize=13)
     _overall(parts[0], known, names)
     for part, side, text in (
@@ -89,19 +89,37 @@ def _overall(part: Any, sites: list[SitePair], names: tuple[str, str]) -> None:
         (left, "right", "φ of right subspaces, mean of all sites"),
         (right, "left", "φ of left subspaces, mean of all sites"),
     ):
-        image = _heat(axes, average([getattr(s, side) for s in sites])[0], title)
+        image = _heat(axes, _mean(sites, side), title)
         axes.set_xlabel(f"j, first directions of {names[1]}")
         axes.set_ylabel(f"i, first directions of {names[0]}")
         part.colorbar(image, ax=axes, shrink=0.85, pad=0.02)
     _diagonal(diagonal, sites)
 
 
+def _mean(sites: list[SitePair], side: str) -> Tensor:
+    """The mean of φ where at least half of the sites have the cell: the rest would mislead."""
+    mean, count = average([getattr(site, side) for site in sites])
+    often = 2 * count >= len(sites)
+    rows, columns = int(often[:, 0].sum()), int(often[0].sum())
+    return torch.where(often, mean, math.nan)[: max(1, rows), : max(1, columns)]
+
+
+def _spread(lines: list[Tensor]) -> tuple[range, list[Tensor]]:
+    """Place from 1 → the values of the lines that have it, as far as half of them do."""
+    most = max(
+        k
+        for k in range(1, max(map(len, lines)) + 1)
+        if 2 * sum(len(v) >= k for v in lines) >= len(lines)
+    )
+    places = range(1, most + 1)
+    return places, [torch.stack([v[k - 1] for v in lines if len(v) >= k]) for k in places]
+
+
 def _diagonal(axes: Any, sites: list[SitePair]) -> None:
     """φ(k, k) over k, with the spread over sites and what chance would give."""
     for side, colour, width in (("right", _COLOURS[0], 0), ("left", _COLOURS[1], 1)):
         lines = [torch.diagonal(getattr(s, side)) for s in sites]
-        ranks = range(1, max(map(len, lines)) + 1)
-        spread = [torch.stack([v[k - 1] for v in lines if len(v) >= k]) for k in ranks]
+        ranks, spread = _spread(lines)
         middle = [float(v.median()) for v in spread]
         low = [float(v.quantile(0.1)) for v in spread]
         high = [float(v.quantile(0.9)) for v in spread]
@@ -145,7 +163,7 @@ def _heat_maps(
 ) -> None:
     grid = part.subplots(rows, columns, squeeze=False).flatten()
     for axes, (name, members) in zip(grid, kinds.items(), strict=False):
-        mean = average([getattr(s, side) for s in members])[0]
+        mean = _mean(members, side)
         whole = [phi for s in members if (phi := s.whole[0 if side == "right" else 1]) is not None]
         _heat(axes, mean, f"{name} ({len(members)}): {sum(whole) / len(whole):.2f} at full rank")
     for axes in grid[len(kinds) :]:
@@ -156,8 +174,7 @@ def _spectra_and_norms(part: Any, sites: list[SitePair], names: tuple[str, str])
     spectra, norms = part.subplots(1, 2)
     for k, name in enumerate(names):
         values = [s.spectra[k] / s.spectra[k][0] for s in sites if s.spectra[k].numel()]
-        ranks = range(1, max(map(len, values)) + 1)
-        spread = [torch.stack([v[r - 1] for v in values if len(v) >= r]) for r in ranks]
+        ranks, spread = _spread(values)
         middle = [float(v.median()) for v in spread]
         spectra.plot(ranks, middle, color=_COLOURS[k], marker="o", markersize=3, label=name)
         spectra.fill_between(
@@ -174,10 +191,12 @@ def _spectra_and_norms(part: Any, sites: list[SitePair], names: tuple[str, str])
             label=name,
         )  # fmt: skip
     spectra.set_yscale("log")
+    spectra.yaxis.set_major_formatter("{x:g}")
+    spectra.yaxis.set_minor_formatter("{x:g}")
     spectra.set_xlabel("singular value")
     spectra.set_title("Spectra σ / σ₁: median, and 10 – 90 % of the sites", fontsize=10)
     norms.set_xlabel("block")
-    norms.set_ylim(bottom=0)
+    norms.set_ylim(0, 1.08 * norms.dataLim.y1)
     norms.set_title("‖ΔW‖ by block, common sites", fontsize=10)
     for axes in (spectra, norms):
         axes.legend(fontsize=8, frameon=False)

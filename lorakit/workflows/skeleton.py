@@ -116,7 +116,8 @@ def _leaf(path: str, entry: Entry, *, transposed: bool) -> nn.Module | None:
         return nn.Linear(shape[1], shape[0], **options)
     if len(shape) in _CONVS and shape[1] > 1:  # one channel: most often one group a channel
         conv: Any = _CONVS[len(shape)]  # each kind annotates its kernel with its own length
-        return conv(shape[1], shape[0], shape[2:], **options)
+        made: nn.Module = conv(shape[1], shape[0], shape[2:], **options)
+        return made
     return None
 
 
