@@ -17,7 +17,7 @@ from lorakit.core.files import atomic_file, atomic_folder, clear_disk_errors
 from lorakit.errors import FormatError, collected
 from lorakit.formats.format import Content, Format, Hints, Reading
 from lorakit.formats.opening import open_source
-from lorakit.formats.registry import READ_ONLY, get, identify, writable
+from lorakit.formats.registry import READ_ONLY, get, identify, read_with, writable
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def plan(
     hints = Hints() if hints is None else hints
     opened = open_source(path)
     form = identify(opened) if source is None else get(source)
-    reading = form.read(opened, hints)
+    reading = read_with(form, opened, hints)
     return plan_reading(
         reading, source=form.name, to=to, hints=hints, portable=portable, runtime=runtime
     )

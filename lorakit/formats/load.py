@@ -76,14 +76,14 @@ def _read(path: Path, *, keep_base_weights: bool) -> Adapter:
         return _read_settled(path, None, keep_base_weights=keep_base_weights)
     # PEFT's folder, which most adapters are, loads without the modules of the others
     from lorakit.formats.opening import open_source
-    from lorakit.formats.registry import identify, refuse_losses
+    from lorakit.formats.registry import identify, read_with, refuse_losses
 
     source = open_source(path)
     form = identify(source)
     if form.name == "peft" and source.config:
         folder = source.weights.parent
         return _read_settled(folder, source.weights, keep_base_weights=keep_base_weights)
-    reading = form.read(source, Hints())
+    reading = read_with(form, source, Hints())
     for note in reading.notes:
         logger.warning("%s (%s): %s", path, form.name, note)
     refuse_losses(path, reading)

@@ -28,6 +28,7 @@ from lorakit.errors import FormatError, collected
 from lorakit.formats.carried import adapter_of
 from lorakit.formats.format import Hints, Reading, Source, Written
 from lorakit.formats.pairs import by_module, left_behind, missing_parts, refuse
+from lorakit.formats.peft.config import as_number
 from lorakit.formats.portable import fold_site, plain_sites
 
 FILE = "lora.pt"
@@ -102,7 +103,7 @@ class _Loralib:
         at_alpha = {path: fold_site(site, alpha / site.rank) for path, site in kept.items()}
         folded = sum(at_alpha[path].scaling != site.scaling for path, site in kept.items())
         notes, losses = left_behind(adapter, header=False)
-        notes.append(f"the file does not hold its alpha: give its layers lora_alpha={alpha:g}")
+        notes.append(f"the file does not hold its alpha: give its layers lora_alpha={as_number(alpha)}")
         if folded:
             notes.append(f"the scale of {folded} sites is folded into B, so that one alpha fits")
         tensors: dict[str, Tensor] = dict(biases)

@@ -109,7 +109,21 @@ def read(
     form = identify(source) if format is None else get(format)
     if form.name in WRITE_ONLY:
         raise FormatError(f"{form.title} is written and not read here. Keep the PEFT folder too.")
-    return form.read(source, hints)
+    return read_with(form, source, hints)
+
+
+def read_with(form: Format, source: Source, hints: Hints) -> Reading:
+    """``form.read``; an error names the file, whichever part of the reader raised it.
+
+    Raises:
+        FormatError: as the format's.
+    """
+    try:
+        return form.read(source, hints)
+    except FormatError as error:
+        if any(str(path) in str(error) for path in (source.path, source.weights.parent)):
+            raise
+        raise FormatError(f"{source.path} cannot be used as an adapter: {error}") from error
 
 
 def refuse_losses(path: str | os.PathLike[str], reading: Reading) -> None:
