@@ -103,7 +103,8 @@ class _Loralib:
         at_alpha = {path: fold_site(site, alpha / site.rank) for path, site in kept.items()}
         folded = sum(at_alpha[path].scaling != site.scaling for path, site in kept.items())
         notes, losses = left_behind(adapter, header=False)
-        notes.append(f"the file does not hold its alpha: give its layers lora_alpha={as_number(alpha)}")
+        shown = as_number(alpha)
+        notes.append(f"the file does not hold its alpha: give its layers lora_alpha={shown}")
         if folded:
             notes.append(f"the scale of {folded} sites is folded into B, so that one alpha fits")
         tensors: dict[str, Tensor] = dict(biases)
