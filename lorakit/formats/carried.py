@@ -7,7 +7,7 @@ header's ``lorakit`` entry, as in our PEFT files; another tool that writes the f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +24,15 @@ from lorakit.formats.header import (
 from lorakit.formats.peft.match import fitting_spec
 
 
-def header_of(adapter: Adapter, stored: Mapping[str, float]) -> dict[str, str]:
+def header_of(
+    adapter: Adapter, stored: Mapping[str, float], no_bias: Iterable[str] = ()
+) -> dict[str, str]:
     """The metadata that gives everything back but the tensors.
 
     Args:
         adapter: what is written.
         stored: path → the scaling that a reader would find there.
+        no_bias: sites that the format gives a bias of zeros, and that have none.
     """
     low_rank = adapter.low_rank
     return write_header(
@@ -38,6 +41,7 @@ def header_of(adapter: Adapter, stored: Mapping[str, float]) -> dict[str, str]:
             provenance=adapter.provenance,
             spec=spec_difference(adapter.spec, None),
             task_type=adapter.task_type,
+            no_bias=tuple(no_bias),
             scaling={
                 path: low_rank[path].scaling
                 for path, scaling in stored.items()
@@ -75,8 +79,13 @@ def adapter_of(
         for path, site in low_rank.items()
         if math.isclose(header.scaling.get(path, math.nan), site.scaling, rel_tol=1e-12)
     }
+    given = dict(sites) | exact
+    for path in header.no_bias:
+        site = given.get(path)
+        if isinstance(site, LowRank) and site.bias is not None and not site.bias.any():
+            given[path] = replace(site, bias=None)
     return Adapter(
-        dict(sorted((dict(sites) | exact).items())),
+        dict(sorted(given.items())),
         apply_difference(LoRASpec(), header.spec),
         base=header.base,
         provenance=header.provenance,

@@ -49,6 +49,7 @@ _PARTS = {
     ".lora.up.weight": "B",
     ".lora_linear_layer.down.weight": "A",
     ".lora_linear_layer.up.weight": "B",
+    ".lora_linear_layer.up.bias": "bias",
     ".alpha": "alpha",
 }
 _PROCESSOR = re.compile(r"(.+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
@@ -125,7 +126,8 @@ def _scalings(
     """Path → factor on B·A."""
     found = dict.fromkeys(modules, 1.0)
     if config is not None:
-        spec, wrong = read_config(config, trained=True)
+        named = config.get("target_modules") or sorted(modules)  # the tensors' names say the same
+        spec, wrong = read_config({**config, "target_modules": named}, trained=True)
         problems += [f"{METADATA} of {component}: {problem}" for problem in wrong]
         found = found if spec is None else scalings(spec, modules)
     for path, parts in modules.items():
@@ -244,15 +246,23 @@ def _config(sites: Mapping[str, LowRank]) -> dict[str, Any]:
 
 
 def _tensors(component: str, sites: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """The tensors under the names that diffusers' own training scripts write.
+
+    In text encoders those are the middle-aged ones: with ``lora_A``, its loader fails on a file
+    that adapts none of the attention there.
+    """
+    down, up = ("lora_A", "lora_B")
+    if component.startswith("text_encoder"):
+        down, up = ("lora_linear_layer.down", "lora_linear_layer.up")
     tensors: dict[str, Tensor] = {}
     with_bias = any(site.bias is not None for site in sites.values())
     for path, site in sites.items():
         key = f"{component}.{stored_text_path(component, path)}"
-        tensors[f"{key}.lora_A.weight"] = site.A
-        tensors[f"{key}.lora_B.weight"] = site.B
+        tensors[f"{key}.{down}.weight"] = site.A
+        tensors[f"{key}.{up}.weight"] = site.B
         if with_bias:  # PEFT's setting covers all sites
             zeros = torch.zeros(site.B.shape[0], dtype=site.B.dtype)
-            tensors[f"{key}.lora_B.bias"] = zeros if site.bias is None else site.bias
+            tensors[f"{key}.{up}.bias"] = zeros if site.bias is None else site.bias
         if site.magnitude is not None:
             ones = [1] * (site.A.ndim - 2)
             magnitude = site.magnitude.reshape(1, -1, *ones) if ones else site.magnitude
@@ -270,6 +280,7 @@ def write_diffusers(adapter: Adapter) -> Written:
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
     stored: dict[str, float] = {}
+    no_bias: list[str] = []
     for component, sites in _by_component(adapter, lost).items():
         config = _config(sites)
         tensors |= _tensors(component, sites)
@@ -277,6 +288,8 @@ def write_diffusers(adapter: Adapter) -> Written:
         spec, _ = read_config(config, trained=True)
         given = scalings(spec or LoRASpec(), sites)
         stored |= {f"{component}.{path}": scaling for path, scaling in given.items()}
+        if config["lora_bias"]:
+            no_bias += [f"{component}.{path}" for path, s in sites.items() if s.bias is None]
     if not tensors:
         raise FormatError(
             collected(
@@ -286,7 +299,7 @@ def write_diffusers(adapter: Adapter) -> Written:
         )
     if adapter.tokenizer_files:
         lost["tokenizer_files"] = "diffusers' format has no place for a tokenizer"
-    metadata = header_of(adapter, stored) | {
+    metadata = header_of(adapter, stored, no_bias) | {
         METADATA: json.dumps(configs, indent=2, sort_keys=True)
     }
     notes = []

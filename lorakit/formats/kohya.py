@@ -408,7 +408,8 @@ class Kohya:
         """By names such as ``lora_unet_….lora_down.weight``, and no parts of LyCORIS."""
         names = [key for key in source.shapes if key.startswith(PREFIXES)]
         parts = {key.partition(".")[2] for key in names}
-        return DOWN in parts and not any(map(is_lycoris_part, parts))
+        own = any(map(is_lycoris_part, parts)) or any(n.startswith("lycoris_") for n in names)
+        return DOWN in parts and not own
 
     def read(self, source: Source, hints: Hints) -> Reading:
         """See :class:`~lorakit.formats.format.Format`."""

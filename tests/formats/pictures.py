@@ -184,14 +184,18 @@ def adapter_for(
     share: float = 1.0,
     seed: int = 0,
 ) -> Adapter:
-    """An adapter of a share of all modules, with ranks and scalings drawn from those given."""
+    """An adapter of a share of all modules, with ranks and scalings drawn from those given.
+
+    Text encoders are adapted whole: diffusers fails on kohya's files where their output
+    projections and their MLP are missing.
+    """
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     ranks, scalings = list(ranks), list(scalings)
     sites = {
         path: site_for(module, draw.choice(ranks), draw.choice(scalings), generator)
         for path, module in adaptable(parts).items()
-        if draw.random() < share
+        if draw.random() < share or path.startswith("text_encoder")
     }
     return Adapter(sites)
 
