@@ -66,7 +66,12 @@ def compress(
     _check(adapter, rank, energy, parameters)
     spectra = {path: spectrum(site) for path, site in adapter.low_rank.items()}
     if parameters is not None:
-        return _to_parameters(adapter, spectra, parameters)
+        smaller = _to_parameters(adapter, spectra, parameters)
+        dropped = [path for path in spectra if path not in smaller.sites]
+        if dropped:
+            listed = ", ".join(dropped[:3]) + (" …" if len(dropped) > 3 else "")
+            logger.warning("%d of %d sites get no rank: %s", len(dropped), len(spectra), listed)
+        return smaller
     if rank is not None:
         chosen = {path: max(1, rank // num_groups(s)) for path, s in adapter.low_rank.items()}
         return _built(adapter, spectra, chosen, {"rank": rank})
@@ -134,10 +139,7 @@ def _built(
         kept = cuts[path].site if path in cuts else site
         if kept is not None:
             sites[path] = kept
-    dropped = [path for path, cut in cuts.items() if cut.site is None]
-    if dropped:
-        listed = ", ".join(dropped[:3]) + (" …" if len(dropped) > 3 else "")
-        logger.warning("%d of %d sites get no rank, and go: %s", len(dropped), len(cuts), listed)
+    dropped = len(cuts) - sum(path in sites for path in cuts)
     spec = spec_of(sites, [adapter.spec])
     if dropped:  # a word such as "q_proj" would select them too
         spec = targeting(spec, [p for p, site in sites.items() if isinstance(site, LowRank)])

@@ -135,7 +135,8 @@ def _search(
     open_sizes = possible
     while open_sizes:
         losses |= lab.losses([0, *_some(open_sizes), whole], choosing, "choosing")
-        passing = min(size for size in losses if losses[size] <= highest(losses[whole]))
+        limit = highest(losses[whole])
+        passing = min((s for s in losses if losses[s] <= limit), default=whole)
         failing = max((size for size in losses if size < passing), default=0)
         open_sizes = [size for size in possible if failing < size < passing]
     if not losses:
@@ -158,7 +159,8 @@ def _search(
             f"the same allowance on the other {len(confirming)}; allow more"
         )
     trials = tuple(
-        Trial(size, lab.error(size), losses[size], confirmed.get(size)) for size in sorted(losses)
+        Trial(lab.parameters(size), lab.error(size), losses[size], confirmed.get(size))
+        for size in sorted(losses)
     )
     found = _told(lab.made[chosen], trials, limit, increase, relative)
     return Search(found, trials, limit, highest(confirmed[whole]), len(choosing), len(confirming))
@@ -209,6 +211,12 @@ class _Lab:
     def close(self) -> None:
         """Leave the model as it was."""
         self._handle.detach()
+
+    def parameters(self, size: int) -> int:
+        """What a candidate has: at most what it was given."""
+        if size in self.made:
+            return self.made[size].num_parameters
+        return size
 
     def error(self, size: int) -> float:
         """How far a candidate is from the whole adapter."""
