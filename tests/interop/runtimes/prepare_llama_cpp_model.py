@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lorakit.bases.gguf_cache import dequantised
+from lorakit.bases.source import find_source
 from lorakit.formats import load_adapter
 from lorakit.workflows.merge_gguf import merge_to_gguf
 from tests.interop.runtimes.cases import Work
@@ -51,6 +52,7 @@ def smollm2() -> None:
     for case in ("embedding", "dora"):
         one = load_adapter(work.adapter(case))
         merge_to_gguf(work.gguf, [(one, 1.0)], work.own / f"{case}.gguf")
+    shutil.copy(find_source("smollm2").location, work.own / "original.gguf")
     for kind in ("q8_0", "q4_0"):
         path = work.own / f"{kind}.gguf"
         merge_to_gguf("smollm2", [(plain, 1.0)], path, quantize=kind)
