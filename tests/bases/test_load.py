@@ -18,7 +18,7 @@ import transformers
 
 from lorakit.bases import base_config, check_base, context_length, identify, load_base
 from lorakit.bases import load_tokenizer as read_tokenizer
-from lorakit.bases.identity import _positions
+from lorakit.bases.identity import sample_positions
 from lorakit.core.adapter import Adapter
 from lorakit.core.identity import compare_identities
 from lorakit.core.sites import LowRank
@@ -225,7 +225,7 @@ def test_4_bit_samples_are_the_weights(double: bool) -> None:
     expected = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
     identity = identify(torch.nn.ModuleDict({"0": linear}), "x")
     values = identity.samples["0.weight"]
-    positions = _positions((96, 128))
+    positions = sample_positions((96, 128))
     # the library's sum of a product and the offset may be fused
     torch.testing.assert_close(
         torch.tensor(values), expected.flatten()[positions], rtol=1e-6, atol=1e-7

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from lorakit.bases import load_base
+from lorakit.bases.gguf_base import from_gguf, lost_by_transformers
 from lorakit.bases.gguf_file import read_header
 from lorakit.bases.gguf_tokenizer import gguf_tokenizer
 from lorakit.bases.identity import identify
@@ -416,3 +417,16 @@ def test_lorakit_loads_what_it_wrote(tmp_path: Path) -> None:
     merge_to_gguf(tmp_path / "base", [(changes, 1.0)], tmp_path / "model.gguf")
     base = load_base(tmp_path / "model.gguf", device="cpu")
     same(base.model, gguf_cases.merged(made, changes))
+
+
+@pytest.mark.parametrize("name", ["biases", "linear", "llama3", "llama", "qwen2"])
+def test_what_transformers_leaves_out_is_known(name: str, tmp_path: Path) -> None:
+    """So that a comparison on text is not made with a model that lacks something."""
+    made = gguf_cases.write_folder(tmp_path / "base", CASES[name])
+    changes = gguf_cases.adapter(made)
+    merge_to_gguf(tmp_path / "base", [(changes, 1.0)], tmp_path / "model.gguf")
+    lost = lost_by_transformers(from_gguf(tmp_path / "model.gguf", "model"))
+    difference = tiny.logits(by_transformers(tmp_path / "model.gguf"), IDS) - tiny.logits(
+        gguf_cases.merged(made, changes), IDS
+    )
+    assert (lost is not None) == bool(difference.abs().max() > 1e-3)
