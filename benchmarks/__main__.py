@@ -11,6 +11,8 @@ BENCHMARKS = {
     "train": "training steps, beside a plain PEFT loop",
     "full_finetune": "a fully fine-tuned checkpoint, in a plain loop",
     "extract": "what adapters extracted from such a checkpoint keep, by rank",
+    "merge": "merge and undo: cycles, time, latency, logits",
+    "merge_streaming": "a large checkpoint merged from file to file: its memory",
 }
 
 

@@ -31,9 +31,13 @@ _BLOCK = 1 << 22
 class Packed(Protocol):
     """A quantised weight [d_out, d_in]."""
 
-    storage: str
-    """``"nf4"``, ``"fp4"`` or ``"int8"``."""
-    shape: tuple[int, ...]
+    @property
+    def storage(self) -> str:
+        """``"nf4"``, ``"fp4"`` or ``"int8"``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(d_out, d_in)."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """What the packed numbers mean."""
@@ -95,7 +99,7 @@ class Packed4bit:
         return tuple(self.state.shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {"packed": self.weight.data, "absmax": self.state.absmax}
+        found = {"packed": self.weight, "absmax": self.state.absmax}
         if self.state.nested:
             found |= {"offset": self.state.offset, "absmax2": self.state.state2.absmax}
         return found
@@ -148,7 +152,10 @@ class PackedInt8:
     weight: Tensor
     scales: Tensor
     """SCB [d_out], the largest size in each row."""
-    storage: str = "int8"
+
+    @property
+    def storage(self) -> str:
+        return "int8"
 
     @classmethod
     def of(cls, module: Any) -> PackedInt8:
@@ -160,7 +167,7 @@ class PackedInt8:
                 "its weight is int8 without scales, so its values are not known. Load the base "
                 "again, without quantisation or with quantize='int8'"
             )
-        return cls(module.weight.data, scales)
+        return cls(module.weight, scales)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -170,12 +177,12 @@ class PackedInt8:
         return {"packed": self.weight, "scales": self.scales}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.weight.to(dtype) * (self.scales.to(dtype) / 127)[:, None]
+        return self.weight.data.to(dtype) * (self.scales.to(dtype) / 127)[:, None]
 
     def store_(self, dense: Tensor) -> None:
         largest = dense.abs().amax(dim=1)
         step = torch.where(largest > 0, largest, torch.ones_like(largest)) / 127
-        self.weight.copy_((dense / step[:, None]).round_().clamp_(-127, 127).to(torch.int8))
+        self.weight.data.copy_((dense / step[:, None]).round_().clamp_(-127, 127).to(torch.int8))
         self.scales.copy_(largest)
 
 

@@ -167,7 +167,7 @@ def check_rows(
     recipe: Recipe,
     asked: torch.dtype,
 ) -> float:
-    """How far rows of a merged weight are from float64 arithmetic, in units of what rounding allows.
+    """How far rows of a merged weight are from float64 arithmetic, as a share of rounding's bound.
 
     The bound of the sum's own rounding is ``(k + 2) · eps`` of the sum of the products' sizes
     (Higham, Accuracy and Stability, section 3.1), k products; that of the cast is half the

@@ -1,4 +1,4 @@
-"""A quantised model made dense: its linears become ``nn.Linear`` with the numbers they stood for."""
+"""A quantised model made dense: ``nn.Linear`` with the numbers that its linears stood for."""
 
 from __future__ import annotations
 

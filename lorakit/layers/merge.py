@@ -50,7 +50,8 @@ Keep = Literal["memory", "disk"]
 
 #: model → its identity before the first of the merges that are in it
 _identities: weakref.WeakKeyDictionary[nn.Module, BaseIdentity] = weakref.WeakKeyDictionary()
-#: tensor → the merges in it, the last one last, each with the tensor's version after it
+#: tensor → the merges in it, the last one last, each with the tensor's version after it. A merge is
+#: a token here, so that nothing keeps a model or its originals alive
 _merges: Any = WeakIdKeyDictionary()
 
 
@@ -126,6 +127,7 @@ class Undo:
         self._steps: list[_Step] = []
         self._store = _Store.open(where)
         self._done = False
+        self._token = object()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -157,21 +159,21 @@ class Undo:
         self._check_untouched()
         self._restore()
         for step in self._steps:
-            for tensor in step.tensors:
+            for tensor in step.watched:
                 records = _merges[tensor]
                 records.pop()
                 if records:
                     records[-1] = (records[-1][0], _version(tensor))
-        if model is not None and not any(t in _merges and _merges[t] for t in model.parameters()):
+        if model is not None and not any(_merges.get(t) for t in model.parameters()):
             _identities.pop(model, None)
         self._close()
 
     def _check_untouched(self) -> None:
         problems = []
         for step in self._steps:
-            for tensor in step.tensors:
+            for tensor in step.watched:
                 records = _merges.get(tensor) or []
-                if not records or records[-1][0] is not self:
+                if not records or records[-1][0] is not self._token:
                     problems.append(f"{step.name}: merged again since")
                 elif records[-1][1] != _version(tensor):
                     problems.append(f"{step.name}: written to since by something else")
@@ -207,10 +209,10 @@ class Undo:
         if self.where == "memory":
             self.bytes = self._store.bytes
         for step in self._steps:
-            for tensor in step.tensors:
+            for tensor in step.watched:
                 if tensor not in _merges:
                     _merges[tensor] = []
-                _merges[tensor].append((self, _version(tensor)))
+                _merges[tensor].append((self._token, _version(tensor)))
 
     def _restore(self) -> None:
         with torch.no_grad():
@@ -231,6 +233,8 @@ class _Step:
     tensors: list[Tensor]
     shared: nn.Parameter | None = None
     """The tied parameter that the module held before."""
+    own: nn.Parameter | None = None
+    """What the module holds instead of it since."""
     started: bool = False
 
     @classmethod
@@ -247,19 +251,24 @@ class _Step:
     def name(self) -> str:
         return self.change.name
 
+    @property
+    def watched(self) -> list[Tensor]:
+        """The tensors whose later changes an undo would lose."""
+        return self.tensors if self.own is None else [self.own]
+
     def separate(self) -> None:
         """Give a tied weight a tensor of its own; nothing else needs to be kept for it."""
         if self.shared is not None:
-            own = nn.Parameter(
+            self.own = nn.Parameter(
                 self.shared.detach().clone(), requires_grad=self.shared.requires_grad
             )
-            setattr(self.change.module, self.change.key, own)
+            setattr(self.change.module, self.change.key, self.own)
 
     def in_place(self) -> bool:
         """Whether the module still holds what was merged into."""
-        if self.shared is not None or self.change.packed is not None:
+        if self.change.packed is not None:
             return True
-        return self.change.parameter is self.tensors[0]
+        return self.change.parameter is self.watched[0]
 
     def restore_(self, kept: list[Tensor]) -> None:
         if self.shared is not None:
@@ -291,7 +300,7 @@ class _Store:
             return 0
         assert self.path is not None
         tensors = {
-            f"{i}.{k}": tensor.detach()
+            f"{i}.{k}": _plain(tensor)
             for i, step in enumerate(steps)
             for k, tensor in enumerate(step.tensors)
         }
@@ -302,7 +311,7 @@ class _Store:
 
     def keep(self, step: _Step) -> None:
         if self.where == "memory":
-            copies = [tensor.detach().clone() for tensor in step.tensors]
+            copies = [_plain(tensor).clone() for tensor in step.tensors]
             self._memory[id(step)] = copies
             self.bytes += sum(t.numel() * t.element_size() for t in copies)
 
@@ -400,6 +409,11 @@ def _check_bases(
     for note in notes:
         logger.info("%s", note)
     return identity, notes
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor without the class of a library's parameter."""
+    return tensor.data if isinstance(tensor, nn.Parameter) else tensor
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -57,7 +57,7 @@ def weighted(what: MergeLike) -> list[Weighted]:
     if isinstance(what, Adapter):
         return [(what, 1.0)]
     if isinstance(what, tuple) and len(what) == 2 and not isinstance(what[1], (Adapter, tuple)):
-        what = [what]  # type: ignore[list-item]
+        what = [what]
     pairs: list[Weighted] = []
     problems = []
     for place, one in enumerate(what if isinstance(what, Sequence) else [what], start=1):

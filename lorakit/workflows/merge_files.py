@@ -62,7 +62,7 @@ class MergedFiles:
     rows_checked: int
     """Rows that were computed again in float64; 0 if that was not asked for."""
     worst_row: float
-    """The largest difference found there, as a share of what rounding allows; above 1 is refused."""
+    """The largest difference there, as a share of what rounding allows; above 1 is refused."""
     notes: tuple[str, ...] = ()
 
 
@@ -274,8 +274,8 @@ def _check_dense(checkpoint: Checkpoint) -> None:
     if method:
         name = method.get("quant_method", "quantised") if isinstance(method, dict) else method
         raise BaseError(
-            f"{folder} is quantised ({name}), and its files cannot be added to. Give the model that "
-            "it was made of, or pass --in-memory, which writes a dense model."
+            f"{folder} is quantised ({name}), and its files cannot be added to. Give the model "
+            "that it was made of, or pass --in-memory, which writes a dense model."
         )
 
 
