@@ -439,6 +439,8 @@ def test_a_frozen_adapters_factor_is_kept_until_something_changes(monkeypatch):
     assert len(calls) == 3
     # what inference mode has kept may take part in a later backward
     handle.add(LoRASpec(rank=2, targets="inner"), "plain")
+    with torch.no_grad():
+        handle.parameters("default")[1].mul_(1.5)
     with torch.inference_mode():
         model(x)
     with handle.use({"default": 1.0, "plain": 1.0}):
@@ -513,6 +515,8 @@ def test_the_base_is_bitwise_unchanged_after_training(kind):
 
 
 def test_compiled_code_takes_every_routing():
+    import torch._dynamo.testing
+
     model = nn.Sequential(nn.Linear(6, 8), nn.Conv1d(3, 5, 3, groups=1)).double()
     handle = attach(model, LoRASpec(rank=2, targets=("0", "1"), variant="dora"), "a")
     handle.add(LoRASpec(rank=2, targets=("0", "1")), "b")
@@ -520,12 +524,14 @@ def test_compiled_code_takes_every_routing():
     frozen = dataclasses.replace(handle.snapshot("a"))
     handle.add(frozen, "c")
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=False)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter)
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     with torch.no_grad():
         for routing in ({"mix": "a"}, {"rows": ["c", {"a": 0.5, "b": 2.0}]}, {"mix": None}):
             with handle.use(**routing):
                 assert (compiled(x) - model(x)).abs().max() <= LIMIT
+    assert counter.frame_count == 1
 
 
 def test_recomputed_under_activation_checkpointing():
