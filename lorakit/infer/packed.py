@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from lorakit.errors import BaseError, RoutingError
 from lorakit.infer import segments
 from lorakit.infer.chunked_loss import Head, position_losses, summed_loss
+from lorakit.infer.fused.family import DoesNotFit
+from lorakit.infer.fused.running import FusedBody
 from lorakit.layers import Handle, Routing
 from lorakit.layers.site import SiteForward
 
@@ -83,6 +85,8 @@ class PackedModel:
         handle: the adapters attached to it, if any; each call then takes a routing.
         chunk: positions whose logits exist together; ``None`` chooses for the device.
         mode: skip the trial and use this mode; for tests and for measuring.
+        fused: run decoder layers of the Llama kind in packed forwards with a backward written
+            by hand (:mod:`lorakit.infer.fused`), where they agree with the model's own.
 
     Raises:
         BaseError: the model is an encoder-decoder, or computes no logits over a vocabulary.
@@ -95,6 +99,7 @@ class PackedModel:
         *,
         chunk: int | None = None,
         mode: Mode | None = None,
+        fused: bool = True,
     ) -> None:
         self.model = model
         self.handle = handle
@@ -105,8 +110,12 @@ class PackedModel:
         self.mode: Mode = mode or "packed"
         self._body, self._head = _split(model)
         self._finish: Head | None = None
+        self.fused: FusedBody | None = None
+        """The fused layers, if they are used."""
         with evaluating(model), torch.no_grad():
-            self._probe(fixed=mode is not None)
+            alone = self._probe(fixed=mode is not None)
+            if fused and self.mode == "packed" and self._finish is not None:
+                self._try_fused(alone)
         for note in self.notes:
             log.info("%s", note)
 
@@ -198,12 +207,18 @@ class PackedModel:
     def _states(self, part: _Input) -> tuple[Tensor, Tensor]:
         """Last hidden states [B, T, d], and the supervised positions in [B·T]."""
         inputs, rows = self._arranged(part)
-        with self._attention(part):
+        with self._attention(part), self._layers():
             states = self._body(**inputs, **accepted(self._body, use_cache=False))[0]
         return states, rows
 
     def _hidden(self, part: _Input) -> Tensor:
         """Last hidden states at the supervised positions, [S, d]."""
+        if self.fused is not None and self.fused.selects:
+            inputs, rows = self._arranged(part)
+            with self._attention(part), self._layers(rows):
+                selected = self._body(**inputs, **accepted(self._body, use_cache=False))[0]
+            row: Tensor = selected[0]
+            return row
         states, rows = self._states(part)
         return states.flatten(0, 1).index_select(0, rows.to(states.device))
 
@@ -262,10 +277,29 @@ class PackedModel:
             return segments.running(self.model, part.lengths, self.device)
         return contextlib.nullcontext()
 
+    def _layers(self, rows: Tensor | None = None) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.fused is None else self.fused.running(rows)
+
     # --- the trial -------------------------------------------------------------------------
 
-    def _probe(self, *, fixed: bool) -> None:
-        """Decide mode and split by comparing with the model on each sequence alone."""
+    def _try_fused(self, alone: Tensor) -> None:
+        """Use fused layers if the model has such and they give its logits, [N, V]."""
+        try:
+            self.fused = FusedBody(self._body)
+        except DoesNotFit as reason:
+            self.notes.append(f"layers are not fused: {reason}")
+            return
+        problem = self._disagrees(_Input.of(probe_sequences(self.model, self.device)), alone)
+        if problem is not None:
+            self.fused = None
+            self.notes.append(f"layers are not fused: {problem}")
+
+    def _probe(self, *, fixed: bool) -> Tensor:
+        """Decide mode and split by comparing with the model on each sequence alone.
+
+        Returns:
+            The model's own logits of the sequences, [N, V].
+        """
         if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             raise BaseError(
                 f"{type(self.model).__name__} is an encoder-decoder; its loss over packed "
@@ -294,7 +328,7 @@ class PackedModel:
             self.mode = mode
             problem = self._disagrees(whole, alone)
             if problem is None:
-                return
+                return alone
             self.notes.append(f"batches are not {mode}: {problem}")
         raise BaseError(
             f"{type(self.model).__name__} does not compute the same logits twice: "

@@ -22,6 +22,12 @@ COMMON = {
 FAMILIES = {
     "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {"tie_word_embeddings": True}),
     "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {}),
+    "qwen2-biases": (hf.Qwen2Config, hf.Qwen2ForCausalLM, {"head_dim": None}),
+    "phi3-joined": (
+        hf.Phi3Config,
+        hf.Phi3ForCausalLM,
+        {"head_dim": None, "partial_rotary_factor": 0.5},
+    ),
     "mistral-window": (hf.MistralConfig, hf.MistralForCausalLM, {"sliding_window": 3}),
     "gemma2-window-softcap": (
         hf.Gemma2Config,

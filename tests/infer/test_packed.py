@@ -68,6 +68,11 @@ def gradients(model, loss):
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
+def without_fused(notes):
+    """The notes, but that on fused layers, which is about speed alone."""
+    return [note for note in notes if not note.startswith("layers are not fused")]
+
+
 def largest_difference(a, b):
     return max(float((x - y).detach().abs().max()) for x, y in zip(a, b, strict=True))
 
@@ -77,7 +82,7 @@ def test_packed_loss_and_gradients_are_those_of_the_padded_model(family, tiny, a
     model = tiny(family).double()
     batch = batch_of((9, 2, 13, 5))
     packed = PackedModel(model, chunk=4)
-    assert (packed.mode, packed.notes) == ("packed", [])
+    assert (packed.mode, without_fused(packed.notes)) == ("packed", [])
     loss, count = packed.supervised_loss(batch)
     expected = stock_losses(model, batch)
     assert count == len(batch.labels)
@@ -106,7 +111,7 @@ def test_other_models_find_their_way(family, mode, said, tiny, all_double):
     batch = batch_of((6, 3, 8))
     packed = PackedModel(model)
     assert packed.mode == mode
-    assert (said is None and packed.notes == []) or said in "\n".join(packed.notes)
+    assert (said is None and without_fused(packed.notes) == []) or said in "\n".join(packed.notes)
     loss, _ = packed.supervised_loss(batch)
     expected = stock_losses(model, batch).sum()
     assert abs(float((loss - expected).detach())) <= 1e-10

@@ -1,0 +1,246 @@
+"""A whole decoder layer as one node of the graph, with its backward written by hand.
+
+    x  → norm → q, k, v → positions → attention → o → + x  = x₂
+    x₂ → norm → gate, up → act(gate) · up       → down → + x₂ = y
+
+What is kept from the forward: x, x₂, the attention's inputs and output, gate and up, and the
+adapters' hidden values. The norms and ``act(gate)·up`` are made again, which costs less than
+fetching them. The attention's own gradient is the one that autograd knows for its kernel.
+
+Legend: ``N`` tokens, ``M`` tokens that are left (N, or the supervised ones in the last layer),
+``d`` hidden size, ``H`` heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import LorakitError
+from lorakit.infer.fused.family import Anatomy
+from lorakit.infer.fused.linear import Group
+from lorakit.infer.fused.rope import rotate_, rotate_back_
+from lorakit.infer.segments import Segments, segment_attention
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One layer in one forward."""
+
+    anatomy: Anatomy
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+    cos: Tensor
+    """[N, R]"""
+    sin: Tensor
+    segments: Segments
+    rows: Tensor | None
+    """int64 [M], the tokens that go on behind the attention; ``None``: all."""
+    recompute: bool
+    """Keep x alone, and run the layer again in the backward."""
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What the backward needs."""
+
+    heads: tuple[Tensor, Tensor, Tensor]
+    """q, k, v, as the attention reads them, [1, H, N, d_h], leaves of a small graph."""
+    unnormed: tuple[Tensor, Tensor] | None
+    """q and k before their norms, [N, H, d_h]."""
+    attended: Tensor
+    """[1, N, H, d_h], the end of that graph."""
+    o_input: Tensor
+    o_output: Tensor | None
+    """[M, d], before the norm behind the attention."""
+    x2: Tensor
+    gate_up: list[Tensor]
+    down_output: Tensor | None
+    hidden: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+class FusedLayer(torch.autograd.Function):
+    """``FusedLayer.apply(x [N, d], call, *parameters)`` → y [M, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Call, *parameters: Tensor) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+        y, kept = _forward(x, call, keep=wanted and not call.recompute)
+        if wanted:
+            ctx.call, ctx.kept = call, kept
+            ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        call: Call = ctx.call
+        if call.recompute:
+            _, kept = _forward(x, call, keep=True)
+        else:
+            kept, ctx.kept = ctx.kept, None
+        if kept is None:
+            raise LorakitError(
+                "the backward of a fused layer ran twice; its memory is used up by the first. "
+                "Run the forward again, or build PackedModel(…, fused=False)"
+            )
+        dx, gradients = _backward(dy, x, call, kept, need_input=ctx.needs_input_grad[0])
+        return dx, None, *gradients
+
+
+def _forward(x: Tensor, call: Call, *, keep: bool) -> tuple[Tensor, _Kept | None]:
+    parts = call.anatomy
+    qkv, hidden_qkv = call.qkv.forward(parts.before_attention.forward(x))
+    q, k, v = _split(qkv, parts.widths)
+    q, k, v = (t.view(len(x), -1, parts.head_dim) for t in (q, k, v))
+    unnormed = None
+    if parts.q_norm is not None and parts.k_norm is not None:
+        unnormed = (q, k)
+        q, k = parts.q_norm.forward(q), parts.k_norm.forward(k)
+    rotate_(q, call.cos, call.sin)
+    rotate_(k, call.cos, call.sin)
+    heads = tuple(t.transpose(0, 1)[None] for t in (q, k, v))
+    attended, heads = _attend(heads, call, keep=keep)
+    o_input = attended.detach().reshape(len(x), -1)
+    residual = x
+    if call.rows is not None:
+        o_input, residual = o_input.index_select(0, call.rows), x.index_select(0, call.rows)
+    x2, o_output, hidden_o = _onto(call.o, parts.behind_attention, o_input, residual)
+    gate_up, hidden_gate_up = call.gate_up.forward(parts.before_mlp.forward(x2))
+    gate, up = _halves(gate_up)
+    product = parts.activation.forward(gate).mul_(up)
+    y, down_output, hidden_down = _onto(call.down, parts.behind_mlp, product, x2)
+    if not keep:
+        return y, None
+    hidden = (hidden_qkv, hidden_o, hidden_gate_up, hidden_down)
+    kept = _Kept(heads, unnormed, attended, o_input, o_output, x2, gate_up, down_output, hidden)
+    return y, kept
+
+
+def _backward(
+    dy: Tensor, x: Tensor, call: Call, kept: _Kept, *, need_input: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    parts = call.anatomy
+    hidden_qkv, hidden_o, hidden_gate_up, hidden_down = kept.hidden
+    below_o = need_input or call.qkv.trained
+    below_mlp = below_o or call.o.trained
+    # the MLP
+    gate, up = _halves(kept.gate_up)
+    activated = parts.activation.forward(gate)
+    d_out = dy
+    if parts.behind_mlp is not None:
+        assert kept.down_output is not None
+        d_out = parts.behind_mlp.backward(dy, kept.down_output)
+    d_product, for_down = call.down.backward(
+        [d_out], activated * up, hidden_down, need_input=below_mlp or call.gate_up.trained
+    )
+    for_gate_up: list[Tensor | None] = [None] * len(call.gate_up.parameters())
+    dx2 = dy
+    if d_product is not None:
+        d_up = activated.mul_(d_product)
+        d_gate = parts.activation.backward(d_product.mul_(up), gate)
+        joined = len(kept.gate_up) == 1
+        d_halves = [torch.cat([d_gate, d_up], dim=-1)] if joined else [d_gate, d_up]
+        d_normed, for_gate_up = call.gate_up.backward(
+            d_halves, parts.before_mlp.forward(kept.x2), hidden_gate_up, need_input=below_mlp
+        )
+        if d_normed is not None:
+            dx2 = parts.before_mlp.backward(d_normed, kept.x2).add_(dy)
+    if not below_mlp:
+        missing: list[Tensor | None] = [None] * (
+            len(call.qkv.parameters()) + len(call.o.parameters())
+        )
+        return None, [*missing, *for_gate_up, *for_down]
+    # behind the attention
+    d_o = dx2
+    if parts.behind_attention is not None:
+        assert kept.o_output is not None
+        d_o = parts.behind_attention.backward(dx2, kept.o_output)
+    d_attended, for_o = call.o.backward([d_o], kept.o_input, hidden_o, need_input=below_o)
+    for_qkv: list[Tensor | None] = [None] * len(call.qkv.parameters())
+    if d_attended is None:
+        return None, [*for_qkv, *for_o, *for_gate_up, *for_down]
+    if call.rows is not None:
+        d_attended = _spread(d_attended, call.rows, len(x))
+        dx2 = _spread(dx2, call.rows, len(x)) if need_input else dx2
+    # the attention and what it reads
+    d_heads = _attention_backward(d_attended, call, kept)
+    normed = parts.before_attention.forward(x)
+    d_normed, for_qkv = call.qkv.backward(d_heads, normed, hidden_qkv, need_input=need_input)
+    dx = None
+    if d_normed is not None:
+        dx = parts.before_attention.backward(d_normed, x).add_(dx2)
+    return dx, [*for_qkv, *for_o, *for_gate_up, *for_down]
+
+
+def _attend(heads: Any, call: Call, *, keep: bool) -> tuple[Tensor, Any]:
+    """The attention [1, N, H, d_h] and its inputs, as leaves of a graph if it is to be kept."""
+    if keep:
+        heads = tuple(t.detach().requires_grad_() for t in heads)
+    with torch.set_grad_enabled(keep):
+        q, k, v = heads
+        attended, _ = segment_attention(
+            call.anatomy.attention,
+            q,
+            k,
+            v,
+            call.segments,
+            scaling=call.anatomy.scaling,
+            softcap=call.anatomy.softcap,
+        )
+    return attended, heads
+
+
+def _attention_backward(d_attended: Tensor, call: Call, kept: _Kept) -> list[Tensor]:
+    """The gradients of what the linears of q, k and v gave."""
+    parts = call.anatomy
+    d_heads = torch.autograd.grad(
+        kept.attended, kept.heads, d_attended.view(kept.attended.shape), retain_graph=False
+    )
+    dq, dk, dv = (d[0].transpose(0, 1).contiguous() for d in d_heads)
+    rotate_back_(dq, call.cos, call.sin)
+    rotate_back_(dk, call.cos, call.sin)
+    if kept.unnormed is not None and parts.q_norm is not None and parts.k_norm is not None:
+        dq = parts.q_norm.backward(dq, kept.unnormed[0])
+        dk = parts.k_norm.backward(dk, kept.unnormed[1])
+    flat = [d.reshape(len(d), -1) for d in (dq, dk, dv)]
+    return flat if len(parts.qkv) == 3 else [torch.cat(flat, dim=-1)]
+
+
+def _onto(
+    group: Group, norm: Any, x: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """``residual + norm(linear(x))``, and the linear's output if a norm stands behind it."""
+    if norm is None:
+        (y,), hidden = group.forward(x, onto=residual)
+        return y, None, hidden
+    (y,), hidden = group.forward(x)
+    return norm.forward(y) + residual, y, hidden
+
+
+def _split(outputs: list[Tensor], widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    if len(outputs) == len(widths):
+        return tuple(outputs)
+    return tuple(part.contiguous() for part in torch.split(outputs[0], list(widths), dim=-1))
+
+
+def _halves(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if len(outputs) == 2:
+        return outputs[0], outputs[1]
+    gate, up = outputs[0].chunk(2, dim=-1)
+    return gate, up
+
+
+def _spread(rows: Tensor, where: Tensor, count: int) -> Tensor:
+    """Rows [M, …] at their places among ``count``, zeros elsewhere."""
+    return rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, where, rows)

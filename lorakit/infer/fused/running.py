@@ -1,0 +1,219 @@
+"""A model's decoder layers, fused for the time of a forward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import RoutingError
+from lorakit.infer.fused.family import Anatomy, DoesNotFit, anatomy_of, dense_weight
+from lorakit.infer.fused.layer import Call, FusedLayer
+from lorakit.infer.fused.linear import Group, Linear, Part
+from lorakit.infer.segments import Segments
+from lorakit.layers.routing import Plan
+from lorakit.layers.site import SiteForward
+
+
+class FusedBody:
+    """The decoder layers of a model's body.
+
+    Args:
+        body: a module with ``layers``, each of which gets the hidden states [1, N, d].
+        recompute: keep only each layer's input, and run the layer again in the backward.
+
+    Raises:
+        DoesNotFit: no layer is of the Llama kind; the message says why.
+    """
+
+    def __init__(self, body: Any, *, recompute: bool = False) -> None:
+        layers = getattr(body, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            raise DoesNotFit(f"{type(body).__name__} has no list of layers")
+        self.layers = list(layers)
+        self.recompute = recompute
+        self.counts: Counter[str] = Counter()
+        """Layers that ran fused, and those that ran as they are, by the reason."""
+        self._anatomies: list[Anatomy | str] = []
+        for layer in self.layers:
+            try:
+                self._anatomies.append(anatomy_of(layer))
+            except DoesNotFit as reason:
+                self._anatomies.append(str(reason))
+        reasons = [a for a in self._anatomies if isinstance(a, str)]
+        if len(reasons) == len(self.layers):
+            raise DoesNotFit(reasons[0])
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why layers were not fused, in forwards so far and by construction."""
+        made = [a for a in self._anatomies if isinstance(a, str)]
+        return tuple(dict.fromkeys([*made, *(r for r in self.counts if r != "fused")]))
+
+    @contextlib.contextmanager
+    def running(self, rows: Tensor | None = None) -> Iterator[None]:
+        """Layers run fused until the block ends.
+
+        Args:
+            rows: int64 [S], the tokens that the last layer gives on; ``None``: all.
+        """
+        last = len(self.layers) - 1
+        before = [layer.__dict__.get("forward") for layer in self.layers]
+        try:
+            for i, layer in enumerate(self.layers):
+                if before[i] is None:
+                    one = _Running(self, i, rows if i == last else None)
+                    layer.__dict__["forward"] = one
+            yield
+        finally:
+            for i, layer in enumerate(self.layers):
+                if before[i] is None:
+                    layer.__dict__.pop("forward", None)
+
+    @property
+    def selects(self) -> bool:
+        """Whether :meth:`running` can leave the other rows out at the end."""
+        return "forward" not in self.layers[-1].__dict__
+
+
+class _Running:
+    """Stands in for a layer's forward."""
+
+    def __init__(self, owner: FusedBody, index: int, rows: Tensor | None) -> None:
+        self._owner, self._index, self._rows = owner, index, rows
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        owner = self._owner
+        layer, anatomy = owner.layers[self._index], owner._anatomies[self._index]
+        call: Call | str = anatomy if isinstance(anatomy, str) else "it is called in another way"
+        segments, rope = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
+            call = "its own weights are trained"
+        elif (
+            isinstance(anatomy, Anatomy)
+            and isinstance(segments, Segments)
+            and isinstance(rope, tuple)
+        ):
+            call = self._call(anatomy, hidden_states, segments, rope)
+        if isinstance(call, str):
+            owner.counts[call] += 1
+            out: Any = type(layer).forward(layer, hidden_states, *args, **kwargs)
+            if self._rows is None:
+                return out
+            if isinstance(out, tuple):
+                return (out[0].index_select(1, self._rows), *out[1:])
+            return out.index_select(1, self._rows)
+        owner.counts["fused"] += 1
+        parameters = [p for group in call.groups for p in group.parameters()]
+        y: Tensor = FusedLayer.apply(  # type: ignore[no-untyped-call]
+            hidden_states[0], call, *parameters
+        )
+        return y[None]
+
+    def _call(
+        self, anatomy: Anatomy, hidden: Tensor, segments: Segments, rope: tuple[Tensor, Tensor]
+    ) -> Call | str:
+        """How this forward goes through the layer, or why it cannot."""
+        count = hidden.shape[1]
+        linears: dict[int, Linear] = {}
+        keys: Tensor | None = None
+        for module in anatomy.linears:
+            found, keys = _linear(module, hidden, keys)
+            if isinstance(found, str):
+                return found
+            linears[id(module)] = found
+        qkv, o, gate_up, down = (
+            Group([linears[id(m)] for m in members], keys)
+            for members in (anatomy.qkv, (anatomy.o,), anatomy.gate_up, (anatomy.down,))
+        )
+        if self._rows is not None:
+            o, gate_up, down = (group.rows(self._rows, count) for group in (o, gate_up, down))
+        cos, sin = rope
+        return Call(
+            anatomy,
+            qkv,
+            o,
+            gate_up,
+            down,
+            cos=cos.reshape(count, -1),
+            sin=sin.reshape(count, -1),
+            segments=segments,
+            rows=self._rows,
+            recompute=self._owner.recompute,
+        )
+
+
+def _linear(module: Any, hidden: Tensor, keys: Tensor | None) -> tuple[Linear | str, Tensor | None]:
+    """A linear with the adapters that this forward routes to it, or why it cannot be fused."""
+    weight = partial(dense_weight, module, hidden.dtype)
+    bias = None if module.bias is None else module.bias.detach().to(hidden.dtype)
+    site = module.__dict__.get("forward")
+    if site is None:
+        return Linear(weight, bias, 0), keys
+    if not isinstance(site, SiteForward) or site.previous is not None:
+        return "another library has overridden the forward of its linears", keys
+    site.called = True
+    plan = site.forwards.plan()
+    parts = []
+    for name, start, stop, share in _stretches(plan, hidden.shape[1]):
+        low_rank = site.low_rank.get(name)
+        reason = _why_not(site, name, plan)
+        if reason is not None:
+            return reason, keys
+        if low_rank is None:
+            continue
+        dropout = low_rank.dropout if module.training else 0.0
+        keys = plan.dropout_keys if dropout else keys
+        factor = low_rank.scaling * share
+        parts.append(
+            Part(name, start, stop, low_rank.A, low_rank.B, low_rank.bias, factor, dropout)
+        )
+    keys = None if keys is None else keys.reshape(-1).to(hidden.device)
+    return Linear(weight, bias, site.number, tuple(parts)), keys
+
+
+def _why_not(site: SiteForward, name: str, plan: Plan) -> str | None:
+    """Why an adapter's share of a linear cannot be fused; ``None`` if it can."""
+    if name in site.replaced:
+        return "an adapter trains a module or a bias of the layer whole"
+    low_rank = site.low_rank.get(name)
+    if low_rank is None:
+        return None
+    if low_rank.magnitude is not None:
+        return "DoRA's lengths need the plain path"
+    if low_rank.dropout and site.module.training and plan.dropout_keys is None:
+        return "dropout without keys is drawn in the plain path"
+    if plan.routing.axis == "row" and len(plan.routing.mixes) > 1:
+        return "a routing by rows has no meaning in a packed row"
+    return None
+
+
+def _stretches(plan: Plan, count: int) -> list[tuple[str, int, int, float]]:
+    """(adapter, first token, behind the last, weight) of a packed row.
+
+    Raises:
+        RoutingError: the routing does not cover the row.
+    """
+    routing = plan.routing
+    if routing.axis != "token":
+        return [(name, 0, count, weight) for name, weight in routing.mixes[0]]
+    if sum(routing.lengths) != count:
+        raise RoutingError(
+            f"a packed row has {count} tokens; the routing covers {sum(routing.lengths)}"
+        )
+    found: list[tuple[str, int, int, float]] = []
+    start = 0
+    for mix, length in zip(routing.mixes, routing.lengths, strict=True):
+        for name, weight in mix:
+            before = found[-1] if found else None
+            if len(mix) == 1 and before and before[0] == name and before[2:] == (start, weight):
+                found[-1] = (name, before[1], start + length, weight)
+            else:
+                found.append((name, start, start + length, weight))
+        start += length
+    return found
