@@ -73,6 +73,8 @@ def prepare(folder: Path) -> None:
         assert moved > 1.0, f"{case} moves the logits by {moved:.3g} only; it would prove nothing"
     adapter = random_adapter(model, SPECS["plain"], base.identity, SIZE)
     _make(model, with_magnitudes(adapter, model), ids, folder, "dora")
+    for case, unusual in _unusual(model, adapter, base.identity).items():
+        save_adapter(unusual, folder / "adapters" / case)
 
 
 def random_adapter(model: Any, spec: LoRASpec, identity: Any, size: float) -> Adapter:
@@ -98,6 +100,20 @@ def with_magnitudes(adapter: Adapter, model: Any) -> Adapter:
         sites[path] = replace(site, magnitude=length * noise)
     settings = {"variant": "dora"} if hasattr(adapter.spec, "variant") else {}
     return adapter.with_(sites=sites, spec=replace(adapter.spec, **settings))
+
+
+def _unusual(model: Any, adapter: Adapter, identity: Any) -> dict[str, Adapter]:
+    """Adapters that some runtimes cannot take, for which no logits are needed."""
+    biased = {}
+    for path, site in adapter.low_rank.items():
+        biased[path] = replace(site, bias=torch.full((site.B.shape[0],), 0.01))
+    head = LoRASpec(rank=8, alpha=32, targets=("lm_head", "q_proj"))
+    norm = LoRASpec(rank=8, alpha=32, targets=("q_proj",), train_modules=("model.norm",))
+    return {
+        "bias": adapter.with_(sites=biased),
+        "tied_head": random_adapter(model, head, identity, SIZE),
+        "saved_module": random_adapter(model, norm, identity, SIZE),
+    }
 
 
 def _make(model: Any, adapter: Adapter, ids: list[int], folder: Path, case: str) -> None:
