@@ -247,7 +247,7 @@ def _texts(path: str, tokenizer: Any) -> list[Any]:
 
     with open(path, encoding="utf-8") as file:
         rows = [" → ".join(row) for row in csv.reader(file)][1:]
-    ids = tokenizer("\n".join(rows[:200]))["input_ids"]
+    ids = tokenizer("\n".join(rows[:40]))["input_ids"]
     return [torch.tensor([ids[i * NUM_TOKENS : (i + 1) * NUM_TOKENS]]) for i in range(NUM_TEXTS)]
 
 

@@ -135,7 +135,11 @@ def _to_safetensors(
         if options.verify:
             found["text"] = _compare(options, pairs, folder)
 
-    write = merge_in_memory if options.in_memory else merge_files
+    # without the weights nothing runs the base's own code; rows are those of files
+    more: dict[str, Any] = {"verify": options.verify}
+    if options.in_memory:
+        more = {"trust_remote_code": options.trust_remote_code}
+    write: Any = merge_in_memory if options.in_memory else merge_files
     with meter() as tell:
         merged = write(
             options.base,
@@ -146,7 +150,7 @@ def _to_safetensors(
             compute_dtype=getattr(torch, options.compute_dtype),
             allow_other_base=options.allow_other_base,
             untie=options.untie,
-            verify=options.verify,
+            **more,
             before_end=compare,
             say=say,
             progress=lambda done, total: tell("MB", done // 10**6, total // 10**6),

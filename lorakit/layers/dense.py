@@ -43,7 +43,16 @@ def to_dense_(model: nn.Module, dtype: torch.dtype) -> list[str]:
     config: Any = getattr(model, "config", None)
     if replaced and hasattr(config, "quantization_config"):  # or it would be saved as quantised
         del config.quantization_config
+    # transformers remembers how it read the weights, and would write them in the opposite way
+    conversions = model.__dict__.get("_weight_conversions")
+    if replaced and conversions:
+        model.__dict__["_weight_conversions"] = [c for c in conversions if not _quantises(c)]
     for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer"):
         if replaced and name in model.__dict__:
             setattr(model, name, None if name == "hf_quantizer" else False)
     return replaced
+
+
+def _quantises(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", None) or ()
+    return any("bitsandbytes" in type(one).__module__ for one in operations)

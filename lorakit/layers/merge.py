@@ -127,6 +127,7 @@ class Undo:
         self._steps: list[_Step] = []
         self._store = _Store.open(where)
         self._done = False
+        self._under_way = False
         self._token = object()
 
     @property
@@ -156,7 +157,9 @@ class Undo:
         model = self._model()
         if model is not None:
             _check_not_attached(model)
-        self._check_untouched()
+        if not self._under_way:  # else it was interrupted, and what it wrote counts as its own
+            self._check_untouched()
+        self._under_way = True
         self._restore()
         for step in self._steps:
             for tensor in step.watched:

@@ -36,7 +36,7 @@ def merge_in_memory(
     compute_dtype: torch.dtype = torch.float32,
     allow_other_base: bool = False,
     untie: bool = False,
-    verify: bool = True,
+    trust_remote_code: bool = False,
     before_end: Callable[[Path], None] = lambda folder: None,
     say: Say = lambda text: None,
     progress: Progress = lambda done, total: None,
@@ -49,10 +49,17 @@ def merge_in_memory(
     folder = checked_out(Path(out))
     adapters = weighted(what)
     if dtype is None:
-        config: Any = base_config(base, revision=revision)
+        config: Any = base_config(base, revision=revision, trust_remote_code=trust_remote_code)
         stored = getattr(config, "dtype", None)
         dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    loaded = load_base(base, device="cpu", dtype=dtype, revision=revision, say=say)
+    loaded = load_base(
+        base,
+        device="cpu",
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        say=say,
+    )
     model: Any = loaded.model
     notes = list(loaded.notes)
     dense = to_dense_(model, dtype)

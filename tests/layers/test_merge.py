@@ -264,7 +264,7 @@ def test_the_file_goes_with_the_result():
 
 
 def test_structure_stays():
-    """Modules, types, parameters, storage, strides, hooks: nothing that could cost time is added."""
+    """Modules, types, parameters, storage, strides, hooks: nothing that costs time is added."""
     model = models.llama().bfloat16()
     model.model.layers[0].self_attn.q_proj.weight.data = (
         model.model.layers[0].self_attn.q_proj.weight.data.T.contiguous().T
@@ -494,6 +494,26 @@ def test_nothing_keeps_a_merged_model_alive():
     gc.collect()
     assert parameter() is None
     assert merged() is None
+
+
+def test_an_interrupted_undo_is_made_again(monkeypatch):
+    model, adapter = models.llama(), llama_adapter()
+    before = bits(model)
+    undo = merge(model, adapter)
+    restore, calls = undo._store.kept, []
+
+    def interrupted(step):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return restore(step)
+
+    monkeypatch.setattr(undo._store, "kept", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        undo()
+    assert not same(model, before)
+    undo()
+    assert same(model, before)
 
 
 def test_public_name():

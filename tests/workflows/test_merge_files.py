@@ -263,6 +263,30 @@ def test_in_memory_gives_the_same(tmp_path):
     assert equal(load(tmp_path / "files", torch.float32), load(tmp_path / "memory", torch.float32))
 
 
+def test_a_quantised_base_becomes_dense(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from lorakit.bases import load_base
+    from lorakit.bases.stored import packed_modules
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": False}
+    saved(models.llama(**sizes), tmp_path / "dense")
+    model = load_base(tmp_path / "dense", device="cpu", dtype="float32", quantize="nf4").model
+    saved(model, tmp_path / "base")
+    adapter = adapter_for(models.llama(**sizes))
+    with pytest.raises(BaseError, match="in-memory"):
+        merge_files(tmp_path / "base", adapter, tmp_path / "out")
+    found = merge_in_memory(tmp_path / "base", adapter, tmp_path / "out")
+    assert any("became dense" in note for note in found.notes)
+    merged = load(tmp_path / "out", torch.float32)
+    stored = {path: packed.dense(torch.float32) for path, _, packed in packed_modules(model)}
+    assert len(stored) == 14
+    for path, weight in stored.items():
+        site = adapter.sites[path]
+        wanted = weight + site.scaling * site.B @ site.A
+        assert type(merged.get_submodule(path)) is torch.nn.Linear
+        assert (merged.get_submodule(path).weight - wanted).abs().max() < 1e-5
+
+
 def test_memory_is_a_tensor_and_not_a_model(tmp_path):
     """Of all tensors that are made, the last and the one before are alive at most."""
     model = models.llama(
