@@ -27,7 +27,7 @@ from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.errors import FormatError, collected
 from lorakit.formats.carried import adapter_of
 from lorakit.formats.format import Hints, Reading, Source, Written
-from lorakit.formats.pairs import by_module, left_behind, missing_parts, refuse
+from lorakit.formats.pairs import EMBEDDINGS, by_module, left_behind, missing_parts, refuse
 from lorakit.formats.peft.config import as_number
 from lorakit.formats.portable import fold_site, plain_sites
 
@@ -79,7 +79,9 @@ class _Loralib:
                     problems.append(f"{path}: {error}")
                     continue
                 notes.append(f"{path}: {note}")
-            sites[path] = LowRank(A, B, hints.alpha / own["lora_B"].shape[1])
+            embedding = path.rpartition(".")[2] in EMBEDDINGS
+            scaling = hints.alpha / own["lora_B"].shape[1]
+            sites[path] = LowRank(A, B, scaling, "embedding" if embedding else "linear")
             problems += [f"{path}: {problem}" for problem in sites[path].problems()]
         refuse(f"{source.path} cannot be used as an adapter", problems)
         return Reading(adapter_of(sites, {}, {}), tuple(notes))
@@ -93,6 +95,10 @@ class _Loralib:
             if path.endswith(".bias") and "" in site.tensors_by_name
         }
         lost = {path: why for path, why in lost.items() if path not in biases}
+        for path in list(kept):
+            if (kept[path].kind == "embedding") != (path.rpartition(".")[2] in EMBEDDINGS):
+                lost[path] = f"a site of the kind {kept[path].kind}, read as another by its name"
+                del kept[path]
         if not kept:
             raise FormatError(
                 collected(

@@ -31,14 +31,12 @@ from lorakit.errors import FormatError, collected
 from lorakit.formats.carried import adapter_of, header_of
 from lorakit.formats.folder import CONFIG
 from lorakit.formats.format import Content, Hints, Reading, Source, Written
-from lorakit.formats.pairs import by_module, left_behind, missing_parts, refuse
+from lorakit.formats.pairs import EMBEDDINGS, by_module, left_behind, missing_parts, refuse
 from lorakit.formats.portable import fold_site, pad_site
 
 FILE = "adapters.safetensors"
 #: mlx-lm's default, for configs that leave it out
 DEFAULT_SCALE = 20.0
-#: last names of embeddings; a file does not say which of its sites are such
-EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in")
 
 _KEY = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 _BLOCK = re.compile(r"(?:.+\.)?(?:layers|h|blocks|block)\.(\d+)\.(.+)")

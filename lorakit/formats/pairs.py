@@ -11,6 +11,10 @@ from lorakit.core.adapter import Adapter
 from lorakit.errors import FormatError, collected
 
 
+#: last names of embeddings; some formats do not say which of their sites are such
+EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in")
+
+
 def by_module(
     tensors: Mapping[str, Tensor], key: re.Pattern[str], problems: list[str]
 ) -> dict[str, dict[str, Tensor]]:
