@@ -10,7 +10,6 @@ from torch import Tensor
 from lorakit.core.adapter import Adapter
 from lorakit.errors import FormatError, collected
 
-
 #: last names of embeddings; some formats do not say which of their sites are such
 EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embed_in")
 
