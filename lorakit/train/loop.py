@@ -147,6 +147,12 @@ class Loop:
         self._events.on_checkpoint(path)
         return path
 
+    @property
+    def layers(self) -> str | None:
+        """How the decoder layers ran, if any can run fused."""
+        fused = self._packed.fused
+        return None if fused is None else fused.summary()
+
     def note(self, text: str) -> None:
         """Tell, and keep a row."""
         self._metrics.append({"kind": "note", "text": text})

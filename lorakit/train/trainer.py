@@ -253,6 +253,8 @@ class Trainer:
                 f"no evaluation was below the one before the first step ({job.start_loss:.4f}), "
                 "so the adapter kept is the one that the run began with. Try a lower --lr"
             )
+        if loop.layers is not None:
+            loop.note(loop.layers)
         job.restore_best()
         self._keep(job)
         self._sample(loop, handle)

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lorakit.errors import RoutingError
 from lorakit.infer.fused.family import Anatomy, DoesNotFit, anatomy_of, dense_weight
-from lorakit.infer.fused.layer import Call, FusedLayer
+from lorakit.infer.fused.layer import Call, FusedLayer, Recompute
 from lorakit.infer.fused.linear import Group, Linear, Part
-from lorakit.infer.segments import Segments
+from lorakit.infer.segments import Segments, reading
 from lorakit.layers.routing import Plan
 from lorakit.layers.site import SiteForward
 
@@ -25,18 +26,19 @@ class FusedBody:
 
     Args:
         body: a module with ``layers``, each of which gets the hidden states [1, N, d].
-        recompute: keep only each layer's input, and run the layer again in the backward.
+        recompute: what each layer makes again in its backward instead of keeping it. A layer that
+            does not run fused is run again whole, unless it is ``"none"``.
 
     Raises:
         DoesNotFit: no layer is of the Llama kind; the message says why.
     """
 
-    def __init__(self, body: Any, *, recompute: bool = False) -> None:
+    def __init__(self, body: Any, *, recompute: Recompute = "none") -> None:
         layers = getattr(body, "layers", None)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise DoesNotFit(f"{type(body).__name__} has no list of layers")
         self.layers = list(layers)
-        self.recompute = recompute
+        self.recompute: Recompute = recompute
         self.counts: Counter[str] = Counter()
         """Layers that ran fused, and those that ran as they are, by the reason."""
         self._anatomies: list[Anatomy | str] = []
@@ -55,6 +57,14 @@ class FusedBody:
         made = [a for a in self._anatomies if isinstance(a, str)]
         return tuple(dict.fromkeys([*made, *(r for r in self.counts if r != "fused")]))
 
+    def summary(self) -> str:
+        """How the layers ran so far, for a person; the same however often a run was resumed."""
+        total, fused = sum(self.counts.values()), self.counts["fused"]
+        if fused == total:
+            return "every decoder layer ran fused in every forward"
+        share = f"{fused / total:.0%} of the decoder layers' forwards ran fused"
+        return f"{share}; the others did not: {'; '.join(self.reasons)}"
+
     @contextlib.contextmanager
     def running(self, rows: Tensor | None = None) -> Iterator[None]:
         """Layers run fused until the block ends.
@@ -64,14 +74,20 @@ class FusedBody:
         """
         last = len(self.layers) - 1
         before = [layer.__dict__.get("forward") for layer in self.layers]
+        # transformers' own would run a layer again when it is no longer ours
+        own = [getattr(layer, "gradient_checkpointing", None) for layer in self.layers]
         try:
             for i, layer in enumerate(self.layers):
+                if own[i]:
+                    layer.gradient_checkpointing = False  # type: ignore[assignment]
                 if before[i] is None:
                     one = _Running(self, i, rows if i == last else None)
                     layer.__dict__["forward"] = one
             yield
         finally:
             for i, layer in enumerate(self.layers):
+                if own[i]:
+                    layer.gradient_checkpointing = own[i]  # type: ignore[assignment]
                 if before[i] is None:
                     layer.__dict__.pop("forward", None)
 
@@ -102,7 +118,7 @@ class _Running:
             call = self._call(anatomy, hidden_states, segments, rope)
         if isinstance(call, str):
             owner.counts[call] += 1
-            out: Any = type(layer).forward(layer, hidden_states, *args, **kwargs)
+            out = self._as_it_is(layer, hidden_states, *args, **kwargs)
             if self._rows is None:
                 return out
             if isinstance(out, tuple):
@@ -114,6 +130,20 @@ class _Running:
             hidden_states[0], call, *parameters
         )
         return y[None]
+
+    def _as_it_is(self, layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward; run again in the backward if that is wanted."""
+        own = partial(type(layer).forward, layer)
+        if self._owner.recompute == "none" or not torch.is_grad_enabled():
+            return own(hidden_states, *args, **kwargs)
+        return checkpoint(
+            own,
+            hidden_states,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), reading(layer)),
+            **kwargs,
+        )
 
     def _call(
         self, anatomy: Anatomy, hidden: Tensor, segments: Segments, rope: tuple[Tensor, Tensor]
