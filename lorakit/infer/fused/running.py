@@ -58,12 +58,11 @@ class FusedBody:
         return tuple(dict.fromkeys([*made, *(r for r in self.counts if r != "fused")]))
 
     def summary(self) -> str:
-        """How the layers ran so far, for a person; the same however often a run was resumed."""
-        total, fused = sum(self.counts.values()), self.counts["fused"]
-        if fused == total:
+        """How the layers ran, for a person; the same however often a run was resumed."""
+        if not self.reasons:
             return "every decoder layer ran fused in every forward"
-        share = f"{fused / total:.0%} of the decoder layers' forwards ran fused"
-        return f"{share}; the others did not: {'; '.join(self.reasons)}"
+        ran = "some decoder layers ran" if self.counts["fused"] else "the decoder layers ran"
+        return f"{ran} in the plain path: {'; '.join(self.reasons)}"
 
     @contextlib.contextmanager
     def running(self, rows: Tensor | None = None) -> Iterator[None]:
@@ -74,20 +73,14 @@ class FusedBody:
         """
         last = len(self.layers) - 1
         before = [layer.__dict__.get("forward") for layer in self.layers]
-        # transformers' own would run a layer again when it is no longer ours
-        own = [getattr(layer, "gradient_checkpointing", None) for layer in self.layers]
         try:
             for i, layer in enumerate(self.layers):
-                if own[i]:
-                    layer.gradient_checkpointing = False  # type: ignore[assignment]
                 if before[i] is None:
                     one = _Running(self, i, rows if i == last else None)
                     layer.__dict__["forward"] = one
             yield
         finally:
             for i, layer in enumerate(self.layers):
-                if own[i]:
-                    layer.gradient_checkpointing = own[i]  # type: ignore[assignment]
                 if before[i] is None:
                     layer.__dict__.pop("forward", None)
 
@@ -134,16 +127,17 @@ class _Running:
     def _as_it_is(self, layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward; run again in the backward if that is wanted."""
         own = partial(type(layer).forward, layer)
-        if self._owner.recompute == "none" or not torch.is_grad_enabled():
-            return own(hidden_states, *args, **kwargs)
-        return checkpoint(
-            own,
-            hidden_states,
-            *args,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), reading(layer)),
-            **kwargs,
-        )
+        with _without_checkpointing(layer):
+            if self._owner.recompute == "none" or not torch.is_grad_enabled():
+                return own(hidden_states, *args, **kwargs)
+            return checkpoint(
+                own,
+                hidden_states,
+                *args,
+                use_reentrant=False,
+                context_fn=lambda: (contextlib.nullcontext(), _again(layer)),
+                **kwargs,
+            )
 
     def _call(
         self, anatomy: Anatomy, hidden: Tensor, segments: Segments, rope: tuple[Tensor, Tensor]
@@ -178,6 +172,26 @@ class _Running:
         )
 
 
+@contextlib.contextmanager
+def _without_checkpointing(layer: Any) -> Iterator[None]:
+    """transformers' own is off: it would run the layer again when its segments are forgotten."""
+    on = getattr(layer, "gradient_checkpointing", False)
+    if on:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        if on:
+            layer.gradient_checkpointing = on
+
+
+@contextlib.contextmanager
+def _again(layer: nn.Module) -> Iterator[None]:
+    """Around the second forward of a layer, which happens in the backward."""
+    with reading(layer), _without_checkpointing(layer):
+        yield
+
+
 def _linear(module: Any, hidden: Tensor, keys: Tensor | None) -> tuple[Linear | str, Tensor | None]:
     """A linear with the adapters that this forward routes to it, or why it cannot be fused."""
     weight = partial(dense_weight, module, hidden.dtype)
@@ -203,6 +217,10 @@ def _linear(module: Any, hidden: Tensor, keys: Tensor | None) -> tuple[Linear | 
         parts.append(
             Part(name, start, stop, low_rank.A, low_rank.B, low_rank.bias, factor, dropout)
         )
+        if low_rank.start is not None:
+            # as one more adapter, which is frozen; a part of the base, so nothing drops its input
+            A0, B0 = low_rank.start
+            parts.append(Part(f"{name} at its start", start, stop, A0, B0, None, -factor, 0.0))
     keys = None if keys is None else keys.reshape(-1).to(hidden.device)
     return Linear(weight, bias, site.number, tuple(parts)), keys
 
