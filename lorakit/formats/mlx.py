@@ -171,6 +171,8 @@ def _fitting(adapter: Adapter, hints: Hints) -> tuple[dict[str, LowRank], dict[s
             lost[path] = "DoRA beside plain LoRA; mlx-lm makes all sites one or the other"
         elif (site.kind == "embedding") != embedding:
             lost[path] = f"an {site.kind} site of this name would be read as another kind"
+        elif path == "lm_head" and hints.base.get("tie_word_embeddings", False):
+            lost[path] = "the head of this base is its embedding, for which MLX has no layer"
         elif site.kind == "embedding" and hints.base.get("tie_word_embeddings", True):
             lost[path] = (
                 "an adapted embedding; MLX would apply it to the tied head too, which training "

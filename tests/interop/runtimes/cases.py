@@ -58,8 +58,9 @@ class Work:
 
     def refuses(self, case: str, error: BaseException | str | None) -> None:
         """Report whether a runtime rejected what it cannot do, with its words."""
-        words = "" if error is None else " ".join(str(error).split())[:200]
-        self._say(case, error is not None, None, None, "an error", note=words)
+        words = "" if error is None else " ".join(str(error).split())
+        words = words.replace(str(self.folder), "WORK").partition(" 0: <")[0]  # no backtrace
+        self._say(case, error is not None, None, None, "an error", note=words[:200])
 
     def holds(self, case: str, true: bool, note: str = "") -> None:
         """Report a fact that is either so or not."""

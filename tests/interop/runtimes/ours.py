@@ -41,16 +41,16 @@ def refuses(work: Work, case: str, source: Path, *flags: str) -> None:
     work.refuses(case, _first(said) if code == 2 and not out.exists() else None)
 
 
-def peft_logits(work: Work, folder: Path) -> np.ndarray:
-    """Logits [T, V] of the base with a PEFT folder, by transformers and PEFT."""
+def peft_logits(base: Path, folder: Path | None, ids: list[int]) -> np.ndarray:
+    """Logits [T, V] of a base with a PEFT folder or alone, by transformers and PEFT."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import peft
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(work.base, dtype="float32")
-        wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
+        wrapped = model if folder is None else peft.PeftModel.from_pretrained(model, str(folder)).eval()
     with torch.no_grad():
-        return wrapped(input_ids=torch.tensor([work.prompt])).logits[0].numpy()
+        return wrapped(input_ids=torch.tensor([ids])).logits[0].numpy()
 
 
 def _command(source: Path, out: Path, *flags: str) -> tuple[int, str]:

@@ -19,6 +19,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+import transformers
 
 from lorakit import LoRASpec, attach, load_base, save_adapter
 from lorakit.bases.source import find_source
@@ -58,6 +59,7 @@ def prepare(folder: Path) -> None:
     base = load_base("smollm2", device="cpu", dtype="float32")
     _base_folder(base, folder / "base")
     _base_gguf(folder / "base.gguf")
+    _tiny_folder(folder / "tiny")
     ids = base.require_tokenizer()(TEXT)["input_ids"]
     (folder / "prompt.json").write_text(json.dumps({"text": TEXT, "ids": ids}))
     for name in ("adapters", "expected"):
@@ -155,6 +157,25 @@ def _base_folder(base: Any, folder: Path) -> None:
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "done").touch()
+
+
+def _tiny_folder(folder: Path) -> None:
+    """A random llama of two layers with grouped heads, for tools that have models of their own."""
+    if (folder / "config.json").exists():
+        return
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        initializer_range=0.2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def _base_gguf(path: Path) -> None:

@@ -18,7 +18,8 @@ def main() -> None:
         folder = ours.convert(
             work.own / f"trained_{kind}", work.own / f"peft_{kind}", "--to", "peft"
         )
-        work.agrees(f"mlx-lm trained {kind}, we read it", ours.peft_logits(work, folder), theirs, BAR)
+        read = ours.peft_logits(work.base, folder, work.prompt)
+        work.agrees(f"mlx-lm trained {kind}, we read it", read, theirs, BAR)
         work.differs(f"mlx-lm trained {kind}, bare base", bare, theirs, BAR)
 
 
