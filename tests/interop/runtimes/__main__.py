@@ -101,7 +101,7 @@ def run(name: str, root: Path) -> Result:
             continue
         code, cases = _script(interpreter, step, root, log)
         result.cases += cases
-        if code or not cases and step == script:
+        if code or (not cases and step == script):
             result.status = "broke"
             result.why = f"{step.name} ended with {code} after {len(cases)} cases; see {log.name}"
             break

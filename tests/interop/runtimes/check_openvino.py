@@ -52,9 +52,7 @@ def told(adapter: AdapterConfig | None, case: str) -> np.ndarray:
     scheduler = SchedulerConfig()
     scheduler.cache_size, scheduler.enable_prefix_caching = 1, False
     chosen = {} if adapter is None else {"adapters": adapter}
-    pipeline = ContinuousBatchingPipeline(
-        str(exported()), scheduler, "CPU", {**PRECISE, **chosen}
-    )
+    pipeline = ContinuousBatchingPipeline(str(exported()), scheduler, "CPU", {**PRECISE, **chosen})
     ids, _ = work.continuation(case)
     settings = GenerationConfig(
         max_new_tokens=len(ids), do_sample=False, logprobs=1, echo=True, ignore_eos=True

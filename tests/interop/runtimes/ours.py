@@ -48,7 +48,9 @@ def peft_logits(base: Path, folder: Path | None, ids: list[int]) -> np.ndarray:
         import peft
 
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="float32").eval()
-        wrapped = model if folder is None else peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        wrapped = (
+            model if folder is None else peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        )
     with torch.no_grad():
         return wrapped(input_ids=torch.tensor([ids])).logits[0].numpy()
 
