@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorakit import LoRASpec, attach
-from lorakit.errors import LorakitError
+from lorakit.errors import BaseError, LorakitError
 from lorakit.infer.fused.family import DoesNotFit
 from lorakit.infer.fused.norm import norm_of
 from lorakit.infer.fused.rope import rotate_, rotate_back_
@@ -150,15 +150,69 @@ def test_one_adapters_rows_do_not_depend_on_the_others(tiny, all_double):
         assert float((together[i] - alone[i]).abs()) <= 1e-12
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2-window-softcap"])
-def test_layers_run_again_in_the_backward(family, tiny, all_double):
+@pytest.mark.parametrize("how", ["mlp", "layers"])
+@pytest.mark.parametrize("family", ["llama", "gemma2-window-softcap", "phi3-joined"])
+def test_layers_run_again_in_the_backward(family, how, tiny, all_double):
     model = tiny(family).double()
     handle = adapted(model, LoRASpec(rank=3))
     packed, batch = fused(model, handle), batch_of(LENGTHS)
     expected, _ = packed.supervised_loss(batch, Routing.uniform("a"))
-    packed.fused.recompute = True
+    packed.fused.recompute = how
     loss, _ = packed.supervised_loss(batch, Routing.uniform("a"))
     assert_same(handle, loss, expected, bar=1e-14)
+
+
+@pytest.mark.parametrize("how", ["mlp", "layers"])
+def test_less_is_kept(how, tiny):
+    """Counted in the values that wait for the backward."""
+    model = tiny("llama")
+    handle = adapted(model, LoRASpec(rank=3))
+    packed, batch = fused(model, handle), batch_of(LENGTHS)
+
+    def kept(recompute) -> int:
+        packed.fused.recompute = recompute
+        loss, _ = packed.supervised_loss(batch, Routing.uniform("a"))
+        nodes, total, pending = set(), 0, [loss.grad_fn]
+        while pending:
+            node = pending.pop()
+            if node is None or node in nodes:
+                continue
+            nodes.add(node)
+            pending += [following for following, _ in node.next_functions]
+            layer = getattr(node, "kept", None)
+            if layer is not None:
+                total += sum(t.numel() for t in layer.gate_up or ()) + layer.x2.numel()
+        return total
+
+    everything, less = kept("none"), kept(how)
+    width, middle = model.config.hidden_size, model.config.intermediate_size
+    rows = len(batch.labels)  # of the last layer's x2
+    assert everything == (29 + rows) * (width + 2 * middle)
+    assert less == ((29 + rows) * width if how == "mlp" else 0)
+
+
+def test_what_does_not_run_fused_is_made_again_too(tiny, all_double):
+    """DoRA's layers, in a packed row, under the routing of their forward and with dropout."""
+    model = tiny("gemma3-window").double().train()
+    handle = adapted(
+        model, LoRASpec(rank=2, variant="dora", dropout=0.3), LoRASpec(rank=3, layers="0")
+    )
+    batch = batch_of(LENGTHS)
+    keys = token_keys(1, 2, torch.arange(29) // 10, batch.position_ids[0])[None]
+    routing = Routing.tokens([("a", 9), ("b", 2), (None, 13), ("a", 5)]).with_dropout_keys(keys)
+    packed = fused(model, handle)
+    expected, _ = packed.supervised_loss(batch, routing)
+    packed.fused.recompute = "layers"
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    loss, _ = packed.supervised_loss(batch, routing)
+    assert_same(handle, loss, expected, bar=1e-13)
+    assert len(calls) == 2
+
+
+def test_offloading_needs_a_gpu(tiny):
+    with pytest.raises(BaseError, match="is on cpu"):
+        PackedModel(tiny("llama"), recompute="layers", offload=True)
 
 
 def test_without_a_gradient_it_gives_the_same(tiny, all_double):

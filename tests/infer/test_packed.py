@@ -170,16 +170,23 @@ def test_an_encoder_decoder_is_refused():
         PackedModel(hf.T5ForConditionalGeneration(config))
 
 
-def test_gradient_checkpointing_is_padded_and_said(tiny, all_double):
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradient_checkpointing_is_done_by_the_fused_layers_or_padded(fused, tiny, all_double):
+    """All weights are trained here, so the layers run as they are, and again in the backward."""
     model = tiny("llama").double().train()
     # the name that transformers 5.23 warns about is the only one that 5.17 has
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    packed = PackedModel(model)
-    assert packed.mode == "padded"
+    packed = PackedModel(model, fused=fused)
+    assert packed.mode == ("packed" if fused else "padded")
     assert "gradient checkpointing" in packed.notes[0]
+    calls = []
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     batch = batch_of((6, 3, 8))
     loss, _ = packed.supervised_loss(batch)
     mine = gradients(model, loss)
+    hook.remove()
+    assert len(calls) == 2
+    assert all(m.gradient_checkpointing for m in model.model.layers)
     getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
     expected = stock_losses(model, batch).sum()
     assert largest_difference(mine, gradients(model, expected)) <= 1e-10

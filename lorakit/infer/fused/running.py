@@ -73,16 +73,13 @@ class FusedBody:
         """
         last = len(self.layers) - 1
         before = [layer.__dict__.get("forward") for layer in self.layers]
-        try:
+        with contextlib.ExitStack() as stack:
             for i, layer in enumerate(self.layers):
+                stack.enter_context(_without_checkpointing(layer))
                 if before[i] is None:
-                    one = _Running(self, i, rows if i == last else None)
-                    layer.__dict__["forward"] = one
+                    stack.callback(layer.__dict__.pop, "forward", None)
+                    layer.__dict__["forward"] = _Running(self, i, rows if i == last else None)
             yield
-        finally:
-            for i, layer in enumerate(self.layers):
-                if before[i] is None:
-                    layer.__dict__.pop("forward", None)
 
     @property
     def selects(self) -> bool:
@@ -127,17 +124,16 @@ class _Running:
     def _as_it_is(self, layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward; run again in the backward if that is wanted."""
         own = partial(type(layer).forward, layer)
-        with _without_checkpointing(layer):
-            if self._owner.recompute == "none" or not torch.is_grad_enabled():
-                return own(hidden_states, *args, **kwargs)
-            return checkpoint(
-                own,
-                hidden_states,
-                *args,
-                use_reentrant=False,
-                context_fn=lambda: (contextlib.nullcontext(), _again(layer)),
-                **kwargs,
-            )
+        if self._owner.recompute == "none" or not torch.is_grad_enabled():
+            return own(hidden_states, *args, **kwargs)
+        return checkpoint(
+            own,
+            hidden_states,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), _again(layer)),
+            **kwargs,
+        )
 
     def _call(
         self, anatomy: Anatomy, hidden: Tensor, segments: Segments, rope: tuple[Tensor, Tensor]
