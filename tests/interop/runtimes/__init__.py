@@ -18,7 +18,7 @@ its only argument:
     runs in our own environment again, and reads what the runtime wrote into ``WORK/NAME/``.
 
 Checks that require the same share an environment. What every check starts from is made by
-``prepare``: ``WORK/base`` (a float32 folder of transformers), ``WORK/base.gguf`` (the same weights),
+``prepare``: ``WORK/base`` (a float32 folder of transformers), ``WORK/base.gguf`` (its weights),
 ``WORK/prompt.json``, ``WORK/adapters/CASE`` (PEFT folders) and ``WORK/expected/CASE.npy`` (logits
 [T, V] of transformers and PEFT). Scripts report through ``cases``, which prints one JSON line for
 each case; a negative is a case that must be far off, and proves that the check can fail.

@@ -1,6 +1,6 @@
 # requires: llama-cpp-python==0.3.36
 # build: CMAKE_BUILD_PARALLEL_LEVEL=2
-# build: CMAKE_ARGS=-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF
+# build: CMAKE_ARGS=-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
 """The compiled binding of llama.cpp gives logits, so the tolerance is the tightest (half an hour).
 
 The key-value cache is in float32 and flash attention off.

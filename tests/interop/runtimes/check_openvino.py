@@ -99,6 +99,7 @@ work.differs(
     expected("plain"), BAR, "log-probs",
 )  # fmt: skip
 work.differs(
-    "dora, whose magnitudes it drops without a word", told(config(work.adapter("dora"), 4.0), "dora"),
+    "dora, whose magnitudes it drops without a word",
+    told(config(work.adapter("dora"), 4.0), "dora"),
     expected("dora"), BAR, "log-probs",
 )  # fmt: skip

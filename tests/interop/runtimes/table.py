@@ -32,7 +32,7 @@ def page(results: list[Result]) -> str:
 
 def _overview(results: list[Result]) -> str:
     rows = [
-        "| check | what was installed | size | ran | largest difference | bar | cases | negatives |",
+        "| check | installed | size | ran | largest difference | bar | cases | negatives |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -45,8 +45,9 @@ def _overview(results: list[Result]) -> str:
             ran = "not run"
         else:
             ran = f"{result.date}, {result.seconds} s"
+        installed = ", ".join(result.requires[:2])
         rows.append(
-            f"| [{result.name}](#{result.name}) | {', '.join(result.requires[:2])} | {size} | {ran} "
+            f"| [{result.name}](#{result.name}) | {installed} | {size} | {ran} "
             f"| {_number(worst)} | {'–' if worst is None else _bar(worst)} "
             f"| {_passed(positive)} | {_passed(negative)} |"
         )
