@@ -6,14 +6,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lorakit.core.frozen import FrozenDict
 from lorakit.errors import SpecError, collected
 
 Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
 BiasMode = Literal["none", "lora", "all"]
-Init = Literal["kaiming", "gaussian", "orthogonal"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga", "loftq"]
 Variant = Literal["lora", "dora"]
 
 #: names from PEFT's dialect, and what they are called here
@@ -65,7 +65,11 @@ class LoRASpec:
     train_modules: tuple[str, ...] = ()
     """Paths or suffixes of modules trained and saved whole, such as a new classifier head."""
     init: Init = "kaiming"
-    """Distribution of A; B starts at zero, so the first forward is the base's."""
+    """Where A and B begin. ``"kaiming"``, ``"gaussian"``, ``"orthogonal"``: A is drawn and B zero,
+    so that the first forward is the base's. ``"pissa"`` (arXiv 2404.02948), ``"olora"``
+    (2406.01775) and ``"lora-ga"`` (2407.05000) begin inside of the base's weight, which stays as
+    it is: their beginning is subtracted. ``"eva"`` (2410.07170): A from the inputs, B zero.
+    ``"loftq"`` (2310.08659): B·A begins with what quantising the base lost."""
     variant: Variant = "lora"
     """How the factors change the weight: ``"lora"`` adds ``scaling·B A``; ``"dora"`` (Liu et al.,
     arXiv 2402.09353) trains the length of each output's weight vector apart from its direction:
@@ -120,7 +124,7 @@ class LoRASpec:
         for name, allowed in (
             ("scaling", ("alpha/r", "alpha/sqrt(r)")),
             ("bias", ("none", "lora", "all")),
-            ("init", ("kaiming", "gaussian", "orthogonal")),
+            ("init", get_args(Init)),
             ("variant", ("lora", "dora")),
         ):
             if getattr(self, name) not in allowed:

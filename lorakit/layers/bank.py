@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lorakit.layers.dora import Magnitude
 class LowRankParameters:
     """A low-rank site as a module uses it; the tensors are parameters of a :class:`Bank`."""
 
-    __slots__ = ("A", "B", "bias", "dropout", "kind", "magnitude", "scaling")
+    __slots__ = ("A", "B", "bias", "dropout", "kind", "magnitude", "scaling", "start")
 
     def __init__(
         self,
@@ -26,12 +26,22 @@ class LowRankParameters:
         kind: Kind,
         dropout: float,
         magnitude: nn.Parameter | None = None,
+        start: tuple[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
         self.A, self.B, self.bias = A, B, bias
+        #: frozen A and B whose change is subtracted: the adapter acts as scaling·(B A − B₀ A₀)
+        self.start = start
         self.magnitude = None if magnitude is None else Magnitude(magnitude)
         self.scaling = scaling
         self.kind = kind
         self.dropout = dropout
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole change, those of the start stacked behind them."""
+        if self.start is None:
+            return self.A, self.B
+        A0, B0 = self.start
+        return torch.cat([self.A, A0]), torch.cat([self.B, -B0], dim=1)
 
 
 class ReplaceParameters:
@@ -52,17 +62,27 @@ class Bank(nn.Module):
     Args:
         tensors: name (``"<path>.lora_A"``…) → initial value. Copied where trainable.
         trainable: whether they receive gradients.
+        fixed: further tensors, which never do.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, trainable: bool) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        trainable: bool,
+        fixed: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.trainable = trainable
+        #: names in the order of the flat buffer
+        self._order = list(tensors)
         #: the flat parameter that optimizers may use in place of its views
         self.flat_parameter: list[nn.Parameter] = []  # in a list: not registered a second time
-        for name, tensor in tensors.items():
+        for name, tensor in {**tensors, **(fixed or {})}.items():
             # a parameter's name must not hold a dot
+            wanted = trainable and name in tensors
             self.register_parameter(
-                name.replace(".", "/"), nn.Parameter(tensor, requires_grad=trainable)
+                name.replace(".", "/"), nn.Parameter(tensor, requires_grad=wanted)
             )
         if trainable:
             self._flatten()
@@ -73,11 +93,40 @@ class Bank(nn.Module):
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
+    def own(self) -> list[nn.Parameter]:
+        """The adapter's tensors without the fixed ones, in the order of the flat buffer."""
+        return [self.get(name) for name in self._order]
+
+    def arrange(self, group_of: Callable[[str], Hashable]) -> dict[Hashable, tuple[int, int]]:
+        """Put the tensors of each group behind one another in the flat buffer.
+
+        With a single group the order stays as it was.
+
+        Returns:
+            Group → its begin and end in :meth:`flat`.
+
+        Raises:
+            LorakitError: as :meth:`flat`.
+        """
+        groups: dict[Hashable, list[str]] = {}
+        for name in self._order:
+            groups.setdefault(group_of(name), []).append(name)
+        order = [name for names in groups.values() for name in names]
+        if order != self._order:
+            self._order = order
+            self._flatten()
+        self.flat()
+        ranges, offset = {}, 0
+        for group, names in groups.items():
+            size = sum(self.get(name).numel() for name in names)
+            ranges[group] = (offset, offset + size)
+            offset += size
+        return ranges
+
     @torch.no_grad()
     def _flatten(self) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
-        for parameter in self._parameters.values():
-            assert parameter is not None
+        for parameter in self.own():
             groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
         self.flat_parameter = []
         for (device, dtype), parameters in groups.items():
@@ -95,8 +144,7 @@ class Bank(nn.Module):
     def _is_flat(self) -> bool:
         """Whether the parameters still are views of the flat buffer."""
         address = self.flat_parameter[0].data_ptr()
-        for parameter in self._parameters.values():
-            assert parameter is not None
+        for parameter in self.own():
             if parameter.data_ptr() != address:
                 return False
             address += parameter.numel() * parameter.element_size()
@@ -120,8 +168,7 @@ class Bank(nn.Module):
         if flat.grad is None:
             flat.grad = torch.zeros_like(flat)
         offset = 0
-        for parameter in self._parameters.values():
-            assert parameter is not None
+        for parameter in self.own():
             size = parameter.numel()
             parameter.grad = flat.grad[offset : offset + size].view(parameter.shape)
             offset += size

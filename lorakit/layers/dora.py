@@ -27,8 +27,13 @@ from lorakit.errors import BaseError, TargetError, collected
 BLOCK_NUMBERS = 1 << 24
 
 
-def check_dense(modules: Mapping[str, nn.Module]) -> None:
-    """Raise if the weight of any of these cannot be read, which DoRA needs for its lengths.
+def check_dense(
+    modules: Mapping[str, nn.Module], what: str = "DoRA needs the lengths of these weights"
+) -> None:
+    """Raise if the weight of any of these cannot be read.
+
+    Args:
+        what: needs them, for the message.
 
     Raises:
         TargetError: all are listed, each with the reason.
@@ -36,9 +41,7 @@ def check_dense(modules: Mapping[str, nn.Module]) -> None:
     reasons = {path: _why_not_dense(module) for path, module in modules.items()}
     problems = [f"{path}: {reason}" for path, reason in reasons.items() if reason is not None]
     if problems:
-        raise TargetError(
-            collected("DoRA needs the lengths of these weights; leave them out", problems, limit=8)
-        )
+        raise TargetError(collected(f"{what}; leave them out", problems, limit=8))
 
 
 def _why_not_dense(module: Any) -> str | None:
@@ -52,7 +55,7 @@ def _why_not_dense(module: Any) -> str | None:
     return None
 
 
-def _dense_weight(module: Any) -> Tensor:
+def dense_weight(module: Any) -> Tensor:
     """The stored weight, or the numbers that its packed ones mean, in float32."""
     packed = packed_weight(module)
     return _stored(module).detach() if packed is None else packed.dense(torch.float32)
@@ -61,7 +64,7 @@ def _dense_weight(module: Any) -> Tensor:
 def weight_lengths(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """‖W‖ of each output, [d_out], on the weight's device: the magnitude of a new adapter."""
     with torch.no_grad():
-        return _squares(_rows(module, _dense_weight(module)), dtype).sqrt()
+        return _squares(output_rows(module, dense_weight(module)), dtype).sqrt()
 
 
 class Magnitude:
@@ -119,7 +122,7 @@ class Magnitude:
     ) -> Tensor:
         """‖W + s·B A‖, [d_out]."""
         dtype = torch.promote_types(A.dtype, torch.float32)
-        rows = _rows(module, _dense_weight(module) if own is None else own.detach())
+        rows = output_rows(module, dense_weight(module) if own is None else own.detach())
         A, B = A.detach().to(dtype).flatten(1), B.detach().to(dtype).flatten(1)
         overlap, own_squares = _overlap_and_squares(module, rows, A, B)
         squares = self._base_squares(module, rows, dtype, own)
@@ -149,7 +152,7 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
-def _rows(module: nn.Module, weight: Tensor) -> Tensor:
+def output_rows(module: nn.Module, weight: Tensor) -> Tensor:
     """A weight as [d_out, n]; embeddings and GPT-2's Conv1D store their outputs in columns."""
     if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D":
         return weight.T

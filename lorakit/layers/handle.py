@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from lorakit.layers.bank import Bank, LowRankParameters, ReplaceParameters
 from lorakit.layers.dora import check_dense
 from lorakit.layers.forwards import Forwards
 from lorakit.layers.generating import CapturingGenerate
-from lorakit.layers.initial import initial_adapter
+from lorakit.layers.initial import Initial, initial, since_start
 from lorakit.layers.places import Places
 from lorakit.layers.routing import MixLike, Order, Routing
 from lorakit.layers.site import SiteForward
@@ -37,7 +37,7 @@ _NAMES = {"A": "lora_A", "B": "lora_B", "bias": "lora_bias", "magnitude": "lora_
 
 def attach(
     model: nn.Module,
-    what: LoRASpec | Adapter,
+    what: LoRASpec | Adapter | Initial,
     name: str = "default",
     *,
     trainable: bool | None = None,
@@ -51,8 +51,9 @@ def attach(
 
     Args:
         model: any ``nn.Module``; call this very module (or ``generate``) afterwards.
-        what: a spec makes a new adapter whose first forward is the base's, bit for bit; an
-            :class:`Adapter` brings its values.
+        what: a spec makes a new adapter whose first forward is the base's (bit for bit, but for
+            initialisations that begin inside of the base's weight, where it is up to rounding); an
+            :class:`Adapter` brings its values, and so does an :class:`Initial`, of a new one.
         name: how the handle knows it. The first adapter of a model is active at once.
         trainable: whether it receives gradients; by default a new one does and a given one
             does not.
@@ -118,6 +119,8 @@ class Handle:
         self._identity: BaseIdentity | None = None
         self._banks: dict[str, Bank] = {}
         self._sources: dict[str, Adapter] = {}
+        #: adapters whose source is subtracted from what they become
+        self._subtracted: set[str] = set()
         self._sites: dict[str, SiteForward] = {}
         #: parameters whose gradient we switched off
         self._frozen = [p for p in model.parameters() if p.requires_grad]
@@ -149,7 +152,7 @@ class Handle:
 
     def add(
         self,
-        what: LoRASpec | Adapter,
+        what: LoRASpec | Adapter | Initial,
         name: str,
         *,
         trainable: bool | None = None,
@@ -172,8 +175,13 @@ class Handle:
                 + ("taken; choose another, or remove that one first" if name else "empty")
             )
         if isinstance(what, LoRASpec):
-            adapter = initial_adapter(self.model, what, seed)
-            trainable = True if trainable is None else trainable
+            what = initial(self.model, what, seed)
+        subtract = False
+        if isinstance(what, Initial):
+            adapter, trainable = what.adapter, trainable is not False
+            subtract = what.subtracted
+            if subtract and not trainable:
+                adapter, subtract = since_start(adapter, adapter), False
         else:
             adapter, trainable = what, bool(trainable)
             self._check_base(adapter, name, allow_other=allow_other_base)
@@ -182,7 +190,7 @@ class Handle:
             {p: owners[p][1] for p, s in adapter.low_rank.items() if s.magnitude is not None}
         )
         dropout = adapter.spec.dropout if trainable else 0.0
-        bank = self._make_bank(adapter, owners, trainable)
+        bank = self._make_bank(adapter, owners, trainable, subtract)
         child[key] = bank
         for path, site in adapter.sites.items():
             owner_path, owner = owners[path]
@@ -196,6 +204,9 @@ class Handle:
                     site.kind,
                     dropout,
                     None if site.magnitude is None else bank.get(f"{path}.lora_magnitude"),
+                    (bank.get(f"{path}.start_A"), bank.get(f"{path}.start_B"))
+                    if subtract
+                    else None,
                 )
             else:
                 own = forward.replaced.setdefault(name, ReplaceParameters({}))
@@ -203,6 +214,8 @@ class Handle:
                 for key in site.tensors_by_name:
                     own.by_name[key or prefix] = bank.get(f"{path}.{key}" if key else path)
         self._banks[name], self._sources[name] = bank, adapter
+        if subtract:
+            self._subtracted.add(name)
         self._unchecked.add(name)
         self._forwards.names = self.names
         self._forwards.device = next(bank.parameters()).device
@@ -220,6 +233,7 @@ class Handle:
                 "handle.activate(None)"
             )
         del self._banks[name], self._sources[name]
+        self._subtracted.discard(name)
         child = self.model._modules[CHILD]
         assert isinstance(child, _Child)
         del child[_key(name)]
@@ -255,6 +269,7 @@ class Handle:
         self._sites.clear()
         self._banks.clear()
         self._sources.clear()
+        self._subtracted.clear()
         for hook in self._hooks:
             hook.remove()
         CapturingGenerate.remove(self.model)
@@ -323,7 +338,11 @@ class Handle:
     # --- values ----------------------------------------------------------------------------
 
     def snapshot(self, name: str = "default") -> Adapter:
-        """A copy of an adapter's present values, on the CPU, in the dtype they have here."""
+        """A copy of an adapter's present values, on the CPU, in the dtype they have here.
+
+        Of one that began inside of the base's weight (PiSSA, OLoRA, LoRA-GA) it is the change
+        since then, at twice the rank, which any tool can put on the untouched base.
+        """
         self._known([name])
         source, bank = self._sources[name], self._banks[name]
 
@@ -341,12 +360,13 @@ class Handle:
                 sites[path] = Replace(
                     {k: value(f"{path}.{k}" if k else path) for k in site.tensors_by_name}
                 )
-        return source.with_(sites=sites)
+        now = source.with_(sites=sites)
+        return since_start(now, source) if name in self._subtracted else now
 
     def parameters(self, name: str = "default") -> list[nn.Parameter]:
         """An adapter's tensors on the model, in a fixed order."""
         self._known([name])
-        return list(self._banks[name].parameters())
+        return self._banks[name].own()
 
     def flat(self, name: str = "default") -> nn.Parameter:
         """A trainable adapter as one flat parameter; its ``grad`` is what the sites add to.
@@ -356,6 +376,22 @@ class Handle:
         """
         self._known([name])
         return self._banks[name].flat()
+
+    def arrange(
+        self, name: str, group_of: Callable[[str], Hashable]
+    ) -> dict[Hashable, tuple[int, int]]:
+        """Order :meth:`flat` by groups, so that each is one stretch of it.
+
+        Args:
+            name: of a trainable adapter.
+            group_of: of a tensor's name, ``"<path>.lora_A"``, ``"<path>.lora_B"``,
+                ``"<path>.lora_magnitude"`` or the path of a parameter that is trained whole.
+
+        Returns:
+            Group → (begin, end).
+        """
+        self._known([name])
+        return self._banks[name].arrange(group_of)
 
     # --- inside ----------------------------------------------------------------------------
 
@@ -377,9 +413,14 @@ class Handle:
         return self._sites[path]
 
     def _make_bank(
-        self, adapter: Adapter, owners: Mapping[str, tuple[str, nn.Module]], trainable: bool
+        self,
+        adapter: Adapter,
+        owners: Mapping[str, tuple[str, nn.Module]],
+        trainable: bool,
+        subtract: bool,
     ) -> Bank:
         tensors: dict[str, Tensor] = {}
+        fixed: dict[str, Tensor] = {}
         for path, site in adapter.sites.items():
             device, dtype = self._places.home(owners[path][0])
             target = dtype if trainable else None
@@ -388,7 +429,10 @@ class Handle:
                 full = f"{path}.{key}" if key else path
                 # a copy: what happens to it here must not reach the value
                 tensors[full] = tensor.detach().to(device=device, dtype=target, copy=True)
-        return Bank(tensors, trainable=trainable)
+            if subtract and isinstance(site, LowRank):
+                fixed[f"{path}.start_A"] = tensors[f"{path}.lora_A"].clone()
+                fixed[f"{path}.start_B"] = tensors[f"{path}.lora_B"].clone()
+        return Bank(tensors, trainable=trainable, fixed=fixed)
 
     def _check_base(self, adapter: Adapter, name: str, *, allow_other: bool) -> None:
         """Compare the adapter's base with this one, where it says what it was trained on."""

@@ -1,36 +1,85 @@
-"""A new adapter for a model: values whose delta is zero."""
+"""A new adapter for a model: the values it begins with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lorakit.algebra.stack import stack
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import SpecError, TargetError, collected
-from lorakit.layers.dora import check_dense, weight_lengths
+from lorakit.inits import Factors, olora, pissa
+from lorakit.layers.dora import check_dense, dense_weight, output_rows, weight_lengths
 from lorakit.layers.places import home_of
-from lorakit.layers.targets import compact_targets, resolve_targets, whole_modules
+from lorakit.layers.targets import Target, compact_targets, resolve_targets, whole_modules
+
+#: initialisations whose A is drawn and whose B is zero
+DRAWN = ("kaiming", "gaussian", "orthogonal")
+#: those that need more than the base's weights, and what
+NEEDS = {
+    "eva": "a few batches of data",
+    "lora-ga": "a few batches of data",
+    "loftq": "the base's weights as they were before they were quantised",
+}
+#: those that the papers begin by taking their B·A out of the base's weight
+MOVING = ("pissa", "olora", "lora-ga")
 
 
-def initial_adapter(model: nn.Module, spec: LoRASpec, seed: int) -> Adapter:
-    """A new adapter whose delta is zero.
+@dataclass(frozen=True, eq=False)
+class Initial:
+    """Where a new adapter begins."""
 
-    A is drawn as PyTorch draws a linear's weight (Kaiming uniform with a = √5, bound
-    1/√fan_in), from N(0, 1/r²), or with orthonormal rows; B is zero (Hu et al., 2021, §4.1).
-    An embedding's A is zero and its B normal, as in the authors' loralib. DoRA's magnitude is the
-    length of each output's weights, so that the factor on them is 1.
+    adapter: Adapter
+    """A and B of each site, at the rank at which they are trained."""
+
+    @property
+    def subtracted(self) -> bool:
+        """Whether its first scaling·B A is taken off, so that the first forward is the base's."""
+        return self.adapter.spec.init in MOVING
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the first forward is the base's."""
+        return self.adapter.spec.init != "loftq"
+
+
+def since_start(now: Adapter, start: Adapter) -> Adapter:
+    """What ``now`` changes beyond ``start``, at twice the rank: ``scaling·(B A − B₀ A₀)``.
+
+    It is plain LoRA for the untouched base, and says in its provenance how it began.
+    """
+    sites: dict[str, Site] = dict(now.sites)
+    for path, first in start.low_rank.items():
+        last = now.low_rank[path]
+        both = stack([(replace(last, magnitude=None), 1.0), (replace(first, magnitude=None), -1.0)])
+        sites[path] = replace(both, magnitude=last.magnitude)
+    spec = now.spec
+    factor = math.sqrt(2) if spec.scaling == "alpha/sqrt(r)" else 2
+    doubled = replace(
+        spec,
+        rank=2 * spec.rank,
+        alpha=factor * spec.alpha,
+        rank_pattern={key: 2 * rank for key, rank in spec.rank_pattern.items()},
+        alpha_pattern={key: factor * alpha for key, alpha in spec.alpha_pattern.items()},
+        init="kaiming",
+    )
+    history = {**now.provenance, "init": {"method": spec.init, "rank": spec.rank}}
+    return now.with_(sites=sites, spec=doubled, provenance=history)
+
+
+def new_targets(model: nn.Module, spec: LoRASpec) -> list[Target]:
+    """What the spec adapts, checked for its initialisation and variant too.
 
     Raises:
         SpecError, TargetError: settings that don't fit the model.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sites: dict[str, Site] = {}
     targeted = resolve_targets(model, spec)
     silent = [t.path for t in targeted if t.alpha == 0]
     if silent:
@@ -39,24 +88,83 @@ def initial_adapter(model: nn.Module, spec: LoRASpec, seed: int) -> Adapter:
         )
     if spec.variant == "dora":
         check_dense({target.path: target.module for target in targeted})
+    if spec.init not in DRAWN:
+        _check_weights(targeted, spec)
+    return targeted
+
+
+def _check_weights(targeted: Sequence[Target], spec: LoRASpec) -> None:
+    """Raise if the initialisation cannot be computed for one of these."""
+    problems = []
     for target in targeted:
+        shape = target.shape
+        if shape.groups > 1:
+            problems.append(f"{target.path}: a convolution with groups")
+        elif spec.init in ("eva", "lora-ga", "loftq") and shape.kind != "linear":
+            problems.append(f"{target.path}: no linear")
+        elif spec.init == "lora-ga" and 2 * target.rank > shape.max_rank:
+            problems.append(
+                f"{target.path}: it needs 2·{target.rank} directions of {shape.max_rank}"
+            )
+        if target.alpha < 0:
+            problems.append(f"{target.path}: alpha is {target.alpha:g}, and has to be above 0")
+    if problems:
+        raise TargetError(
+            collected(
+                f"init {spec.init!r} cannot begin here; exclude these or take another init",
+                problems,
+                limit=8,
+            )
+        )
+    if spec.init in ("pissa", "olora"):
+        modules = {target.path: target.module for target in targeted}
+        check_dense(modules, f"init {spec.init!r} needs these weights")
+
+
+def initial(
+    model: nn.Module, spec: LoRASpec, seed: int, given: Mapping[str, Factors] | None = None
+) -> Initial:
+    """A new adapter whose first forward is the base's (or, with LoftQ, nearer to the dense base).
+
+    ``kaiming``, ``gaussian``, ``orthogonal``: A is drawn as PyTorch draws a linear's weight
+    (Kaiming uniform with a = √5, bound 1/√fan_in), from N(0, 1/r²), or with orthonormal rows; B is
+    zero (Hu et al., 2021, §4.1). An embedding's A is zero and its B normal, as in the authors'
+    loralib. The others: :mod:`lorakit.inits`. DoRA's magnitude is the length of each output's
+    weights, so that the factor on them is 1.
+
+    Args:
+        given: path → factors, for initialisations that need more than the weights; a site that
+            is not among them is left out.
+
+    Raises:
+        SpecError, TargetError: settings that don't fit the model, or ``given`` is missing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    targeted = new_targets(model, spec)
+    if spec.init in NEEDS and given is None:
+        raise SpecError(
+            f"init {spec.init!r} needs {NEEDS[spec.init]}: make the values with "
+            "lorakit.workflows.calibrate.calibrate(base, spec, data) and attach those; "
+            "lorakit train does it by itself"
+        )
+    sites: dict[str, Site] = {}
+    for target in targeted:
+        if given is not None and target.path not in given:
+            continue
         _, dtype = home_of(target.module)
-        A = torch.empty(target.shape.a(target.rank), dtype=dtype)
-        B = torch.zeros(target.shape.b(target.rank), dtype=dtype)
-        if target.shape.kind == "embedding":
-            A.zero_()
-            B.normal_(generator=generator)
-        elif spec.init == "gaussian":
-            A.normal_(std=1 / target.rank, generator=generator)
-        elif spec.init == "orthogonal":
-            nn.init.orthogonal_(A, generator=generator)
+        if given is not None:
+            factors: Factors | None = given[target.path]
         else:
-            bound = 1 / math.sqrt(A[0].numel())
-            A.uniform_(-bound, bound, generator=generator)
+            factors = _from_weight(target, spec)
+        A, B = (
+            _drawn(target, spec, dtype, generator)
+            if factors is None
+            else _cast(target, factors, dtype)
+        )
         scaling = spec.scaling_of(target.rank, target.alpha)
         lengths = None
         if spec.variant == "dora":
-            lengths = weight_lengths(target.module, dtype).cpu()
+            lengths = _lengths(target, spec, A, B, scaling, dtype)
         sites[target.path] = LowRank(A, B, scaling, target.shape.kind, magnitude=lengths)
     whole = whole_modules(model, spec.train_modules)
     for path, module in whole.items():
@@ -67,10 +175,63 @@ def initial_adapter(model: nn.Module, spec: LoRASpec, seed: int) -> Adapter:
     targets = compact_targets(model, [p for p, s in sites.items() if isinstance(s, LowRank)])
     # the one fact about the base's layers that a PEFT folder states
     transposed = any(type(t.module).__name__ == "Conv1D" for t in targeted)
-    provenance = {"peft": {"fan_in_fan_out": True}} if transposed else {}
-    return Adapter(
-        sites, replace(spec, targets=targets) if targets else spec, provenance=provenance
+    provenance: dict[str, Any] = {"peft": {"fan_in_fan_out": True}} if transposed else {}
+    if spec.init not in DRAWN:
+        provenance["init"] = {"method": spec.init, "rank": spec.rank}
+    return Initial(
+        Adapter(sites, replace(spec, targets=targets) if targets else spec, provenance=provenance)
     )
+
+
+def _drawn(
+    target: Target, spec: LoRASpec, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    A = torch.empty(target.shape.a(target.rank), dtype=dtype)
+    B = torch.zeros(target.shape.b(target.rank), dtype=dtype)
+    if target.shape.kind == "embedding":
+        A.zero_()
+        B.normal_(generator=generator)
+    elif spec.init == "gaussian":
+        A.normal_(std=1 / target.rank, generator=generator)
+    elif spec.init == "orthogonal":
+        nn.init.orthogonal_(A, generator=generator)
+    else:
+        bound = 1 / math.sqrt(A[0].numel())
+        A.uniform_(-bound, bound, generator=generator)
+    return A, B
+
+
+def weight_rows(module: nn.Module) -> Tensor:
+    """A module's weight as [d_out, n] on its device; of packed weights what their numbers mean."""
+    return output_rows(module, dense_weight(module)).detach()
+
+
+def _from_weight(target: Target, spec: LoRASpec) -> Factors | None:
+    """What the weight alone gives; ``None`` where nothing of it is used."""
+    if spec.init == "pissa":
+        scaling = spec.scaling_of(target.rank, target.alpha)
+        return pissa(weight_rows(target.module), target.rank, scaling)
+    if spec.init == "olora":
+        return olora(weight_rows(target.module), target.rank)
+    return None
+
+
+def _cast(target: Target, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors in a site's shapes and dtype, on the CPU."""
+    rank = len(factors.A)
+    A = factors.A.detach().to("cpu", dtype).reshape(target.shape.a(rank))
+    B = factors.B.detach().to("cpu", dtype).reshape(target.shape.b(rank))
+    return A.contiguous(), B.contiguous()
+
+
+def _lengths(
+    target: Target, spec: LoRASpec, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    """DoRA's first magnitude: the lengths of what the first forward computes with."""
+    if spec.init != "loftq":
+        return weight_lengths(target.module, dtype).cpu()
+    first = weight_rows(target.module).cpu().double() + scaling * B.double() @ A.double()
+    return first.norm(dim=1).to(dtype)
 
 
 def _biases(

@@ -168,6 +168,7 @@ class SiteForward:
         factor = site.scaling * share.weight
         if site.kind == "linear" and site.bias is None and y.dtype == x.dtype:
             # fused: B(A x) is accumulated into a copy of y, no delta of y's size is made
+            undropped = x
             x = self._dropped(site, x, keys)
             hidden = F.linear(x, site.A.to(x.dtype))
             out = torch.addmm(
@@ -176,6 +177,11 @@ class SiteForward:
                 site.B.to(x.dtype).t(),
                 alpha=factor,
             )
+            if site.start is not None:
+                A0, B0 = (t.to(x.dtype) for t in site.start)
+                hidden = F.linear(undropped, A0)
+                hidden = hidden.reshape(-1, hidden.shape[-1])
+                out = torch.addmm(out, hidden, B0.t(), alpha=-factor)
             return out.view(y.shape)
         return y + (self._delta(site, x, y.dtype, keys) * factor).to(y.dtype)
 
@@ -219,14 +225,15 @@ class SiteForward:
         if origin is None:
             origin = self._own_output(name, x)
         bias = own.get("bias", getattr(self.module, "bias", None))
-        factor = magnitude.factor(self.module, site.A, site.B, site.scaling, own.get("weight"))
-        spatial = (1,) * (site.B.dim() - 2)
+        A, B = site.whole()
+        factor = magnitude.factor(self.module, A, B, site.scaling, own.get("weight"))
+        spatial = (1,) * (B.dim() - 2)
         linear = origin if bias is None else origin - bias.to(origin.dtype).view(-1, *spatial)
         # 1 is taken off before a half-precision dtype would round it away
         change = (factor - 1).to(dtype).view(-1, *spatial) * linear
         dtype = x.dtype if x.is_floating_point() else dtype
-        B = (site.B * factor.view(-1, 1, *spatial)).to(dtype)
-        part = delta(self.module, site.kind, x, site.A.to(dtype), B, None)
+        B = (B * factor.view(-1, 1, *spatial)).to(dtype)
+        part = delta(self.module, site.kind, x, A.to(dtype), B, None)
         return change + (part * site.scaling).to(change.dtype)
 
     def _own_output(self, name: str, x: Tensor) -> Tensor:
@@ -242,11 +249,16 @@ class SiteForward:
         self, site: LowRankParameters, x: Tensor, dtype: torch.dtype, keys: Tensor | None
     ) -> Tensor:
         """B(A x), unscaled; the factors are cast to the activations' dtype."""
+        undropped = x
         if x.is_floating_point():
             dtype = x.dtype
             x = self._dropped(site, x, keys)
         bias = None if site.bias is None else site.bias.to(dtype)
-        return delta(self.module, site.kind, x, site.A.to(dtype), site.B.to(dtype), bias)
+        change = delta(self.module, site.kind, x, site.A.to(dtype), site.B.to(dtype), bias)
+        if site.start is not None:  # it stands for a part of the base, which is not dropped
+            A0, B0 = (t.to(dtype) for t in site.start)
+            change = change - delta(self.module, site.kind, undropped, A0, B0, None)
+        return change
 
     def _dropped(self, site: LowRankParameters, x: Tensor, keys: Tensor | None) -> Tensor:
         if site.dropout == 0.0 or not self.module.training:
