@@ -1,5 +1,5 @@
 # requires: torchtune==0.6.1
-# requires: torchao
+# requires: torchao==0.12.0
 # requires: torch
 # without: torchvision
 """torchtune's own model of a tiny llama with LoRA and DoRA, its adapter file and its logits."""
