@@ -36,10 +36,10 @@ def step(state: dict[str, Any], i: int) -> dict[str, float]:
     labels = torch.full((len(examples), width), -100)
     for row, example in enumerate(examples):
         n = len(example.ids)
-        ids[row, :n] = torch.as_tensor(example.ids, dtype=torch.long)
+        ids[row, :n] = torch.tensor(example.ids, dtype=torch.long)
         mask[row, :n] = 1
         labels[row, :n] = torch.where(
-            torch.as_tensor(example.supervised), ids[row, :n], labels[row, :n]
+            torch.tensor(example.supervised), ids[row, :n], labels[row, :n]
         )
     loss = state["model"](input_ids=ids, attention_mask=mask, labels=labels).loss
     loss.backward()
