@@ -9,6 +9,7 @@ import sys
 BENCHMARKS = {
     "start": "what is waited for: imports, the base, attaching, a hundred adapters",
     "train": "training steps, beside a plain PEFT loop",
+    "bases": "bases stored in 4, 8, 16 and 32 bits: loss, speed, memory, merging",
     "full_finetune": "a fully fine-tuned checkpoint, in a plain loop",
     "extract": "what adapters extracted from such a checkpoint keep, by rank",
     "merge": "merge and undo: cycles, time, latency, logits",

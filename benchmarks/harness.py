@@ -47,7 +47,8 @@ def take_turns(names: Sequence[str], task: dict[str, Any], *, steps: int) -> lis
     """Run ``steps`` steps of each contestant, one step each in turn, after one to warm up.
 
     Args:
-        names: modules of ``benchmarks.contestants``.
+        names: modules of ``benchmarks.contestants``; what stands behind a colon is the task's
+            ``variant``.
         task: plain data, given to each ``prepare``.
     """
     context = multiprocessing.get_context("spawn")
@@ -86,8 +87,9 @@ def _serve(name: str, task: dict[str, Any], pipe: Connection) -> None:
     import traceback
 
     try:
-        module = importlib.import_module(f"benchmarks.contestants.{name}")
-        state = module.prepare(task)
+        of, _, variant = name.partition(":")
+        module = importlib.import_module(f"benchmarks.contestants.{of}")
+        state = module.prepare({**task, "variant": variant} if variant else task)
         loaded = _resident_mb()
         _forget_peak()
         pipe.send(("ready", None))

@@ -11,13 +11,13 @@ LR = 1e-3
 RANK, ALPHA = 16, 32.0
 
 
-def load(task: dict[str, Any]) -> tuple[Any, Any, list[list[int]]]:
+def load(task: dict[str, Any], quantize: Any = None) -> tuple[Any, Any, list[list[int]]]:
     """(base, token data, the rows of each step's batch)."""
     from lorakit.bases import context_length, load_base
     from lorakit.data import DataSpec, load_data, order
 
     torch.manual_seed(0)
-    base = load_base(task["base"], dtype="float32")
+    base = load_base(task["base"], dtype="float32", quantize=quantize)
     for parameter in base.model.parameters():
         parameter.sum()  # weights mapped from a file count as loaded, for everybody
     spec = DataSpec(path=(task["data"],), map={"prompt": "mr", "completion": "ref"})

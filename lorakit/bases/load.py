@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from lorakit.bases import half
 from lorakit.bases.failures import explained
 from lorakit.bases.gguf_cache import Say, cached_base
 from lorakit.bases.identity import identify
@@ -102,7 +103,9 @@ def load_base(
         ref: ``"smollm2"``, a hub id (``id@revision``), a folder, or a ``.gguf`` file.
         device: ``"auto"`` or torch's name of a device.
         dtype: ``"auto"``, a torch dtype or its name.
-        quantize: ``"nf4"`` or ``"int8"`` through bitsandbytes; ``None`` keeps the weights.
+        quantize: how the weights of the linears are stored, but for the output head: ``"nf4"`` or
+            ``"int8"`` through bitsandbytes, ``"bf16"`` as bfloat16 with all else, and what is
+            computed, in ``dtype``; ``None`` keeps the weights.
         task: ``"causal-lm"``, ``"seq2seq"``, ``"classify"`` (with a head for ``num_labels``
             classes) or ``"features"`` (the bare model).
         num_labels: classes of ``task="classify"``; ``None`` means what the config says.
@@ -173,7 +176,7 @@ def _load(
         identity=identify(
             model,
             source.name,
-            storage=None if quantize else located.storage,
+            storage=half.NAME if quantize == half.NAME else None if quantize else located.storage,
             revision=commit if source.kind == "hub" else None,
         ),
         placement=placement,
@@ -218,7 +221,7 @@ def _load_model(
     import transformers
 
     place: dict[str, Any] = {"dtype": placement.dtype}
-    if quantize is not None:
+    if quantize is not None and quantize != half.NAME:
         place["quantization_config"] = quantization_config(
             quantize, placement.device, placement.dtype
         )
@@ -233,6 +236,10 @@ def _load_model(
         labels = {} if num_labels is None else {"num_labels": num_labels}
         config = transformers.AutoConfig.from_pretrained(located.location, **options, **labels)
         _check_config(config, auto, task, quantize, source)
+        if quantize == half.NAME:
+            _check_wider(placement.dtype)
+            if getattr(config, "dtype", None) == torch.bfloat16:
+                place["dtype"] = torch.bfloat16  # as in the file; the rest is widened below
         model, report = auto.from_pretrained(
             located.location,
             config=config,
@@ -241,7 +248,9 @@ def _load_model(
             **place,
             **options,
         )
-        if quantize is None and placement.device.type != "cpu":
+        if quantize == half.NAME:
+            half.store_half_(model, placement.dtype)
+        if quantize in (None, half.NAME) and placement.device.type != "cpu":
             model = model.to(placement.device)
     keep_bytes_in_order_(model)
     check_quantised(model)  # also of a base that was quantised before
@@ -252,6 +261,15 @@ def _load_model(
             "--base."
         )
     return model.eval(), _what_was_loaded(source, model, task, report)
+
+
+def _check_wider(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise BaseError(
+            f"quantize={half.NAME!r} stores weights in bfloat16 and computes in a wider dtype, and "
+            f"dtype is {str(dtype).removeprefix('torch.')}. Leave quantize out, or give "
+            "--dtype float32."
+        )
 
 
 def _check_config(

@@ -1,4 +1,4 @@
-"""Quantising a base while it is loaded, with bitsandbytes."""
+"""Storing a base in fewer bits while it is loaded: with bitsandbytes, or as bfloat16."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lorakit.bases.quiet import quiet_transformers
 from lorakit.errors import BaseError
 from lorakit.optional import require
 
-Quantize = Literal["nf4", "int8"]
-CHOICES = ("nf4", "int8")
+Quantize = Literal["nf4", "int8", "bf16"]
+CHOICES = ("nf4", "int8", "bf16")
 
 
 def quantization_config(quantize: Quantize, device: torch.device, dtype: torch.dtype) -> Any:

@@ -124,7 +124,10 @@ def add_base_arguments(
         help="type of the base's weights; auto (default) chooses for the processor and says why",
     )
     group.add_argument(
-        "--quantize", choices=("nf4", "int8"), help="store the base's weights in 4 or 8 bits"
+        "--quantize",
+        choices=("nf4", "int8", "bf16"),
+        help="store the base's linears in 4 or 8 bits (bitsandbytes), or as bfloat16 while all is "
+        "computed in --dtype",
     )
     group.add_argument(
         "--allow-other-base",

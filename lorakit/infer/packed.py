@@ -31,6 +31,7 @@ from lorakit.errors import BaseError, RoutingError
 from lorakit.infer import segments
 from lorakit.infer.chunked_loss import Head, position_losses, summed_loss
 from lorakit.infer.fused.family import DoesNotFit
+from lorakit.infer.fused.layer import Recompute
 from lorakit.infer.fused.running import FusedBody
 from lorakit.layers import Handle, Routing
 from lorakit.layers.site import SiteForward
@@ -85,6 +86,11 @@ class PackedModel:
         handle: the adapters attached to it, if any; each call then takes a routing.
         chunk: positions whose logits exist together; ``None`` chooses for the device.
         mode: skip the trial and use this mode; for tests and for measuring.
+        recompute: what fused layers make again in the backward instead of keeping it; see
+            ``infer.fused.layer``. ``"none"`` means ``"layers"`` where the model's own gradient
+            checkpointing is on.
+        offload: the inputs of fused layers wait for the backward in the processor's memory, pinned;
+            on CUDA, with ``recompute="layers"``.
         fused: run decoder layers of the Llama kind in packed forwards with a backward written
             by hand (:mod:`lorakit.infer.fused`), where they agree with the model's own.
 
@@ -100,12 +106,22 @@ class PackedModel:
         chunk: int | None = None,
         mode: Mode | None = None,
         fused: bool = True,
+        recompute: Recompute = "none",
+        offload: bool = False,
     ) -> None:
         self.model = model
         self.handle = handle
         self.notes: list[str] = []
         """What was decided against the fastest way, and why; empty if nothing."""
         self.device = next(model.parameters()).device
+        if offload and self.device.type != "cuda":
+            raise BaseError(
+                f"the model is on {self.device}, and what is kept for the backward can move to the "
+                "processor's memory only from a CUDA GPU. Leave offloading out"
+            )
+        if offload and recompute != "layers":
+            raise BaseError("only inputs of layers can be offloaded; give recompute='layers' too")
+        self.offload = offload
         self.chunk = chunk or _chunk(model, self.device)
         self.mode: Mode = mode or "packed"
         self._body, self._head = _split(model)
@@ -115,7 +131,9 @@ class PackedModel:
         with evaluating(model), torch.no_grad():
             alone = self._probe(fixed=mode is not None)
             if fused and self.mode == "packed" and self._finish is not None:
-                self._try_fused(alone)
+                self._try_fused(alone, recompute)
+            if mode is None and self.mode == "packed" and _recomputes(model):
+                self._recompute_like_the_model(alone)
         for note in self.notes:
             log.info("%s", note)
 
@@ -277,15 +295,38 @@ class PackedModel:
             return segments.running(self.model, part.lengths, self.device)
         return contextlib.nullcontext()
 
-    def _layers(self, rows: Tensor | None = None) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.fused is None else self.fused.running(rows)
+    @contextlib.contextmanager
+    def _layers(self, rows: Tensor | None = None) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.fused is not None:
+                stack.enter_context(self.fused.running(rows))
+                if self.offload and torch.is_grad_enabled():
+                    # of a layer that is made again only its input is saved, so no weight moves
+                    stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
+            yield
 
     # --- the trial -------------------------------------------------------------------------
 
-    def _try_fused(self, alone: Tensor) -> None:
+    def _recompute_like_the_model(self, alone: Tensor) -> None:
+        """The model's own gradient checkpointing is on: let the fused layers do that, or pad."""
+        if self.fused is not None:
+            if self.fused.recompute == "none":
+                self.fused.recompute = "layers"
+                self.notes.append(
+                    "the model's gradient checkpointing is done by the fused layers: each keeps "
+                    "its input and runs again in the backward"
+                )
+            return
+        self.notes.append(
+            "batches are padded: gradient checkpointing runs the layers again when the "
+            "segments of a packed row are no longer known"
+        )
+        self._choose_mode("padded", alone)
+
+    def _try_fused(self, alone: Tensor, recompute: Recompute) -> None:
         """Use fused layers if the model has such and they give its logits, [N, V]."""
         try:
-            self.fused = FusedBody(self._body)
+            self.fused = FusedBody(self._body, recompute=recompute)
         except DoesNotFit as reason:
             self.notes.append(f"layers are not fused: {reason}")
             return
@@ -308,13 +349,6 @@ class PackedModel:
         sequences = probe_sequences(self.model, self.device)
         with self._bare():
             alone = torch.cat([self._logits_alone(ids) for ids in sequences])
-        whole = _Input.of(sequences)
-        if not fixed and _recomputes(self.model):
-            self.mode = "padded"
-            self.notes.append(
-                "batches are padded: gradient checkpointing runs the layers again when the "
-                "segments of a packed row are no longer known"
-            )
         kinds = _rope_kinds(self.model).intersection(_LENGTH_DEPENDENT)
         if not fixed and kinds:  # which the short sequences of this trial cannot show
             self.mode = "single"
@@ -323,12 +357,18 @@ class PackedModel:
                 "encodings, the length of one would change the others"
             )
         self._choose_split(sequences[0])
+        self._choose_mode(self.mode, alone, fixed=fixed)
+        return alone
+
+    def _choose_mode(self, first: Mode, alone: Tensor, *, fixed: bool = False) -> None:
+        """The first mode, from ``first`` on, that gives the logits of each sequence alone."""
+        whole = _Input.of(probe_sequences(self.model, self.device))
         modes: list[Mode] = ["packed", "padded", "single"]
-        for mode in [self.mode] if fixed else modes[modes.index(self.mode) :]:
+        for mode in [first] if fixed else modes[modes.index(first) :]:
             self.mode = mode
             problem = self._disagrees(whole, alone)
             if problem is None:
-                return alone
+                return
             self.notes.append(f"batches are not {mode}: {problem}")
         raise BaseError(
             f"{type(self.model).__name__} does not compute the same logits twice: "

@@ -61,18 +61,36 @@ def running(model: nn.Module, lengths: Sequence[int], device: torch.device) -> I
     The choice is written into the configs that the modules hold, not into their parents', and
     is taken back however the block ends.
     """
-    held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    with _chosen(model) as configs:
+        try:
+            for key in configs:
+                _running[key] = (tuple(lengths), device)
+            yield
+        finally:
+            for key in configs:
+                _running.pop(key, None)
+
+
+@contextlib.contextmanager
+def _chosen(module: nn.Module) -> Iterator[dict[int, Any]]:
+    """The configs that the modules inside hold, by id; they name our functions meanwhile."""
+    held: list[Any] = [getattr(one, "config", None) for one in module.modules()]
     configs = {id(c): c for c in held if hasattr(c, "_attn_implementation_internal")}
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
-        for key, config in configs.items():
+        for config in configs.values():
             config._attn_implementation_internal = NAME
-            _running[key] = (tuple(lengths), device)
-        yield
+        yield configs
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
-            _running.pop(key, None)
+
+
+@contextlib.contextmanager
+def reading(layer: nn.Module) -> Iterator[None]:
+    """One layer runs again, with the :class:`Segments` that it got in its packed forward."""
+    with _chosen(layer):
+        yield
 
 
 def segment_mask(*_: Any, mask_function: Callable[..., Tensor], config: Any, **__: Any) -> Segments:

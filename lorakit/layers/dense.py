@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.bases.half import HalfLinear
 from lorakit.bases.stored import packed_modules
 from lorakit.errors import LorakitError
 from lorakit.layers.handle import handle_of
 
 
 def to_dense_(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Replace every linear that bitsandbytes quantised, in place.
+    """Make every linear that is stored in fewer bits an ordinary one, in place.
 
     Args:
         dtype: of the new weights.
@@ -27,8 +28,14 @@ def to_dense_(model: nn.Module, dtype: torch.dtype) -> list[str]:
     """
     if handle_of(model) is not None:
         raise LorakitError("adapters are attached to this model; take them off: handle.detach()")
-    replaced = []
+    replaced: list[str] = []
+    halves: list[str] = []
     module: Any
+    for path, module in model.named_modules():
+        if type(module) is HalfLinear:
+            module.__class__ = nn.Linear
+            module.weight.data = module.weight.data.to(dtype)
+            halves.append(path)
     for path, module, packed in list(packed_modules(model)):
         d_out, d_in = packed.shape
         with torch.device("meta"):
@@ -50,7 +57,7 @@ def to_dense_(model: nn.Module, dtype: torch.dtype) -> list[str]:
     for name in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer"):
         if replaced and name in model.__dict__:
             setattr(model, name, None if name == "hf_quantizer" else False)
-    return replaced
+    return [*halves, *replaced]
 
 
 def _quantises(conversion: Any) -> bool:

@@ -15,8 +15,8 @@ WORDS = [f"w{i}" for i in range(50)]
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 
 
-def write_base(folder: Path, *, seed: int = 0) -> Path:
-    """A Llama of two layers, 16 wide, with random weights, and a tokenizer of 54 words."""
+def write_base(folder: Path, *, seed: int = 0, width: int = 16) -> Path:
+    """A Llama of two layers with random weights, and a tokenizer of 54 words."""
     words = Tokenizer(
         models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>")
     )
@@ -31,8 +31,8 @@ def write_base(folder: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,

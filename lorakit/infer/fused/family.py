@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.bases.half import HalfLinear
 from lorakit.bases.stored import packed_weight
 from lorakit.errors import BaseError
 from lorakit.infer.fused.norm import Norm, norm_of
@@ -160,7 +161,7 @@ def _linears(parent: Any, names: tuple[str, ...], fused: str = "") -> tuple[Any,
     for module in found:
         if module is None:
             raise DoesNotFit(f"{type(parent).__name__} has no {' or '.join((*names, fused))}")
-        if type(module) is not nn.Linear:
+        if type(module) not in (nn.Linear, HalfLinear):
             try:
                 quantised = isinstance(module, nn.Linear) and packed_weight(module) is not None
             except BaseError as error:

@@ -7,6 +7,9 @@ What is kept from the forward: x, x₂, the attention's inputs and output, gate 
 adapters' hidden values. The norms and ``act(gate)·up`` are made again, which costs less than
 fetching them. The attention's own gradient is the one that autograd knows for its kernel.
 
+More can be made again, for less memory and more time (:data:`Recompute`): gate and up, which are
+more than half of what is kept, for two of the layer's seven products; or all but x.
+
 Legend: ``N`` tokens, ``M`` tokens that are left (N, or the supervised ones in the last layer),
 ``d`` hidden size, ``H`` heads.
 """
@@ -14,7 +17,7 @@ Legend: ``N`` tokens, ``M`` tokens that are left (N, or the supervised ones in t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +27,9 @@ from lorakit.infer.fused.family import Anatomy
 from lorakit.infer.fused.linear import Group
 from lorakit.infer.fused.rope import rotate_, rotate_back_
 from lorakit.infer.segments import Segments, segment_attention
+
+#: what of a layer is not kept for its backward but made again: nothing, gate and up, or all
+Recompute = Literal["none", "mlp", "layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +47,7 @@ class Call:
     segments: Segments
     rows: Tensor | None
     """int64 [M], the tokens that go on behind the attention; ``None``: all."""
-    recompute: bool
-    """Keep x alone, and run the layer again in the backward."""
+    recompute: Recompute
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -63,7 +68,8 @@ class _Kept:
     o_output: Tensor | None
     """[M, d], before the norm behind the attention."""
     x2: Tensor
-    gate_up: list[Tensor]
+    gate_up: list[Tensor] | None
+    """``None`` where they are made again."""
     down_output: Tensor | None
     hidden: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
@@ -74,7 +80,7 @@ class FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Call, *parameters: Tensor) -> Tensor:
         wanted = any(ctx.needs_input_grad)
-        y, kept = _forward(x, call, keep=wanted and not call.recompute)
+        y, kept = _forward(x, call, keep=wanted and call.recompute != "layers")
         if wanted:
             ctx.call, ctx.kept = call, kept
             ctx.save_for_backward(x)
@@ -85,7 +91,7 @@ class FusedLayer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         call: Call = ctx.call
-        if call.recompute:
+        if call.recompute == "layers":
             _, kept = _forward(x, call, keep=True)
         else:
             kept, ctx.kept = ctx.kept, None
@@ -123,7 +129,8 @@ def _forward(x: Tensor, call: Call, *, keep: bool) -> tuple[Tensor, _Kept | None
     if not keep:
         return y, None
     hidden = (hidden_qkv, hidden_o, hidden_gate_up, hidden_down)
-    kept = _Kept(heads, unnormed, attended, o_input, o_output, x2, gate_up, down_output, hidden)
+    keeps = None if call.recompute == "mlp" else gate_up
+    kept = _Kept(heads, unnormed, attended, o_input, o_output, x2, keeps, down_output, hidden)
     return y, kept
 
 
@@ -135,7 +142,12 @@ def _backward(
     below_o = need_input or call.qkv.trained
     below_mlp = below_o or call.o.trained
     # the MLP
-    gate, up = _halves(kept.gate_up)
+    normed = None
+    gate_up = kept.gate_up
+    if gate_up is None:
+        normed = parts.before_mlp.forward(kept.x2)
+        gate_up, _ = call.gate_up.forward(normed)
+    gate, up = _halves(gate_up)
     activated = parts.activation.forward(gate)
     d_out = dy
     if parts.behind_mlp is not None:
@@ -149,10 +161,11 @@ def _backward(
     if d_product is not None:
         d_up = activated.mul_(d_product)
         d_gate = parts.activation.backward(d_product.mul_(up), gate)
-        joined = len(kept.gate_up) == 1
+        joined = len(gate_up) == 1
         d_halves = [torch.cat([d_gate, d_up], dim=-1)] if joined else [d_gate, d_up]
+        normed = parts.before_mlp.forward(kept.x2) if normed is None else normed
         d_normed, for_gate_up = call.gate_up.backward(
-            d_halves, parts.before_mlp.forward(kept.x2), hidden_gate_up, need_input=below_mlp
+            d_halves, normed, hidden_gate_up, need_input=below_mlp
         )
         if d_normed is not None:
             dx2 = parts.before_mlp.backward(d_normed, kept.x2).add_(dy)
