@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     for name, measure in work.items():
         print(f"{name} …", file=sys.stderr, flush=True)
         report[name] = measure()
+        print(json.dumps(report[name]), file=sys.stderr, flush=True)
     report["logits"] = {}
     storages = ["float32", "bfloat16"] + ([] if options.skip_nf4 else ["nf4"])
     for storage in storages:
@@ -58,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
         dtype = torch.float32 if storage == "nf4" else getattr(torch, storage)
         loaded = load_base(options.base, device="cpu", dtype=dtype, **quantize).model
         report["logits"][storage] = _logits(loaded, adapter, texts)
+        print(json.dumps(report["logits"][storage]), file=sys.stderr, flush=True)
     text = json.dumps(report, indent=1)
     print(text)
     if options.out:
