@@ -203,7 +203,8 @@ def _drawn(
 
 def weight_rows(module: nn.Module) -> Tensor:
     """A module's weight as [d_out, n] on its device; of packed weights what their numbers mean."""
-    return output_rows(module, dense_weight(module)).detach()
+    rows: Tensor = output_rows(module, dense_weight(module)).detach()
+    return rows
 
 
 def _from_weight(target: Target, spec: LoRASpec) -> Factors | None:

@@ -4,6 +4,7 @@
 
     run.yaml        every resolved setting; written once, and enough to resume alone
     start/          the adapter that ``--from`` named, as it was
+    initial/        where a new adapter began, if its initialisation read the base or data
     metrics.jsonl   rows of kind step, eval, note
     checkpoints/    the last two
     adapter/        the best so far, a PEFT folder
@@ -36,6 +37,7 @@ class RunFolder:
         self.path = path
         self.settings = path / "run.yaml"
         self.start = path / "start"
+        self.initial = path / "initial"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
@@ -74,7 +76,12 @@ class RunFolder:
             )
 
     def create(
-        self, settings: Mapping[str, Any], start: Adapter | None, notes: Sequence[str]
+        self,
+        settings: Mapping[str, Any],
+        start: Adapter | None,
+        notes: Sequence[str],
+        *,
+        initial: Adapter | None = None,
     ) -> None:
         """Make the folder in one stroke: it is a run or it is not there.
 
@@ -82,6 +89,7 @@ class RunFolder:
             settings: sections of run.yaml.
             start: the adapter that the run goes on with, if any.
             notes: the first rows of the metrics.
+            initial: where a new adapter begins, if it is kept.
 
         Raises:
             InputError: something lies there, or the place cannot be written to.
@@ -90,17 +98,23 @@ class RunFolder:
         self.check_new()
         with clear_disk_errors(self.path):
             try:
-                self._fill(settings, start, notes)
+                self._fill(settings, start, notes, initial)
             except FileExistsError:
                 self.check_new()  # another process was faster
                 raise
 
     def _fill(
-        self, settings: Mapping[str, Any], start: Adapter | None, notes: Sequence[str]
+        self,
+        settings: Mapping[str, Any],
+        start: Adapter | None,
+        notes: Sequence[str],
+        initial: Adapter | None,
     ) -> None:
         with new_folder(self.path, last=self.settings.name) as temporary:
             if start is not None:
                 save_adapter(start, temporary / self.start.name)
+            if initial is not None:
+                save_adapter(initial, temporary / self.initial.name)
             rows = [_as_line({"kind": "note", "text": text}) for text in notes]
             (temporary / self.metrics.name).write_bytes(b"".join(rows))
             (temporary / self.settings.name).write_bytes(_as_yaml(settings))
