@@ -7,7 +7,7 @@ references), ``comparison`` (both, for a base beside its adapters).
 from __future__ import annotations
 
 from lorakit.evaluate.comparison import Contestant, Judgement, answer_length, compare
-from lorakit.evaluate.losses import LossResult, loss, perplexity
+from lorakit.evaluate.losses import LossResult, example_losses, loss, mean_loss, perplexity
 from lorakit.evaluate.metrics import METRICS, text_metrics
 
 __all__ = [
@@ -17,7 +17,9 @@ __all__ = [
     "LossResult",
     "answer_length",
     "compare",
+    "example_losses",
     "loss",
+    "mean_loss",
     "perplexity",
     "text_metrics",
 ]

@@ -71,6 +71,51 @@ def loss(
         DataError: no token of these examples is supervised.
         RoutingError: an adapter that is not attached.
     """
+    return mean_loss(
+        *example_losses(
+            model,
+            handle,
+            adapter,
+            data,
+            indices,
+            token_budget=token_budget,
+            packed=packed,
+            on_batch=on_batch,
+        )
+    )
+
+
+def mean_loss(sums: np.ndarray, counts: np.ndarray) -> LossResult:
+    """The mean over all supervised tokens, of what :func:`example_losses` gives.
+
+    Raises:
+        DataError: no token of these examples is supervised.
+    """
+    total = int(counts.sum())
+    if not total:
+        raise DataError(
+            f"none of these {len(counts)} examples has a supervised token, so there is no loss. "
+            "lorakit preview shows what is supervised; --loss-on chooses it."
+        )
+    mean = float(sums.sum() / total)
+    return LossResult(mean, perplexity(mean), total, sums, counts)
+
+
+def example_losses(
+    model: nn.Module,
+    handle: Handle | None,
+    adapter: MixLike,
+    data: TokenData,
+    indices: Sequence[int] | None = None,
+    *,
+    token_budget: int | None = None,
+    packed: PackedModel | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each example's summed negative log-likelihood (float64) and supervised tokens (int64), [E].
+
+    Arguments as those of :func:`loss`.
+    """
     packed = packed or PackedModel(model, handle)
     chosen = list(range(len(data))) if indices is None else [int(i) for i in indices]
     routing = Routing.uniform(adapter) if handle is not None else None
@@ -85,14 +130,7 @@ def loss(
             done += len(places)
             if on_batch is not None:
                 on_batch(done, len(chosen))
-    total = int(counts.sum())
-    if not total:
-        raise DataError(
-            f"none of these {len(chosen)} examples has a supervised token, so there is no loss. "
-            "lorakit preview shows what is supervised; --loss-on chooses it."
-        )
-    mean = float(sums.sum() / total)
-    return LossResult(mean, perplexity(mean), total, sums, counts)
+    return sums, counts
 
 
 def perplexity(loss: float) -> float:
