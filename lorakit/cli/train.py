@@ -9,6 +9,7 @@ examples:
   lorakit train --base B --data F --valid V --steps 200 --lr 1e-3 --rank 16 --out runs/b
   lorakit train --base B --data new.jsonl --from runs/a/adapter --out runs/a2
   lorakit train --resume runs/a            # after Ctrl-C, a crash or a kill: goes on exactly
+  torchrun --nproc-per-node 2 -m lorakit.cli.main train --base B --data F --out runs/c
 
 Not sure about the data? `lorakit preview` shows what would be trained. A run folder holds
 run.yaml, metrics.jsonl, adapter/ (the best), checkpoints/ and report.html.
@@ -39,9 +40,10 @@ if TYPE_CHECKING:
     from lorakit.core.adapter import Adapter
     from lorakit.core.spec import LoRASpec
     from lorakit.train import Callback, RunResult, Trainer, TrainSettings
+    from lorakit.train.distributed import World
 
 #: flags that act on a resumed run too; all others are in its run.yaml
-_WITH_RESUME = {"resume", "json", "quiet", "debug", "command", "run"}
+_WITH_RESUME = {"resume", "json", "quiet", "debug", "command", "run", "shard"}
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -53,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_validation_arguments(parser)
     _add_adapter_arguments(parser)
     _add_training_arguments(parser)
+    _add_process_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--report-to",
@@ -153,7 +156,24 @@ def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         help="factor on B·A; default alpha/r, alpha/sqrt(r) is rsLoRA",
     )
     group.add_argument(
-        "--init", choices=("kaiming", "gaussian", "orthogonal"), help="of A; default kaiming"
+        "--init",
+        choices=("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga", "loftq"),
+        help="where A and B begin; default kaiming (A drawn, B zero, as with gaussian and "
+        "orthogonal). pissa, olora: inside of the weight; eva, lora-ga: from some of the data; "
+        "loftq: with what --quantize loses. Each has its own default learning rate",
+    )
+    group.add_argument(
+        "--init-examples",
+        type=positive_int,
+        metavar="N",
+        help="training examples that --init eva and lora-ga look at; default 64",
+    )
+    group.add_argument(
+        "--eva-rho",
+        type=positive_float,
+        metavar="X",
+        help="--init eva shares the ranks out, up to X times the rank for a module; default 1: "
+        "every module keeps the rank",
     )
     group.add_argument(
         "--variant",
@@ -181,7 +201,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=positive_int,
         metavar="N",
-        help="examples per optimizer step; default 8",
+        help="examples per optimizer step, over all processes; default 8",
     )
     group.add_argument(
         "--micro-batch",
@@ -196,10 +216,32 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per forward at most; lower it if memory runs out, the result stays the same",
     )
     group.add_argument(
+        "--recompute",
+        choices=("none", "mlp", "layers", "offload"),
+        help="make again in the backward instead of keeping it: the middle of the MLP (mlp) or the "
+        "whole layer (layers; offload also moves its input off the GPU). Less memory, more time, "
+        "the same gradient; default none",
+    )
+    group.add_argument(
         "--lr",
         type=positive_float,
         metavar="X",
-        help="highest learning rate; default: by the width of the base",
+        help="highest learning rate; default: by the width of the base and the --init",
+    )
+    group.add_argument(
+        "--lora-plus-ratio",
+        type=positive_float,
+        metavar="X",
+        help="every B learns X times faster than its A, whose rate is --lr (LoRA+; its paper "
+        "takes 16); default 1",
+    )
+    group.add_argument(
+        "--lr-pattern",
+        nargs="+",
+        type=_pattern,
+        metavar="PATTERN=X",
+        help="factor on the learning rate of modules whose path ends in PATTERN, such as "
+        "q_proj=0.5; the first that fits counts",
     )
     group.add_argument(
         "--schedule",
@@ -212,7 +254,12 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps in which the rate rises; default: a twentieth, at most 100",
     )
-    group.add_argument("--optimizer", choices=("adamw", "sgd"), help="default adamw")
+    group.add_argument(
+        "--optimizer",
+        choices=("adamw", "adamw8bit", "paged-adamw8bit", "sgd"),
+        help="default adamw; adamw8bit keeps its averages in 8 bits (bitsandbytes), and the paged "
+        "one lets them leave a CUDA GPU that is full",
+    )
     group.add_argument(
         "--weight-decay", type=non_negative_float, metavar="X", help="decoupled; default 0"
     )
@@ -239,17 +286,57 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several processes",
+        "Started by torchrun, they share each batch. With --max-restarts, torchrun starts them "
+        "again when one dies, and the run goes on from its last checkpoint.",
+    )
+    group.add_argument(
+        "--shard",
+        action="store_true",
+        help="spread the base's weights over the processes (FSDP2); default: each has them whole",
+    )
+
+
+def _pattern(text: str) -> tuple[str, float]:
+    """``q_proj=0.5`` → the pattern and its factor."""
+    pattern, equals, factor = text.rpartition("=")
+    if not equals or not pattern:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=FACTOR, such as q_proj=0.5")
+    return pattern, positive_float(factor)
+
+
 def run(options: argparse.Namespace) -> int:
     """Train or resume, then print where the adapter is."""
+    from lorakit.train.distributed import joined
     from lorakit.train.interrupt import signals_as_interrupts
 
-    with signals_as_interrupts():  # also before the loop begins
-        result = _resume(options) if options.resume is not None else _start(options)
+    with signals_as_interrupts(), joined() as world:  # also before the loop begins
+        if not world.first:
+            options.quiet, options.json = True, False
+        if options.shard:
+            world = world.sharing()
+        if options.resume is not None:
+            result = _resume(options, world)
+        elif _started_before(options, world):
+            result = _resume_exactly(options, options.out, world)
+        else:
+            result = _start(options, world)
     _print_result(options, result)
     return 0
 
 
-def _start(options: argparse.Namespace) -> RunResult:
+def _started_before(options: argparse.Namespace, world: World) -> bool:
+    """Whether torchrun's agent gives this command once more, after it has made its run folder."""
+    from lorakit.train.folder import RunFolder
+
+    if not world.restarts or options.out is None:
+        return False
+    return world.share(lambda: RunFolder(Path(options.out)).settings.is_file())
+
+
+def _start(options: argparse.Namespace, world: World) -> RunResult:
     from lorakit.core.spec import LoRASpec
     from lorakit.train.folder import RunFolder
     from lorakit.train.settings import TrainSettings
@@ -275,15 +362,22 @@ def _start(options: argparse.Namespace) -> RunResult:
             f"--validation-fraction is {settings.validation_fraction:g}, but --valid names "
             "validation files; give one of them"
         )
-    RunFolder(Path(options.out)).check_new()
-    return _trainer(options, settings, spec).run()
+    world.share(RunFolder(Path(options.out)).check_new)
+    return _trainer(options, settings, spec, world).run()
 
 
-def _trainer(options: argparse.Namespace, settings: TrainSettings, spec: LoRASpec) -> Trainer:
+def _trainer(
+    options: argparse.Namespace, settings: TrainSettings, spec: LoRASpec, world: World
+) -> Trainer:
+    from functools import partial
+
+    from lorakit.bases import load_base
     from lorakit.cli.common import data_spec, load_base_from
     from lorakit.formats import load_adapter
     from lorakit.train import Origin, Trainer
+    from lorakit.workflows.calibrate import calibrate
 
+    options.device = world.device(options.device)
     origin = Origin(
         base=_base_options(options),
         data=data_spec(options),
@@ -297,6 +391,7 @@ def _trainer(options: argparse.Namespace, settings: TrainSettings, spec: LoRASpe
     _say(options, *data.report.lines())
     if validation is not None:
         _say(options, "Validation:", *validation.report.lines())
+    dense = {**_base_options(options), "quantize": None, "device": "cpu"}
     return Trainer(
         base,
         spec if start is None else start,
@@ -304,17 +399,23 @@ def _trainer(options: argparse.Namespace, settings: TrainSettings, spec: LoRASpe
         settings,
         options.out,
         validation=validation,
-        callbacks=_callbacks(options, options.report_to or ()),
+        callbacks=_callbacks(options, options.report_to or ()) if world.first else (),
         origin=origin,
         extra={"callbacks": {"report_to": options.report_to}} if options.report_to else None,
         allow_other_base=options.allow_other_base,
+        world=world,
+        shard=options.shard,
+        calibrate=partial(
+            calibrate,
+            base,
+            seed=settings.seed,
+            rho=settings.eva_rho,
+            dense=lambda: load_base(**dense),
+        ),
     )
 
 
-def _resume(options: argparse.Namespace) -> RunResult:
-    from lorakit.train import Trainer, finished_run
-    from lorakit.train.folder import RunFolder
-
+def _resume(options: argparse.Namespace, world: World) -> RunResult:
     given = [
         "--" + ("from" if name == "start" else name.replace("_", "-"))
         for name, value in vars(options).items()
@@ -326,13 +427,23 @@ def _resume(options: argparse.Namespace) -> RunResult:
             "settings are in run.yaml. Leave them out; or start a new run from its adapter: "
             f"lorakit train --from {options.resume}/adapter …"
         )
-    done = finished_run(options.resume)
+    return _resume_exactly(options, options.resume, world)
+
+
+def _resume_exactly(options: argparse.Namespace, out: str, world: World) -> RunResult:
+    from lorakit.train import Trainer, finished_run
+    from lorakit.train.folder import RunFolder
+
+    done = world.share(lambda: finished_run(out))
     if done is not None:
-        _say(options, f"{options.resume} is finished already ({done.steps} steps).")
+        _say(options, f"{out} is finished already ({done.steps} steps).")
         return done
-    stored = RunFolder(Path(options.resume)).read_settings().get("callbacks") or {}
+    stored = RunFolder(Path(out)).read_settings().get("callbacks") or {}
     return Trainer.resume(
-        options.resume, callbacks=_callbacks(options, stored.get("report_to") or ())
+        out,
+        callbacks=_callbacks(options, stored.get("report_to") or ()) if world.first else (),
+        world=world,
+        shard=options.shard,
     )
 
 
@@ -343,6 +454,8 @@ def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
     targets = found.get("targets")
     if targets is not None and len(targets) == 1:
         found["targets"] = targets[0]
+    if found.get("lr_pattern") is not None:
+        found["lr_pattern"] = dict(found["lr_pattern"])
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in found.items()

@@ -19,28 +19,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorakit.bases.quiet import quiet_transformers
 from lorakit.core.adapter import Adapter
 from lorakit.data import Batch, Example, TokenData, indices_at
 from lorakit.errors import InputError
 from lorakit.layers import Handle, Routing, token_keys
-from lorakit.train.settings import TrainSettings, rate_at
+from lorakit.optional import require
+from lorakit.train.distributed import World
+from lorakit.train.rates import rate_factors
+from lorakit.train.settings import EIGHT_BIT, TrainSettings, rate_at
+
+#: of the coming steps, how many are searched for the largest forward
+_STEPS_LOOKED_AT = 5000
 
 
 @dataclass(frozen=True)
 class Window:
-    """The examples of one optimizer step, cut into forwards."""
+    """The examples of one optimizer step, and this process's share of them cut into forwards."""
 
     step: int
     """Number of the step, the first being 0."""
+    examples: tuple[Example, ...]
+    """Those of all processes, in the order of the stream."""
     parts: tuple[tuple[Example, ...], ...]
-    """The examples of each forward, in the order of the stream."""
+    """The examples of each forward of this process, in the order of the stream."""
     num_tokens: int
     num_supervised: int
-    """Supervised tokens of all parts; every part's loss is divided by it."""
-
-    @property
-    def examples(self) -> Iterator[Example]:
-        return (example for part in self.parts for example in part)
+    """Supervised tokens of all examples; every part's loss is divided by it."""
+    idle: int = 0
+    """Forwards to make without a use of one's own, where the others need one's part of the base."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Job:
         indices: which of them are trained on.
         settings: resolved.
         dropout: of the adapter; above zero, its forwards need keys.
+        world: the processes that share each batch.
     """
 
     def __init__(
@@ -74,6 +82,7 @@ class Job:
         settings: TrainSettings,
         *,
         dropout: float = 0.0,
+        world: World | None = None,
     ) -> None:
         self.name = name
         self.settings = settings
@@ -92,12 +101,16 @@ class Job:
         """Evaluations in a row that were no new best."""
         self.evaluated: int | None = None
         """The step after which the last evaluation was."""
+        self.most_tokens = settings.micro_batch_tokens
+        """Tokens of one forward at most; lowered where the memory has no room for more."""
         self._handle = handle
         self._dropout = dropout
+        self._world = world or World()
         self._data = data
         self._indices = np.asarray(indices, dtype=np.int64)
+        stretches = handle.arrange(name, rate_factors(handle.snapshot(name), settings))
         self._flat = handle.flat(name)
-        self._optimizer = _make_optimizer(self._flat, settings)
+        self._optimizer = _make_optimizer(self._flat, settings, stretches)
 
     # --- what comes next -------------------------------------------------------------------
 
@@ -122,33 +135,67 @@ class Job:
 
     def window(self) -> Window:
         """The next step's examples; asking twice gives the same."""
+        return self._window(self.step)
+
+    def _window(self, step: int) -> Window:
         size = self.settings.batch_size
-        places = indices_at(len(self._indices), self.settings.seed, self.step * size, size)
+        places = indices_at(len(self._indices), self.settings.seed, step * size, size)
         examples = [self._data[int(index)] for index in self._indices[places]]
+        lengths = [len(example.ids) for example in examples]
+        shares = shared(lengths, self._world.size)
+        parts = tuple(self._cut([examples[i] for i in shares[self._world.rank]]))
         return Window(
-            step=self.step,
-            parts=tuple(self._cut(examples)),
+            step=step,
+            examples=tuple(examples),
+            parts=parts,
+            idle=self._most_parts(lengths, shares) - len(parts) if self._world.sharded else 0,
             num_tokens=sum(len(example.ids) for example in examples),
             num_supervised=sum(num_supervised(example) for example in examples),
         )
+
+    def largest_part(self) -> tuple[Example, ...]:
+        """The forward with the most tokens among those of the next thousands of steps."""
+        size = self.settings.batch_size
+        steps = min(self.total_steps, self.step + _STEPS_LOOKED_AT)
+        lengths = self._data.lengths[self._indices]
+        largest, found = 0, (self.step, 0)
+        for step in range(self.step, steps):
+            places = indices_at(len(self._indices), self.settings.seed, step * size, size)
+            mine = shared(lengths[places].tolist(), self._world.size)[self._world.rank]
+            for number, cut in enumerate(self._cut_lengths(lengths[places[mine]].tolist())):
+                if sum(cut) > largest:
+                    largest, found = sum(cut), (step, number)
+        step, number = found
+        return self._window(step).parts[number]
+
+    def _most_parts(self, lengths: Sequence[int], shares: Sequence[Sequence[int]]) -> int:
+        """Forwards of the process that makes most of them."""
+        return max(len(list(self._cut_lengths([lengths[i] for i in s]))) for s in shares)
 
     def where(self, example: Example) -> str:
         """The row of an example, for messages."""
         return self._data.where(example.id)
 
     def _cut(self, examples: Sequence[Example]) -> Iterator[tuple[Example, ...]]:
-        """Parts of at most ``micro_batch`` examples and ``micro_batch_tokens`` tokens."""
-        most_tokens = self.settings.micro_batch_tokens or math.inf
+        start = 0
+        for part in self._cut_lengths([len(example.ids) for example in examples]):
+            yield tuple(examples[start : start + len(part)])
+            start += len(part)
+
+    def _cut_lengths(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Parts of at most ``micro_batch`` examples and ``most_tokens`` tokens."""
+        most_tokens = self.most_tokens or math.inf
         most = self.settings.micro_batch or math.inf
-        part: list[Example] = []
+        part: list[int] = []
         tokens = 0
-        for example in examples:
-            if part and (len(part) + 1 > most or tokens + len(example.ids) > most_tokens):
-                yield tuple(part)
+        for length in lengths:
+            if part and (len(part) + 1 > most or tokens + length > most_tokens):
+                yield part
                 part, tokens = [], 0
-            part.append(example)
-            tokens += len(example.ids)
-        yield tuple(part)
+            part.append(length)
+            tokens += length
+        if part:
+            yield part
 
     def routing(self, batch: Batch) -> Routing:
         """This adapter for the whole batch, with keys for its dropout."""
@@ -167,6 +214,12 @@ class Job:
         """Forget what was accumulated."""
         assert self._flat.grad is not None
         self._flat.grad.zero_()
+
+    @property
+    def gradient(self) -> Tensor:
+        """What was accumulated, [P]; the buffer itself."""
+        assert self._flat.grad is not None
+        return self._flat.grad
 
     def gradient_norm(self) -> float:
         """L2 norm of the accumulated gradient; not finite if any of its values is."""
@@ -196,7 +249,7 @@ class Job:
             torch.nn.utils.clip_grads_with_norm_([self._flat], clip, total)
         rate = rate_at(self.step, self.settings)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         possible = rate <= torch.finfo(self._flat.dtype).max  # sgd could not even convert it
         if possible:
             self._optimizer.step()
@@ -257,8 +310,12 @@ class Job:
 
     def _moving(self) -> dict[str, Tensor]:
         """What an optimizer step changes: the weights, and the optimizer's own tensors."""
-        inner = self._optimizer.state.get(self._flat, {})
-        own = {f"optimizer.{name}": tensor for name, tensor in inner.items()}
+        own = {
+            f"optimizer.{number}.{name}" if number else f"optimizer.{name}": tensor
+            for number, group in enumerate(self._optimizer.param_groups)
+            for name, value in self._optimizer.state.get(group["params"][0], {}).items()
+            for tensor in [value if isinstance(value, Tensor) else torch.tensor(value)]
+        }
         return {"flat": self._flat.detach(), **own}
 
     def state(self) -> dict[str, Any]:
@@ -272,6 +329,7 @@ class Job:
             "base_loss": self.base_loss,
             "last_loss": self.last_loss,
             "best": best,
+            "most_tokens": self.most_tokens,
         }
 
     @torch.no_grad()
@@ -294,21 +352,37 @@ class Job:
         self.start_loss = state["start_loss"]
         self.base_loss = state["base_loss"]
         self.last_loss = state["last_loss"]
+        self.most_tokens = state.get("most_tokens", self.most_tokens)
         best = state["best"]
         self.best = None if best is None else Best(int(best["step"]), best["loss"], tensors["best"])
 
     def _go_back(self, tensors: Mapping[str, Tensor]) -> None:
         """To what :meth:`_moving` gave."""
         self._flat.copy_(tensors["flat"])
-        inner = {
-            name.removeprefix("optimizer."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("optimizer.")
-        }
+        inner: dict[int, dict[str, Any]] = {}
+        for full, tensor in tensors.items():
+            if full.startswith("optimizer."):
+                number, _, name = full.removeprefix("optimizer.").rpartition(".")
+                counts = name == "step" and self.settings.optimizer in EIGHT_BIT
+                inner.setdefault(int(number or 0), {})[name] = int(tensor) if counts else tensor
         groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict(
-            {"state": {0: inner} if inner else {}, "param_groups": groups}
-        )
+        self._optimizer.load_state_dict({"state": inner, "param_groups": groups})
+
+
+def shared(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places of ``lengths`` in ``size`` shares of about as many tokens, each in its old order.
+
+    The longest are dealt first, each to whoever has least so far (Graham, 1969).
+    """
+    if size == 1:
+        return [list(range(len(lengths)))]
+    shares: list[list[int]] = [[] for _ in range(size)]
+    tokens = [0] * size
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        who = tokens.index(min(tokens))
+        shares[who].append(place)
+        tokens[who] += lengths[place]
+    return [sorted(share) for share in shares]
 
 
 def num_supervised(example: Example) -> int:
@@ -316,15 +390,62 @@ def num_supervised(example: Example) -> int:
     return int(np.count_nonzero(example.supervised[1:]))
 
 
-def _make_optimizer(flat: torch.nn.Parameter, settings: TrainSettings) -> torch.optim.Optimizer:
+def _parameter_groups(
+    flat: torch.nn.Parameter, stretches: Mapping[Any, tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """The optimizer's groups: stretches of ``flat`` by the factor on the learning rate."""
+    if len(stretches) == 1:
+        return [{"params": [flat], "factor": next(iter(stretches))}]
+    assert flat.grad is not None
+    groups = []
+    for factor, (begin, end) in stretches.items():
+        view = torch.nn.Parameter(flat.detach()[begin:end])
+        view.grad = flat.grad[begin:end]
+        groups.append({"params": [view], "factor": factor})
+    return groups
+
+
+def _make_optimizer(
+    flat: torch.nn.Parameter, settings: TrainSettings, stretches: Mapping[Any, tuple[int, int]]
+) -> torch.optim.Optimizer:
     assert settings.lr is not None
+    groups = _parameter_groups(flat, stretches)
     if settings.optimizer == "sgd":
-        return torch.optim.SGD([flat], lr=settings.lr)
+        return torch.optim.SGD(groups, lr=settings.lr)
+    if settings.optimizer in EIGHT_BIT:
+        return _eight_bit(groups, flat.dtype, settings)
     return torch.optim.AdamW(
-        [flat],
+        groups,
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         fused=flat.device.type in ("cpu", "cuda"),
     )
+
+
+def _eight_bit(
+    groups: list[dict[str, Any]], dtype: torch.dtype, settings: TrainSettings
+) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW; fewer than 4096 parameters keep averages of 32 bits there.
+
+    Raises:
+        InputError: the adapter is float64.
+        MissingDependencyError: bitsandbytes is not installed.
+    """
+    if dtype == torch.float64:
+        raise InputError(
+            f"the adapter is float64, for which {settings.optimizer} does not exist. Use "
+            "--optimizer adamw, or --dtype float32"
+        )
+    with quiet_transformers():  # it warns of kernels that it looks for and can do without
+        optim = require("bitsandbytes", extra="quant", purpose=settings.optimizer).optim
+    kind = optim.AdamW8bit if settings.optimizer == "adamw8bit" else optim.PagedAdamW8bit
+    made: torch.optim.Optimizer = kind(
+        groups,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    return made

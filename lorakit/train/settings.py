@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
 
+from lorakit.core.frozen import FrozenDict
 from lorakit.errors import SpecError, collected
 
 Schedule = Literal["constant", "linear", "cosine"]
-Optimizer = Literal["adamw", "sgd"]
+Optimizer = Literal["adamw", "adamw8bit", "paged-adamw8bit", "sgd"]
+#: those of bitsandbytes, whose averages take a byte each
+EIGHT_BIT = ("adamw8bit", "paged-adamw8bit")
+
+Recompute = Literal["none", "mlp", "layers", "offload"]
 
 DEFAULT_EPOCHS = 3.0
 DEFAULT_BETAS = (0.9, 0.999)
@@ -38,6 +44,8 @@ class Facts:
     """Width of the base's residual stream; ``None`` if it has none."""
     device: str = "cpu"
     """``"cpu"``, ``"cuda"``, ``"mps"``, …"""
+    init: str = "kaiming"
+    """How a new adapter begins; one that is gone on with counts as ``"kaiming"``."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,27 @@ class TrainSettings:
     """Tokens per forward at most; one longer example still goes through alone. Bounds the memory
     of a step. ``None``: chosen for the device."""
     lr: float | None = None
-    """Highest learning rate. ``None``: from the width of the base."""
+    """Highest learning rate. ``None``: from the width of the base, the initialisation and
+    ``lora_plus_ratio``."""
+    lora_plus_ratio: float = 1.0
+    """How many times faster every B learns than its A, whose rate is ``lr`` (LoRA+, arXiv
+    2402.12354, which uses 16). 1: the same rate."""
+    lr_pattern: Mapping[str, float] = field(default_factory=FrozenDict)
+    """Regular expression that ends a path → factor on the learning rate there."""
+    init_examples: int | None = None
+    """Training examples that the initialisations ``eva`` and ``lora-ga`` look at. ``None``: 64."""
+    eva_rho: float = 1.0
+    """Up to how many times the rank a site may get where ``eva`` shares the ranks out by what the
+    directions explain (ρ in arXiv 2410.07170). 1: every site keeps the rank."""
     schedule: Schedule = "linear"
     """What the rate does after the warm-up: stays (``constant``), or falls to zero in a straight
     line (``linear``) or along half a cosine (``cosine``)."""
     warmup: int | None = None
     """Steps in which the rate rises to ``lr``. ``None``: a twentieth of all steps, at most 100."""
     optimizer: Optimizer = "adamw"
-    """``adamw`` (Loshchilov & Hutter, arXiv 1711.05101) or ``sgd`` without momentum."""
+    """``adamw`` (Loshchilov & Hutter, arXiv 1711.05101); ``adamw8bit``, which keeps its averages in
+    8 bits (Dettmers et al., arXiv 2110.02861); ``paged-adamw8bit``, whose averages also move to the
+    processor's memory where a GPU's is full; or ``sgd`` without momentum."""
     betas: tuple[float, float] = DEFAULT_BETAS
     """Decay of AdamW's two averages."""
     eps: float = DEFAULT_EPS
@@ -79,6 +100,10 @@ class TrainSettings:
     """Largest L2 norm of the adapter's gradient; a longer one is scaled down. 0: no limit."""
     seed: int = 0
     """Of the initial weights, the order of the data, the split and the dropout."""
+    recompute: Recompute = "none"
+    """What a layer does not keep for its backward but makes again, for less memory and more time:
+    ``mlp`` the middle of the MLP, ``layers`` all but each layer's input, ``offload`` that too,
+    with those inputs in the processor's memory (CUDA). The gradient is the same."""
     validation_fraction: float | None = None
     """Share of the data held out where no validation data is given, in whole prompts. 0: none.
     ``None``: a twentieth, between 16 and 256 rows, and none of fewer than 40 rows."""
@@ -103,6 +128,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if isinstance(self.betas, list):  # as YAML gives it
             object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.lr_pattern, Mapping):
+            object.__setattr__(self, "lr_pattern", FrozenDict(self.lr_pattern))
         problems = list(self._problems()) or list(self._conflicts())
         if problems:
             raise SpecError(collected("These training settings are impossible", problems))
@@ -114,7 +141,7 @@ class TrainSettings:
         Raises:
             SpecError: a name is unknown, or a value impossible.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {one.name for one in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
             raise SpecError(
@@ -125,14 +152,16 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for YAML and JSON."""
-        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        return {**values, "betas": list(self.betas), "lr_pattern": dict(self.lr_pattern)}
 
     def _problems(self) -> Iterator[str]:
         yield from self._wrong_counts()
         yield from self._wrong_numbers()
         for name, allowed in (
             ("schedule", ("constant", "linear", "cosine")),
-            ("optimizer", ("adamw", "sgd")),
+            ("recompute", get_args(Recompute)),
+            ("optimizer", get_args(Optimizer)),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -161,6 +190,19 @@ class TrainSettings:
             or not all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas)
         ):
             yield f"betas is {self.betas!r}; it must be two numbers in [0, 1)"
+        if not isinstance(self.lr_pattern, Mapping):
+            yield f"lr_pattern is {self.lr_pattern!r}; it must map patterns to factors"
+            return
+        for pattern, factor in self.lr_pattern.items():
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                yield f"lr_pattern {pattern!r} is no regular expression: {error}"
+            if not _is_number(factor) or not factor > 0:
+                yield (
+                    f"lr_pattern {pattern!r} has the factor {factor!r}; it must be a number above 0"
+                    " (exclude what must not learn)"
+                )
 
     def _conflicts(self) -> Iterator[str]:
         """Settings that would be accepted and then not act; asked once the types are right."""
@@ -224,10 +266,15 @@ class TrainSettings:
                 f"batch_size is {self.batch_size} and there are {facts.num_examples} examples, "
                 "so a batch holds some of them several times"
             )
-        choose("lr", *_learning_rate(facts.hidden_size))
+        choose("lr", *_learning_rate(facts.hidden_size, facts.init, self.lora_plus_ratio))
         choose("warmup", min(100, steps // 20), "a twentieth of the steps, at most 100")
         if self.warmup is not None and self.warmup >= steps:
             problems.append(f"warmup is {self.warmup} of {steps} steps; give fewer")
+        if self.optimizer == "paged-adamw8bit" and facts.device != "cuda":
+            problems.append(
+                f"optimizer is paged-adamw8bit, which moves memory off a CUDA GPU, and the device "
+                f"is {facts.device}; use adamw8bit"
+            )
         tokens = DEFAULT_TOKENS.get(facts.device, DEFAULT_TOKENS_GPU)
         choose(
             "micro_batch_tokens",
@@ -298,7 +345,29 @@ def rate_at(step: int, settings: TrainSettings) -> float:
     return settings.lr * 0.5 * (1.0 - math.cos(math.pi * left))
 
 
-def _learning_rate(hidden_size: int | None) -> tuple[float, str]:
+#: initialisation → factor on the learning rate, and why. Of ten variants whose rate was searched
+#: for on one model (arXiv 2602.04998), these had their best one that much lower
+RATE_OF_INIT = {
+    "pissa": (1 / 10, "PiSSA's factors begin as large as W's own directions: a tenth of that"),
+    "olora": (1 / 18, "OLoRA's factors begin as large as W's own directions: an 18th of that"),
+    "lora-ga": (1 / 18, "LoRA-GA's B begins large, along the gradient: an 18th of that"),
+}
+
+
+def _learning_rate(hidden_size: int | None, init: str, ratio: float) -> tuple[float, str]:
+    """A rate for these settings, and why."""
+    rate, reason = _usual_rate(hidden_size)
+    if init in RATE_OF_INIT:
+        factor, because = RATE_OF_INIT[init]
+        rate, reason = rate * factor, f"{reason} ({rate:g}); {because}"
+    if ratio != 1:
+        # the geometric mean of both rates stays
+        rate = rate / math.sqrt(ratio)
+        reason += f"; with every B at {ratio:g} times it, 1/√{ratio:g} of that for A"
+    return float(f"{rate:.2g}"), reason
+
+
+def _usual_rate(hidden_size: int | None) -> tuple[float, str]:
     """A rate that is seldom far off, and why.
 
     With alpha 32 and scale alpha/r the best LoRA rate hardly depends on the rank and lies near
@@ -321,9 +390,7 @@ def _shown(value: Any) -> str:
 
 
 #: fields that may be None
-_CHOSEN = frozenset(
-    field.name for field in dataclasses.fields(TrainSettings) if field.default is None
-)
+_CHOSEN = frozenset(one.name for one in dataclasses.fields(TrainSettings) if one.default is None)
 
 #: more would take years, and is a slip of the pen
 _MOST_STEPS = 10**9
@@ -341,6 +408,7 @@ _COUNTS = {
     "patience": 0,
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
+    "init_examples": 1,
     "samples": 0,
     "sample_tokens": 1,
 }
@@ -348,6 +416,8 @@ _COUNTS = {
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "epochs": (lambda x: x > 0, "a number above 0"),
     "lr": (lambda x: x > 0, "a number above 0"),
+    "lora_plus_ratio": (lambda x: x > 0, "a number above 0"),
+    "eva_rho": (lambda x: x >= 1, "a number of at least 1"),
     "eps": (lambda x: x > 0, "a number above 0"),
     "weight_decay": (lambda x: x >= 0, "a number of at least 0"),
     "clip": (lambda x: x >= 0, "a number of at least 0; 0 means no limit"),

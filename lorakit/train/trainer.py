@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,22 @@ import numpy as np
 from lorakit.bases import Base, check_base
 from lorakit.core.adapter import Adapter
 from lorakit.core.spec import LoRASpec
-from lorakit.data import TokenData, order, split
-from lorakit.errors import DataError, InputError, Interrupted
+from lorakit.data import Example, TokenData, indices_at, order, split
+from lorakit.errors import (
+    BaseError,
+    DataError,
+    InputError,
+    Interrupted,
+    SpecError,
+    collected,
+)
 from lorakit.formats import load_adapter, save_adapter
-from lorakit.infer import PackedModel
 from lorakit.layers import Handle, attach
+from lorakit.layers.initial import DRAWN, NEEDS, Initial, initial
 from lorakit.train.callbacks import Callback, CallbackList, RunInfo, RunResult
-from lorakit.train.checkpoint import latest_checkpoint
-from lorakit.train.folder import RunFolder
+from lorakit.train.checkpoint import Checkpoint, latest_checkpoint
+from lorakit.train.distributed import PeerLost, World, current_world, shard_
+from lorakit.train.folder import MetricsFile, RunFolder
 from lorakit.train.interrupt import StopRequest
 from lorakit.train.job import Job
 from lorakit.train.loop import Loop, Stopped, check_first_forward
@@ -36,6 +45,7 @@ from lorakit.train.origin import (
 )
 from lorakit.train.provenance import provenance
 from lorakit.train.randomness import seeded
+from lorakit.train.recompute import own_checkpointing_kept, recomputing
 from lorakit.train.record import environment
 from lorakit.train.report import write_report
 from lorakit.train.samples import answer_samples
@@ -46,6 +56,12 @@ logger = logging.getLogger(__name__)
 #: the adapter's name on the model while it trains
 NAME = "default"
 
+#: training examples that an initialisation looks at, where nobody said how many
+INIT_EXAMPLES = 64
+
+#: makes the values that a new adapter begins with, from its spec and some examples
+Calibrate = Callable[[LoRASpec, Sequence[Example]], Initial]
+
 
 class Trainer:
     """Trains one adapter on one base.
@@ -54,7 +70,8 @@ class Trainer:
 
     Args:
         base: the loaded base. It is frozen, and is after the run as it was before.
-        what: settings of a new adapter, or an adapter to go on with (a fresh optimizer).
+        what: settings of a new adapter, the values that it begins with, or an adapter to go on
+            with (a fresh optimizer).
         data: what to train on.
         settings: how; the defaults where nothing is given.
         out: the run folder, which must not exist yet.
@@ -65,6 +82,12 @@ class Trainer:
             written to run.yaml so that the run can be resumed.
         extra: further sections of run.yaml.
         allow_other_base: go on with an adapter although its base has other weights.
+        world: the processes that train together; by default those that ``torch.distributed``
+            knows. Each makes a trainer with the same arguments; the first alone writes, and
+            calls its callbacks.
+        shard: spread the base over these processes. It stays spread after the run.
+        calibrate: for initialisations that look at more than the base's weights; such as
+            ``partial(lorakit.workflows.calibrate.calibrate, base)``.
 
     Raises:
         SpecError: settings that are impossible or cannot act.
@@ -75,7 +98,7 @@ class Trainer:
     def __init__(
         self,
         base: Base,
-        what: LoRASpec | Adapter,
+        what: LoRASpec | Adapter | Initial,
         data: TokenData,
         settings: TrainSettings | None = None,
         out: str | os.PathLike[str] = "run",
@@ -85,12 +108,18 @@ class Trainer:
         origin: Origin | None = None,
         extra: dict[str, Any] | None = None,
         allow_other_base: bool = False,
+        world: World | None = None,
+        shard: bool = False,
+        calibrate: Calibrate | None = None,
     ) -> None:
+        self._calibrate = calibrate
+        world = world or current_world()
+        self._world = world.sharing() if shard else world
         self._base = base
         self._what = what
         self._data = data
         self._validation_data = validation
-        self._callbacks = list(callbacks)
+        self._callbacks = list(callbacks) if self._world.first else []
         self._origin = origin or Origin.of(base, data, validation)
         self._extra = dict(extra or {})
         self._folder = RunFolder(Path(out))
@@ -101,6 +130,8 @@ class Trainer:
         if isinstance(what, Adapter):
             self.notes += check_base(what, base.identity, allow_other=allow_other_base)
         self._choose(settings or TrainSettings())
+        if not self._folder.settings.exists():  # a run that goes on was checked when it began
+            self._check_init(settings or TrainSettings())
 
     @property
     def settings(self) -> TrainSettings:
@@ -108,6 +139,52 @@ class Trainer:
         return self._settings
 
     # --- choices ---------------------------------------------------------------------------
+
+    @property
+    def _init(self) -> str:
+        """How the adapter begins; ``"kaiming"`` where it was there before."""
+        if isinstance(self._what, Adapter):
+            return "kaiming"
+        return (self._what.adapter.spec if isinstance(self._what, Initial) else self._what).init
+
+    def _check_init(self, settings: TrainSettings) -> None:
+        """Refuse settings that the initialisation does not use, and one that lacks its means."""
+        made = not isinstance(self._what, LoRASpec)
+        problems = []
+        if settings.init_examples is not None and (self._init not in ("eva", "lora-ga") or made):
+            problems.append(
+                f"init_examples is {settings.init_examples}, but nothing looks at examples here"
+            )
+        if settings.eva_rho != 1 and (self._init != "eva" or made):
+            problems.append(f"eva_rho is {settings.eva_rho:g}, but no ranks are shared out here")
+        if self._init in NEEDS and not made and self._calibrate is None:
+            problems.append(
+                f"init {self._init!r} needs {NEEDS[self._init]}; give calibrate=partial("
+                "lorakit.workflows.calibrate.calibrate, base)"
+            )
+        if problems:
+            raise SpecError(collected("This run cannot begin so", problems))
+
+    def _begin(self) -> LoRASpec | Adapter | Initial:
+        """What is attached: the values of the beginning, where more than a seed makes them."""
+        if isinstance(self._what, Initial):
+            made = self._what
+        elif not isinstance(self._what, LoRASpec) or self._what.init in DRAWN:
+            return self._what
+        elif self._what.init not in NEEDS:
+            made = initial(self._base.model, self._what, self._settings.seed)
+        else:
+            assert self._calibrate is not None
+            made = self._calibrate(self._what, self._looked_at())
+        # in the order in which a file gives them back: it is that of the optimizer's state
+        ordered = dict(sorted(made.adapter.sites.items()))
+        return Initial(made.adapter.with_(sites=ordered))
+
+    def _looked_at(self) -> list[Example]:
+        """The training examples of the first steps, each once."""
+        count = min(self._settings.init_examples or INIT_EXAMPLES, len(self._training))
+        places = indices_at(len(self._training), self._settings.seed, 0, count)
+        return [self._data[int(index)] for index in self._training[places]]
 
     def _choose(self, settings: TrainSettings) -> None:
         """Split the data and resolve the settings."""
@@ -120,6 +197,7 @@ class Trainer:
             num_validation=len(held),
             hidden_size=getattr(config, "hidden_size", None),
             device=self._base.placement.device.type,
+            init=self._init,
         )
         if self._validation_data is None:
             fraction = settings.held_out(len(self._data))
@@ -127,6 +205,12 @@ class Trainer:
         else:
             settings = dataclasses.replace(settings, validation_fraction=0.0)
         self._settings, notes = settings.resolve(facts)
+        if self._settings.batch_size < self._world.size:
+            raise SpecError(
+                f"batch_size is {self._settings.batch_size} and there are {self._world.size} "
+                "processes; a batch is shared among them, so some would have nothing to do. Start "
+                "fewer, or raise --batch-size"
+            )
         self.notes += notes
         self._training = training
         evaluated = _pick(held, self._settings.eval_rows, settings.seed)
@@ -181,38 +265,54 @@ class Trainer:
             TargetError: targets that do not fit the base, or are never called.
         """
         with CallbackList(self._callbacks) as events, seeded(self._settings.seed):
+            if self._world.sharded:
+                # nobody may keep what the handle would otherwise switch on again at the end
+                self._base.model.requires_grad_(False)
+            self._beginning = self._begin()
             handle = attach(
                 self._base.model,
-                self._what,
+                self._beginning,
                 NAME,
                 trainable=True,
                 seed=self._settings.seed,
                 allow_other_base=True,  # it was checked against the base as it was loaded
             )
             try:
-                return self._run(handle, events)
+                with own_checkpointing_kept(self._base.model):
+                    return self._run(handle, events)
             finally:
                 handle.detach()
 
     def _run(self, handle: Handle, events: CallbackList) -> RunResult:
         spec = handle.snapshot(NAME).spec
-        job = Job(NAME, handle, self._data, self._training, self._settings, dropout=spec.dropout)
-        packed = PackedModel(self._base.model, handle)
+        job = Job(
+            NAME,
+            handle,
+            self._data,
+            self._training,
+            self._settings,
+            dropout=spec.dropout,
+            world=self._world,
+        )
+        self._world.copy_(handle.flat(NAME).detach())  # a decomposition may differ by rounding
+        shared = self._share_base()
+        packed, notes = recomputing(self._base.model, handle, self._settings.recompute)
+        self._check_forwards(packed.mode)
         check_first_forward(packed, job)
         if not self._resuming:
-            self.notes += packed.notes
-            self._create(spec)
-        with self._folder.locked(), StopRequest() as stop:
-            self._folder.clean()
-            checkpoint, damaged = latest_checkpoint(self._folder.checkpoints)
-            metrics = self._folder.open_metrics(
-                None if checkpoint is None else checkpoint.state["metrics_length"]
+            self.notes += [*shared, *notes]
+            self._world.share(lambda: self._create(spec))
+            self._check_seen()
+        with self._owned(), StopRequest() as stop:
+            checkpoint, damaged = self._world.share(
+                lambda: latest_checkpoint(self._folder.checkpoints)
             )
-            try:
+            with self._metrics(checkpoint) as metrics:
                 loop = Loop(
                     packed,
                     job,
-                    continued=isinstance(self._what, Adapter),
+                    continued=isinstance(self._what, Adapter)
+                    or (isinstance(self._beginning, Initial) and not self._beginning.is_base),
                     validation=self._validation,
                     events=events,
                     folder=self._folder,
@@ -220,16 +320,74 @@ class Trainer:
                     stop=stop,
                     keep=self._keep,
                     decided=decisive(self._folder.read_settings()),
+                    world=self._world,
                 )
                 if checkpoint is not None:
                     loop.load(checkpoint)
                 self._tell_start(job, events)
-                told = [f"the run goes on after step {job.step}"] if self._resuming else self.notes
+                told = self.notes
+                if self._resuming:
+                    told = [f"the run goes on after step {job.step}", *shared]
                 for text in [*told, *damaged]:
                     events.on_note(text)
                 return self._train(loop, job, handle, events, stop)
-            finally:
-                metrics.close()
+
+    # --- several processes -----------------------------------------------------------------
+
+    def _share_base(self) -> list[str]:
+        """Spread the base if that is wanted; a sentence on the processes, if there are several."""
+        world = self._world
+        if world.size == 1:
+            return []
+        text = f"{world.size} processes share each batch of {self._settings.batch_size}"
+        if world.sharded:
+            found = shard_(self._base.model, self._base.placement.device.type)
+            text += (
+                f"; the base's {found.whole / 2**20:,.1f} MB are {found.here / 2**20:,.1f} MB "
+                "in each process between forwards, of which the embeddings are whole"
+            )
+        return [text]
+
+    def _check_forwards(self, mode: str) -> None:
+        """Where the base is spread, all processes must make the same number of forwards."""
+        if self._world.sharded and mode == "single" and self._settings.micro_batch != 1:
+            raise BaseError(
+                "examples go through this base one at a time, so with --shard the processes would "
+                "not make equally many forwards. Give --micro-batch 1"
+            )
+
+    def _check_seen(self) -> None:
+        if not self._folder.settings.is_file():
+            raise InputError(
+                f"process {self._world.rank} does not see {self._folder.path}, which process 0 "
+                "has made. Give as --out a place on a file system that all machines share."
+            )
+
+    @contextlib.contextmanager
+    def _owned(self) -> Iterator[None]:
+        """In the process that writes: nobody else does, and no half-written file lies there."""
+        if not self._world.first:
+            yield
+            return
+        with self._folder.locked():
+            self._folder.clean()
+            yield
+
+    @contextlib.contextmanager
+    def _metrics(self, checkpoint: Checkpoint | None) -> Iterator[MetricsFile | None]:
+        """The file of metrics as it was at the checkpoint, in the process that writes."""
+        if not self._world.first:
+            yield None
+            return
+        metrics = self._folder.open_metrics(
+            None if checkpoint is None else checkpoint.state["metrics_length"]
+        )
+        try:
+            yield metrics
+        finally:
+            metrics.close()
+
+    # --- the end ---------------------------------------------------------------------------
 
     def _train(
         self, loop: Loop, job: Job, handle: Handle, events: Callback, stop: StopRequest
@@ -240,11 +398,15 @@ class Trainer:
             if job.best is None or job.best.step == 0:
                 self._keep(job)
             events.on_end(self._result(loop, job, "interrupted"))
+            with contextlib.suppress(PeerLost):
+                self._world.wait()  # torchrun ends those who are still here when one has left
             name = stop.received.name if stop.received is not None else "a request"
-            raise Interrupted(
+            stopped = Interrupted(
                 f"stopped by {name} after step {job.step} of {job.total_steps}; the state is "
                 f"saved. Go on with: lorakit train --resume {self._folder.path}"
-            ) from None
+            )
+            stopped.said = not self._world.first
+            raise stopped from None
         return self._finish(loop, job, handle, events)
 
     def _finish(self, loop: Loop, job: Job, handle: Handle, events: Callback) -> RunResult:
@@ -258,21 +420,29 @@ class Trainer:
         job.restore_best()
         self._keep(job)
         self._sample(loop, handle)
-        try:
-            write_report(self._folder.path)
-        except Exception as error:  # the adapter is there; a page about it is not worth the run
-            logger.debug("the report failed", exc_info=True)
-            loop.note(f"report.html could not be written: {type(error).__name__}: {error}")
+        if self._world.first:
+            try:
+                write_report(self._folder.path)
+            except Exception as error:  # the adapter is there; a page on it is not worth the run
+                logger.debug("the report failed", exc_info=True)
+                loop.note(f"report.html could not be written: {type(error).__name__}: {error}")
         result = self._result(loop, job, "early stop" if job.stopped_early else "finished")
-        self._folder.write_result(result_to_dict(result))
+        if self._world.first:
+            self._folder.write_result(result_to_dict(result))
+        self._world.wait()
         events.on_end(result)
         return result
 
     def _create(self, spec: LoRASpec) -> None:
         start = self._what if isinstance(self._what, Adapter) else None
+        began = self._beginning.adapter if isinstance(self._beginning, Initial) else None
+        if began is not None:
+            spec = began.spec
+        elif isinstance(self._what, LoRASpec):
+            spec = self._what
         sections = {
             **self._origin.to_dict(self._base),
-            "lora": spec_to_dict(self._what if isinstance(self._what, LoRASpec) else spec),
+            "lora": spec_to_dict(spec),
             "train": self._settings.to_dict(),
             **plain(self._extra),
             "content": self._content,
@@ -284,7 +454,7 @@ class Trainer:
             ),
             **environment(),
         }
-        self._folder.create(sections, start, self.notes)
+        self._folder.create(sections, start, self.notes, initial=began)
 
     def _tell_start(self, job: Job, events: Callback) -> None:
         events.on_start(
@@ -302,15 +472,21 @@ class Trainer:
 
     def _keep(self, job: Job) -> None:
         """Save the adapter as it is now."""
+        if not self._world.first:
+            return
+        began = self._beginning.adapter.spec if isinstance(self._beginning, Initial) else None
+        history = provenance(
+            job,
+            self._data,
+            self._validation_data,
+            self._what if isinstance(self._what, Adapter) else None,
+        )
+        if began is not None:
+            history["init"] = {"method": began.init, "rank": began.rank}
         save_adapter(
             job.snapshot().with_(
                 base=self._base.identity,
-                provenance=provenance(
-                    job,
-                    self._data,
-                    self._validation_data,
-                    self._what if isinstance(self._what, Adapter) else None,
-                ),
+                provenance=history,
                 task_type="CAUSAL_LM",
             ),
             self._folder.adapter,
@@ -318,6 +494,8 @@ class Trainer:
 
     def _sample(self, loop: Loop, handle: Handle) -> None:
         if self._validation is None or not self._settings.samples:
+            return
+        if not self._world.first and not self._world.sharded:
             return
         samples = answer_samples(
             self._base,
@@ -327,7 +505,7 @@ class Trainer:
             count=self._settings.samples,
             max_new_tokens=self._settings.sample_tokens,
         )
-        if samples:
+        if samples and self._world.first:
             self._folder.write_samples(samples)
 
     def _result(self, loop: Loop, job: Job, ending: Any) -> RunResult:
@@ -354,6 +532,8 @@ class Trainer:
         data: TokenData | None = None,
         validation: TokenData | None = None,
         callbacks: Iterable[Callback] = (),
+        world: World | None = None,
+        shard: bool = False,
     ) -> RunResult:
         """Go on with a run exactly where its last checkpoint is; a finished one gives its result.
 
@@ -362,6 +542,7 @@ class Trainer:
             base, data, validation: to spare their loading, or where the run's were made by a
                 program.
             callbacks: who is told what happens.
+            world, shard: as for a new one; neither need be what it was before.
 
         Raises:
             InputError: there is no run, another process runs it, or data that did not come from
@@ -370,10 +551,11 @@ class Trainer:
         """
         folder = RunFolder(Path(out))
         sections = folder.read_settings()
-        done = finished_run(out)
+        world = world or current_world()
+        done = world.share(lambda: finished_run(out))
         if done is not None:
             return done
-        origin = Origin.from_dict(sections)
+        origin = Origin.from_dict(sections).on(world.device)
         if base is None:
             base = origin.load_base()
         if data is None:
@@ -386,11 +568,11 @@ class Trainer:
                 "this run's validation data did not come from files that lorakit read; give it "
                 "again: Trainer.resume(out, validation=…)"
             )
-        what = (
-            load_adapter(folder.start)
-            if folder.start.is_dir()
-            else spec_from_dict(sections["lora"])
-        )
+        what: LoRASpec | Adapter | Initial = spec_from_dict(sections["lora"])
+        if folder.start.is_dir():
+            what = load_adapter(folder.start)
+        elif folder.initial.is_dir():
+            what = Initial(load_adapter(folder.initial).with_(spec=what))
         trainer = cls(
             base,
             what,
@@ -400,6 +582,8 @@ class Trainer:
             validation=validation,
             callbacks=callbacks,
             allow_other_base=True,  # decided when the run began; the base itself is compared here
+            world=world,
+            shard=shard,
         )
         check_content(content, trainer._content)
         trainer._resuming = True

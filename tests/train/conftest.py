@@ -36,7 +36,10 @@ class Workshop:
         """A trainer of 12 steps; ``options`` of the trainer, or else of its settings."""
         given = {
             name: options.pop(name)
-            for name in ("callbacks", "validation", "allow_other_base", "extra", "data")
+            for name in (
+                *("callbacks", "validation", "allow_other_base", "extra", "data"),
+                *("world", "shard", "calibrate"),
+            )
             if name in options
         }
         base = base or self.base()
