@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -119,23 +120,37 @@ def _script(python: Path, script: Path, root: Path, log: Path) -> tuple[int, lis
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HOME": str(root / "hf"),
     }
+    cases = []
     with log.open("a") as file:
+        process = subprocess.Popen(
+            [*command, str(root / "work")],
+            cwd=REPOSITORY if own else root / "work",
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+        )
+        assert process.stdout is not None
+        watch = threading.Timer(LIMIT, process.kill)
+        watch.start()
         try:
-            done = subprocess.run(
-                [*command, str(root / "work")],
-                cwd=REPOSITORY if own else root / "work",
-                env=variables,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                timeout=LIMIT,
-            )
-            code, out = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as error:
-            code = 124
-            out = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else ""
-        file.write(out)
-    return code, [case for case in map(_case, out.splitlines()) if case is not None]
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                case = _case(line)
+                if case is not None:
+                    cases.append(case)
+                    say(f"  {script.stem}: {_told(case)}")
+        finally:
+            watch.cancel()
+    return process.wait(), cases
+
+
+def _told(case: dict[str, Any]) -> str:
+    """A case in a few words, for those who watch."""
+    number = case["largest_difference"]
+    seen = "" if number is None else f" ({number:.2g})"
+    return f"{case['case']}: {'passed' if case['passed'] else 'FAILED'}{seen}"
 
 
 def _case(line: str) -> dict[str, Any] | None:

@@ -28,15 +28,15 @@ def logits(adapter: Path | None) -> np.ndarray:
 
 
 def train(kind: str) -> Path:
-    """A few steps of mlx-lm's own trainer on the last four blocks."""
+    """Two steps of mlx-lm's own trainer on the last block; DoRA's cost it half a minute each."""
     data, out = work.own / "data", work.own / f"trained_{kind}"
     data.mkdir(exist_ok=True)
     for name in ("train", "valid"):
-        rows = [json.dumps({"text": f"{i} is a number, and {i} + 1 is {i + 1}."}) for i in range(8)]
+        rows = [json.dumps({"text": f"{i} is a number."}) for i in range(2)]
         (data / f"{name}.jsonl").write_text("\n".join(rows))
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "mlx_lm", "lora", "--train", "--model", work.base]
-    flags = "--batch-size 2 --iters 4 --num-layers 4 --learning-rate 1e-2 --val-batches 1"
+    flags = "--batch-size 1 --iters 2 --num-layers 1 --learning-rate 1e-2 --val-batches 1"
     subprocess.run(
         [*command, "--data", data, "--adapter-path", out, "--fine-tune-type", kind, *flags.split()],
         check=True,
