@@ -87,9 +87,10 @@ def _evaluated(options: argparse.Namespace, variant: str, adapter: Path) -> dict
     rows = range(min(options.test_rows, len(data)))
     trained = load_adapter(adapter)
     found = {"base": loss(base.model, None, None, data, rows).loss}
-    with lorakit.attach(base.model, trained, "a") as handle:
-        found["adapter"] = loss(base.model, handle, "a", data, rows).loss
-    lorakit.merge(base.model, trained)
+    handle = lorakit.attach(base.model, trained, "a", allow_other_base=True)
+    found["adapter"] = loss(base.model, handle, "a", data, rows).loss
+    handle.detach()
+    lorakit.merge(base.model, trained, allow_other_base=True)
     found["merged"] = loss(base.model, None, None, data, rows).loss
     del base
     gc.collect()

@@ -44,6 +44,7 @@ Mode = Literal["packed", "padded", "single"]
 #: that see a neighbour they should not differ by far more
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
 _ROUNDING_HALF = 3e-2
+_ROUNDING_INT8 = 1e-1
 
 #: position encodings whose frequencies depend on the longest position of a forward
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -330,7 +331,10 @@ class PackedModel:
         except DoesNotFit as reason:
             self.notes.append(f"layers are not fused: {reason}")
             return
-        problem = self._disagrees(_Input.of(probe_sequences(self.model, self.device)), alone)
+        # LLM.int8's own kernel rounds the activations too, by up to a hundredth in each linear
+        limit = _ROUNDING_INT8 if _has_int8(self.model) else None
+        whole = _Input.of(probe_sequences(self.model, self.device))
+        problem = self._disagrees(whole, alone, limit)
         if problem is not None:
             self.fused = None
             self.notes.append(f"layers are not fused: {problem}")
@@ -401,7 +405,7 @@ class PackedModel:
             "it computes its logits by more than its output head"
         )
 
-    def _disagrees(self, whole: _Input, alone: Tensor) -> str | None:
+    def _disagrees(self, whole: _Input, alone: Tensor, limit: float | None = None) -> str | None:
         """Why logits of a shared forward are not those of each sequence alone."""
         try:
             if self.mode == "packed":
@@ -410,7 +414,7 @@ class PackedModel:
             logits = torch.cat([self._probe_logits(part) for part in parts])
         except Exception as error:  # whatever a model's own code raises on what it cannot do
             return f"the model does not take them ({type(error).__name__}: {error})"
-        if close(logits, alone):
+        if close(logits, alone, limit):
             return None
         worst = float((logits - alone).abs().max() / alone.abs().max())
         return f"logits differ by {worst:.1e} from those of each example alone"
@@ -578,9 +582,10 @@ def accepted(module: Any, **options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
-def close(mine: Tensor, reference: Tensor) -> bool:
+def close(mine: Tensor, reference: Tensor, limit: float | None = None) -> bool:
     scale = reference.abs().max().clamp_min(1e-30)
-    limit = _ROUNDING.get(reference.dtype, _ROUNDING_HALF)
+    if limit is None:
+        limit = _ROUNDING.get(reference.dtype, _ROUNDING_HALF)
     return bool((mine - reference).abs().max() <= limit * scale)
 
 
@@ -631,6 +636,13 @@ def _forget_longest(model: nn.Module, length: int) -> None:
         if original is not None and "dynamic" in str(getattr(module, "rope_type", "")):
             for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
                 setattr(module, name, math.inf if length < original else 0)
+
+
+def _has_int8(model: nn.Module) -> bool:
+    return any(
+        isinstance(getattr(module, "weight", None), Tensor) and module.weight.dtype == torch.int8
+        for module in model.modules()
+    )
 
 
 def _recomputes(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,11 @@ class Origin:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"run.yaml does not say how to load the run again: {error}") from error
+
+    def on(self, device: Callable[[str], str]) -> Origin:
+        """The same with another device, told by the one that is named here."""
+        named = str(self.base.get("device", "auto"))
+        return dataclasses.replace(self, base={**self.base, "device": device(named)})
 
     def load_base(self) -> Base:
         """Load the base as it was loaded before."""
@@ -140,7 +145,7 @@ def check_content(stored: Mapping[str, Any], now: Mapping[str, str | None]) -> N
 
 
 #: training settings that decide nothing about the adapter
-_FREE = {"checkpoint_every", "keep_checkpoints", "samples", "sample_tokens"}
+_FREE = {"recompute", "checkpoint_every", "keep_checkpoints", "samples", "sample_tokens"}
 
 
 def decisive(sections: Mapping[str, Any]) -> dict[str, Any]:
