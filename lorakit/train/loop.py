@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -356,6 +357,8 @@ class Loop:
         twice as long too, whose difference tells what each token needs.
         """
         free = available_bytes()
+        if free is not None and self._world.size > 1:  # those of this machine share it
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", self._world.size))
         part = self._job.largest_part()
         tokens = num_tokens(part)
         small = shortened(part, 1 / 8)
