@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-#: bytes of the accumulator that a CPU works on at a time, so that it stays in the cache: casting,
-#: adding, checking and casting back then cost one pass over the stored weight. It also fixes the
-#: order of the sums, so a file and a model merged from the same values are equal bit for bit.
-BLOCK_BYTES = 1 << 18
+#: bytes of the accumulator that a CPU works on at a time, so that it stays in the outer cache while
+#: it is cast, added to, checked and cast back; smaller ones cost more in calls than they save. It
+#: also fixes the order of the sums, so a file and a model merged from the same values are equal bit
+#: for bit.
+BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,10 @@ class Recipe:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Recipe:
         """The same numbers where and as they are added."""
+        tensors = [t for term in self.terms for t in (term.left, term.right)]
+        plain = self.magnitude is None and self.value is None
+        if plain and all(t.dtype == dtype and t.device == device for t in tensors):
+            return self
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device, dtype)
@@ -71,12 +76,32 @@ class Recipe:
         """Whether no finite weight of ``dtype`` can become infinite, known without looking at it.
 
         A change of less than half the distance of the two largest numbers is rounded away there;
-        a quarter leaves room for the roundings of the sum.
+        a quarter of that leaves room for the roundings of the sum.
         """
         if self.magnitude is not None or self.value is not None:
             return False
-        spacing = torch.finfo(dtype).max * torch.finfo(dtype).eps / 2
-        return sum(term.bound() for term in self.terms) < spacing / 4
+        return sum(term.bound() for term in self.terms) < _room(dtype)
+
+
+def doubtful(recipes: Sequence[Recipe], dtypes: Sequence[torch.dtype]) -> list[bool]:
+    """Which merged weights may hold infinities although W and the factors are finite.
+
+    First by ``‖left‖ · ‖right‖``, which is one call for all factors and settles nearly all, then by
+    :meth:`Recipe.cannot_overflow`.
+    """
+    factors = [t.detach() for r in recipes for term in r.terms for t in (term.left, term.right)]
+    norms = iter(torch.stack([n.float() for n in torch._foreach_norm(factors)]).tolist())
+    found = []
+    for recipe, dtype in zip(recipes, dtypes, strict=True):
+        size = sum(abs(term.factor) * next(norms) * next(norms) for term in recipe.terms)
+        plain = recipe.magnitude is None and recipe.value is None
+        found.append(not (plain and size < _room(dtype)) and not recipe.cannot_overflow(dtype))
+    return found
+
+
+def _room(dtype: torch.dtype) -> float:
+    """What may be added to the largest number of a dtype without a doubt."""
+    return torch.finfo(dtype).max * torch.finfo(dtype).eps / 8
 
 
 def compute_dtype_for(weight: torch.dtype, asked: torch.dtype) -> torch.dtype:
@@ -84,13 +109,21 @@ def compute_dtype_for(weight: torch.dtype, asked: torch.dtype) -> torch.dtype:
     return torch.promote_types(weight, asked)
 
 
-def merge_(weight: Tensor, recipe: Recipe, asked: torch.dtype, *, write: bool = True) -> Tensor:
+def merge_(
+    weight: Tensor,
+    recipe: Recipe,
+    asked: torch.dtype,
+    *,
+    write: bool = True,
+    check: bool = True,
+) -> Tensor:
     """Merge into a dense weight, in place: one pass, added in one dtype, cast once.
 
     Args:
         weight: of any shape, dtype and strides.
         asked: the dtype to add in.
         write: ``False`` computes, checks and leaves the weight alone.
+        check: ``False`` does not look, where a bound has proven it already.
 
     Returns:
         A boolean scalar on the weight's device: whether every value is finite after the cast.
@@ -115,9 +148,12 @@ def merge_(weight: Tensor, recipe: Recipe, asked: torch.dtype, *, write: bool = 
         if target is not source:
             target.copy_(source)
         finish_(target, recipe, begin)
-        fine.append(_is_safe(target, weight.dtype))
+        if check:
+            fine.append(_is_safe(target, weight.dtype))
         if write and target is not block:
             block.copy_(target)
+    if not fine:
+        return torch.ones((), dtype=torch.bool, device=weight.device)
     return fine[0] if len(fine) == 1 else torch.stack(fine).all()
 
 
@@ -146,10 +182,13 @@ def finish_(rows: Tensor, recipe: Recipe, begin: int) -> None:
 
 
 @contextlib.contextmanager
-def exact_products(device_type: str) -> Iterator[None]:
+def exact_products(device_types: Iterable[str]) -> Iterator[None]:
     """Let float32 products be float32: no TF32, no bfloat16, no autocast."""
     before = torch.get_float32_matmul_precision()
-    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device_type in device_types:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         if before == "highest":
             yield
             return

@@ -31,7 +31,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lorakit.bases.identity import check_base, identify
 from lorakit.core.files import clear_disk_errors
 from lorakit.core.identity import BaseIdentity
-from lorakit.core.merging import compute_dtype_for, exact_products, finish_, merge_
+from lorakit.core.merging import (
+    compute_dtype_for,
+    doubtful,
+    exact_products,
+    finish_,
+    merge_,
+)
 from lorakit.core.safetensors_io import read_entry, read_safetensors_header, write_safetensors
 from lorakit.errors import InputError, LorakitError, collected
 from lorakit.layers.handle import handle_of
@@ -195,15 +201,18 @@ class Undo:
                 self._steps = [_Step.of(change) for change in self._changes]
                 self.bytes = self._store.keep_all(self._steps)
             fine = []
-            for step in self._steps:
-                self._store.keep(step)
-                step.started = True
-                step.separate()
-                ok, error = _rewrite_(step.change, compute_dtype)
-                fine.append((step, ok))
-                if error is not None:
-                    self.errors[step.name] = error
-            _check_finite([(step.change, ok) for step, ok in fine])
+            with exact_products({step.change.parameter.device.type for step in self._steps}):
+                for step in self._steps:
+                    self._store.keep(step)
+                    step.started = True
+                    step.separate()
+                    # without originals, it was proven or tried before anything was touched
+                    check = self.where is not None
+                    ok, error = _rewrite_(step.change, compute_dtype, check=check)
+                    fine.append((step.change, ok))
+                    if error is not None:
+                        self.errors[step.name] = error
+            _check_finite(fine)
         except BaseException:
             if self.where is not None:
                 self._restore()
@@ -334,28 +343,31 @@ class _Store:
 
 
 def _rewrite_(
-    change: Change, asked: torch.dtype, *, write: bool = True
+    change: Change, asked: torch.dtype, *, write: bool = True, check: bool = True
 ) -> tuple[Tensor, float | None]:
     """Merge one weight; whether it is finite, and what quantising it again added."""
-    device = change.parameter.device
-    with exact_products(device.type):
-        if change.packed is None:
-            return merge_(change.parameter.detach(), change.recipe, asked, write=write), None
-        dtype = compute_dtype_for(torch.float32, asked)
-        total = change.packed.dense(dtype)
-        finish_(total, change.recipe.to(device, dtype), 0)
-        fine = torch.isfinite(total).all()
-        if not write or not bool(fine):
-            return fine, None
-        change.packed.store_(total)
-        again = change.packed.dense(dtype)
-        return fine, float((again - total).norm() / total.norm().clamp_min(1e-30))
+    if change.packed is None:
+        weight = change.parameter.detach()
+        return merge_(weight, change.recipe, asked, write=write, check=check), None
+    dtype = compute_dtype_for(torch.float32, asked)
+    total = change.packed.dense(dtype)
+    finish_(total, change.recipe.to(change.parameter.device, dtype), 0)
+    fine = torch.isfinite(total).all()
+    if not write or not bool(fine):
+        return fine, None
+    change.packed.store_(total)
+    again = change.packed.dense(dtype)
+    return fine, float((again - total).norm() / total.norm().clamp_min(1e-30))
 
 
 def _check_results(changes: Sequence[Change], asked: torch.dtype) -> None:
     """Compute, without writing, what the factors alone do not prove to be finite."""
-    doubtful = [c for c in changes if c.packed or not c.recipe.cannot_overflow(c.parameter.dtype)]
-    _check_finite([(c, _rewrite_(c, asked, write=False)[0]) for c in doubtful])
+    plain = [c for c in changes if c.packed is None]
+    doubts = doubtful([c.recipe for c in plain], [c.parameter.dtype for c in plain])
+    open_ = [c for c, doubt in zip(plain, doubts, strict=True) if doubt]
+    open_ += [c for c in changes if c.packed is not None]
+    with exact_products({c.parameter.device.type for c in open_}):
+        _check_finite([(c, _rewrite_(c, asked, write=False)[0]) for c in open_])
 
 
 def _check_finite(results: Sequence[tuple[Change, Tensor]]) -> None:

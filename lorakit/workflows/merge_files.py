@@ -420,7 +420,7 @@ def _made(
     tensor = read_entry(shard.path, shard.entries[one.source])
     target = _new_dtype(tensor.dtype, dtype)
     fine: Any = True
-    with exact_products("cpu"):
+    with exact_products(["cpu"]):
         if one.recipe is not None:
             if target != tensor.dtype:  # added before it is cast, and cast once
                 tensor = tensor.to(compute_dtype_for(tensor.dtype, compute_dtype))
