@@ -25,6 +25,9 @@ from collections.abc import Iterable
 class LorakitError(Exception):
     """Base of everything that lorakit raises on purpose."""
 
+    said = False
+    """Whether another process of the same run tells the user."""
+
 
 class InputError(LorakitError, ValueError):
     """Something that the caller gave is wrong."""

@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LorakitError as error:
         if options.debug:
             raise
-        print(f"lorakit {options.command}: {error}", file=sys.stderr)
+        if not error.said:
+            print(f"lorakit {options.command}: {error}", file=sys.stderr)
         if isinstance(error, Interrupted):
             return 130
         return 2 if isinstance(error, (InputError, MissingDependencyError)) else 1

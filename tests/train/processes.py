@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
 import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,8 +120,10 @@ def both_ways(world: Any, base: Path, data: Path, folder: Path) -> dict[str, Any
     replicated = trainer(base, data, folder / "replicated")
     replicated.run()
     sharded = trainer(base, data, folder / "sharded", shard=True)
-    result = sharded.run()
     model = sharded._base.model
+    before = [weakref.ref(p) for p in model.model.layers.parameters() if p.ndim > 1]
+    result = sharded.run()
+    gc.collect()
     stored = dict(model.named_parameters())
     return {
         "steps": result.steps,
@@ -132,6 +136,7 @@ def both_ways(world: Any, base: Path, data: Path, folder: Path) -> dict[str, Any
             (p.to_local() if hasattr(p, "to_local") else p).untyped_storage().nbytes()
             for p in stored.values()
         ),
+        "still_there": sum(whole() is not None for whole in before),
         "notes": sharded.notes,
     }
 

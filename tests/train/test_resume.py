@@ -110,14 +110,14 @@ def test_an_interrupt_during_an_evaluation(shop, expected, evaluation, monkeypat
 
     begun = []
 
-    def interrupted_loss(*args, on_batch, **kwargs):
+    def interrupted_losses(*args, on_batch, **kwargs):
         begun.append(1)
         if len(begun) == evaluation:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, on_batch=on_batch, **kwargs)
 
-    original = loop.evaluate_loss
-    monkeypatch.setattr(loop, "evaluate_loss", interrupted_loss)
+    original = loop.example_losses
+    monkeypatch.setattr(loop, "example_losses", interrupted_losses)
     step = 5 * (evaluation - 1)
     with pytest.raises(Interrupted, match=f"by SIGTERM after step {step} of 20"):
         shop.trainer(**LONG).run()
