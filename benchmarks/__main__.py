@@ -12,6 +12,7 @@ BENCHMARKS = {
     "bases": "bases stored in 4, 8, 16 and 32 bits: loss, speed, memory, merging",
     "full_finetune": "a fully fine-tuned checkpoint, in a plain loop",
     "extract": "what adapters extracted from such a checkpoint keep, by rank",
+    "estimate": "predicted memory and time beside measured, for drawn settings",
     "merge": "merge and undo: cycles, time, latency, logits",
     "merge_streaming": "a large checkpoint merged from file to file: its memory",
 }

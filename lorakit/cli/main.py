@@ -19,6 +19,7 @@ from lorakit.errors import InputError, Interrupted, LorakitError, MissingDepende
 #: command → (module, line of help), in the order in which somebody meets them
 COMMANDS = {
     "preview": ("preview", "show what would be trained: rendered examples, supervised tokens"),
+    "estimate": ("estimate", "memory and time of a run, before it; what to change so that it fits"),
     "train": ("train", "train one adapter on a file of data, or go on with one"),
     "eval": ("evaluate", "loss, perplexity and text metrics: base beside adapter"),
     "generate": ("generate", "text from the base and from adapters, side by side"),
