@@ -21,12 +21,46 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+#: characters of one line of a message
+_MAX_LINE = 2000
+#: of one problem in a list
+_MAX_PROBLEM = 600
+
 
 class LorakitError(Exception):
-    """Base of everything that lorakit raises on purpose."""
+    """Base of everything that lorakit raises on purpose.
+
+    A message quotes names from files, so characters that would steer a terminal are shown as
+    escapes, and a line of a message is never longer than a screen.
+    """
 
     said = False
     """Whether another process of the same run tells the user."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*(_shown(arg) if isinstance(arg, str) else arg for arg in args), **kwargs)
+
+
+def _shown(text: str) -> str:
+    """A message that is safe to print."""
+    if len(text) <= _MAX_LINE and text.replace("\n", "").replace("\t", "").isprintable():
+        return text
+    return "\n".join(clipped(_escaped(line), _MAX_LINE) for line in text.split("\n"))
+
+
+def _escaped(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(
+        c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in line
+    )
+
+
+def clipped(text: str, limit: int) -> str:
+    """A text without its middle, if it is longer than ``limit`` characters."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} … {text[-limit // 2 + 3 :]}"
 
 
 class InputError(LorakitError, ValueError):
@@ -78,7 +112,7 @@ def collected(title: str, problems: Iterable[str], *, limit: int = 20) -> str:
         limit: how many are printed; the rest is counted.
     """
     lines = list(problems)
-    shown = [f"  - {line}" for line in lines[:limit]]
+    shown = [f"  - {clipped(line, _MAX_PROBLEM)}" for line in lines[:limit]]
     if len(lines) > limit:
         shown.append(f"  … and {len(lines) - limit} more")
     return "\n".join([f"{title}:", *shown])

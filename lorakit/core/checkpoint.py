@@ -12,11 +12,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lorakit.core.names import odd_name
 from lorakit.core.safetensors_io import Entry, read_entry, read_safetensors_header
 from lorakit.errors import FormatError, collected
 
 #: names under which libraries store a whole model, in the order in which they are looked for
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+
+
+#: the largest models' indexes have some MB
+MAX_INDEX_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file():
         return Checkpoint(path, (_shard(path),))
     if not path.is_dir():
-        raise FormatError(f"{path} does not exist. Give the folder of a model.")
+        what = "is no file and no folder" if path.exists() else "does not exist"
+        raise FormatError(f"{path} {what}. Give the folder of a model.")
     for stem in _STEMS:
         index = path / f"{stem}.safetensors.index.json"
-        if index.exists():
+        if index.is_file():
             return _sharded(path, index)
-        if (path / f"{stem}.safetensors").exists():
+        if (path / f"{stem}.safetensors").is_file():
             return Checkpoint(path, (_shard(path / f"{stem}.safetensors"),))
     names = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
     raise FormatError(
@@ -85,8 +91,19 @@ def _shard(path: Path) -> Shard:
     return Shard(path, entries, metadata)
 
 
+def _is_file_name(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and len(name) <= 255
+        and Path(name).name == name
+        and not odd_name(name)
+    )
+
+
 def _sharded(folder: Path, index: Path) -> Checkpoint:
     try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError(f"it has {index.stat().st_size} bytes")
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(where.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -95,14 +112,15 @@ def _sharded(folder: Path, index: Path) -> Checkpoint:
             "it again."
         ) from error
     problems = [
-        f"{name!r} is no name of a file in the folder"
-        for name in files
-        if not isinstance(name, str) or Path(name).name != name
+        f"{name!r} is no name of a file in the folder" for name in files if not _is_file_name(name)
     ]
     problems = problems or [f"{name} is missing" for name in files if not (folder / name).is_file()]
     shards = () if problems else tuple(_shard(folder / name) for name in files)
+    of_file: dict[str, set[str]] = {}
+    for name, file in where.items():
+        of_file.setdefault(file, set()).add(name)
     for shard in shards:
-        named = {name for name, file in where.items() if file == shard.path.name}
+        named = of_file[shard.path.name]
         problems += [f"{shard.path.name} lacks {n}" for n in sorted(named - set(shard.entries))]
         problems += [
             f"{shard.path.name} holds {n}, which the index does not place there"

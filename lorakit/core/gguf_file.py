@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from lorakit.core.names import odd_name
 from lorakit.errors import FormatError, collected
 
 #: fields and tensors' names of an adapter take some kB; a whole model's vocabulary some MB
@@ -25,6 +26,9 @@ MAX_HEADER_BYTES = 200_000_000
 MAX_TENSORS = 1_000_000
 #: characters of a name: llama.cpp itself allows 64 for a tensor and 65535 for a field
 MAX_NAME_BYTES = 65535
+#: values of all arrays together; a number takes some thirty bytes once read, and the largest
+#: vocabularies have half a million entries in each of four arrays
+MAX_ARRAY_VALUES = 10_000_000
 
 #: code of a field's type → its form
 _SCALARS = {
@@ -130,6 +134,7 @@ class _Reader:
 
     def __init__(self, content: bytes, path: Path) -> None:
         self._content, self._path, self.position = content, path, 0
+        self._num_values = 0
 
     def take(self, num_bytes: int) -> bytes:
         end = self.position + num_bytes
@@ -166,17 +171,27 @@ class _Reader:
 
     def _array(self) -> list[Any]:
         code, length = self.number("<I"), self.number("<Q")
+        self._num_values += length
         if code in _SCALARS:
             width = struct.calcsize(_SCALARS[code])
             if length * width > len(self._content) - self.position:
                 _damaged(self._path, f"an array at byte {self.position} claims {length} values")
+            self._refuse_too_many()
             raw = self.take(length * width)
             return [value for (value,) in struct.iter_unpack(_SCALARS[code], raw)]
         if code != _STRING:  # arrays of arrays exist in no adapter
             _damaged(self._path, f"an array at byte {self.position} has the type {code}")
         if length * 8 > len(self._content) - self.position:
             _damaged(self._path, f"an array at byte {self.position} claims {length} texts")
+        self._refuse_too_many()
         return [self.text(MAX_HEADER_BYTES) for _ in range(length)]
+
+    def _refuse_too_many(self) -> None:
+        if self._num_values > MAX_ARRAY_VALUES:
+            _damaged(
+                self._path,
+                f"its arrays have {self._num_values} values; at most {MAX_ARRAY_VALUES} are read",
+            )
 
 
 def _place(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
@@ -201,6 +216,9 @@ def _entries(
     for name, shape, code, offset in places:
         if name in entries:
             problems.append(f"{name}: it is there twice")
+            continue
+        if (odd := odd_name(name)) is not None:
+            problems.append(f"{name!r}: {odd}")
             continue
         if prod(max(n, 1) for n in shape) >= 2**60:
             problems.append(f"{name}: shape {list(shape)} is beyond any memory")
@@ -242,8 +260,8 @@ def _tensor(file: Any, entry: GgufEntry, path: Path) -> Tensor:
         _damaged(path, "it became shorter while it was read")
     if entry.type in _FLOATS:
         return torch.frombuffer(raw, dtype=_FLOATS[entry.type]).reshape(entry.shape)
-    if entry.shape[-1] % _Q8_0_BLOCK:
-        _damaged(path, f"a Q8_0 tensor has rows of {entry.shape[-1]}, no multiple of 32")
+    if not entry.shape or entry.shape[-1] % _Q8_0_BLOCK:
+        _damaged(path, f"a Q8_0 tensor has the shape {entry.shape}; its rows need a multiple of 32")
     blocks = torch.frombuffer(raw, dtype=torch.uint8).reshape(-1, _Q8_0_BYTES)
     scales = blocks[:, :2].contiguous().view(torch.float16).float()
     return (blocks[:, 2:].contiguous().view(torch.int8).float() * scales).reshape(entry.shape)

@@ -90,6 +90,9 @@ class BaseIdentity:
             BaseError: the data is not an identity.
         """
         try:
+            texts = [data.get("revision"), data.get("embedding")]
+            if any(text is not None and not isinstance(text, str) for text in texts):
+                raise TypeError("its revision or embedding is no text")
             return cls(
                 name=str(data["name"]),
                 architecture=str(data["architecture"]),
@@ -100,7 +103,7 @@ class BaseIdentity:
                 revision=data.get("revision"),
                 embedding=data.get("embedding"),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BaseError(f"the base identity in the adapter is malformed: {error!r}") from error
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -20,10 +21,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from lorakit.core.names import odd_name
 from lorakit.errors import FormatError, collected
 
-#: the largest header that the format's own reader accepts
-MAX_HEADER_BYTES = 100_000_000
+#: the format's own reader accepts 100 MB, which take a gigabyte once parsed; the headers of the
+#: largest models' shards have some MB
+MAX_HEADER_BYTES = 32_000_000
+#: a shape with more dimensions is no weight's
+MAX_DIMENSIONS = 16
 
 DTYPES = {
     "F64": torch.float64,
@@ -216,15 +221,26 @@ class _Duplicate(Exception):
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Duplicate(repr(next(name for name in names if names.count(name) > 1)))
+        counts = Counter(name for name, _ in pairs)
+        raise _Duplicate(repr(next(name for name, count in counts.items() if count > 1)))
     return found
 
 
 def _metadata(raw: Any, path: Path) -> dict[str, str]:
     if not isinstance(raw, dict) or not all(isinstance(v, str) for v in raw.values()):
         _damaged(path, "its metadata is no mapping of strings to strings")
+    if any(not _is_text(part) for item in raw.items() for part in item):
+        _damaged(path, "its metadata holds halves of characters, which are no text")
     return raw
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written again; JSON can name one half of a UTF-16 pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _entries(header: Mapping[str, Any], data_size: int, path: Path) -> dict[str, Entry]:
@@ -232,6 +248,9 @@ def _entries(header: Mapping[str, Any], data_size: int, path: Path) -> dict[str,
     entries: dict[str, Entry] = {}
     problems = []
     for name, raw in header.items():
+        if (odd := odd_name(name)) is not None:
+            problems.append(f"{name!r}: {odd}")
+            continue
         try:
             entries[name] = _entry(raw)
         except (ValueError, TypeError, KeyError) as error:
@@ -266,7 +285,9 @@ def _entry(raw: Any) -> Entry:
     dtype, shape, offsets = DTYPES[raw["dtype"]], raw["shape"], raw["data_offsets"]
     if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
         raise ValueError(f"shape {shape!r} and data_offsets {offsets!r} must be lists of counts")
-    if prod(max(n, 1) for n in shape) >= 2**63:
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"it has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are read")
+    if prod(max(n, 1) for n in shape) >= 2**60:
         raise ValueError(f"shape {shape} is beyond any memory")
     begin, end = offsets
     needed = prod(shape) * dtype.itemsize

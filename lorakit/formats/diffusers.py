@@ -131,8 +131,9 @@ def _scalings(
         problems += [f"{METADATA} of {component}: {problem}" for problem in wrong]
         found = found if spec is None else scalings(spec, modules)
     for path, parts in modules.items():
-        if "alpha" in parts and "A" in parts and parts["alpha"].numel() == 1:
-            found[path] = float(parts["alpha"].item()) / parts["A"].shape[0]
+        rank = parts["A"].shape[0] if "A" in parts and parts["A"].ndim else 0
+        if rank and "alpha" in parts and parts["alpha"].numel() == 1:
+            found[path] = float(parts["alpha"].item()) / rank
     return found
 
 

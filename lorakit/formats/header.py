@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorakit.core.expressions import MAX_RANK, wrong_expression
 from lorakit.core.identity import BaseIdentity
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, LorakitError
@@ -25,6 +26,10 @@ from lorakit.errors import FormatError, LorakitError
 KEY = "lorakit"
 #: raised when the layout changes in a way that older code would misread
 LAYOUT = 1
+
+
+#: what reading damaged JSON ends in
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
         return None
     try:
         said = json.loads(metadata[KEY])
+        json.dumps(said, ensure_ascii=False).encode()  # no halves of UTF-16 pairs
         if said["layout"] != LAYOUT:
             raise FormatError(
                 f"its header has layout {said['layout']!r}; this version reads {LAYOUT}. Update "
@@ -90,13 +96,13 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
             provenance=_object(said, "provenance"),
             spec=_object(said, "spec"),
             replaced=_strings(said, "replaced"),
-            task_type=said.get("task_type"),
+            task_type=_optional_string(said, "task_type"),
             scaling={str(k): float(v) for k, v in _object(said, "scaling").items()},
             no_bias=_strings(said, "no_bias"),
         )
     except FormatError:
         raise
-    except (LorakitError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (LorakitError, *_DAMAGE) as error:
         raise FormatError(
             f"its header's {KEY!r} entry is damaged ({type(error).__name__}: {error})"
         ) from error
@@ -131,9 +137,41 @@ def apply_difference(spec: LoRASpec, difference: Mapping[str, Any]) -> LoRASpec:
                 changes[name] = dict(value)
             else:
                 changes[name] = tuple(value) if isinstance(value, list) else value
+        problems = [f"{name} {wrong}" for name in changes if (wrong := _wrong(changes[name], name))]
+        if problems:
+            raise FormatError("; ".join(problems))
         return dataclasses.replace(spec, **changes)
-    except (LorakitError, TypeError, ValueError) as error:
+    except (LorakitError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"its header's settings are damaged: {error}") from error
+
+
+def _wrong(value: Any, name: str) -> str | None:
+    """What is wrong with a field of a spec beyond what the spec itself checks."""
+    if name in ("targets", "exclude", "train_modules"):
+        if not (isinstance(value, str) and name == "targets") and not _is_names(value):
+            return f"is {value!r}; expected names"
+        words = (value,) if isinstance(value, str) else value
+        return next((w for word in words if (w := wrong_expression(word))), None)
+    if name == "layers" and value is not None and not isinstance(value, str):
+        return f"is {value!r}; expected a text"
+    if name == "rank" and (type(value) is not int or value > MAX_RANK):
+        return f"is {value!r}; expected a whole number of at most {MAX_RANK}"
+    if name.endswith("_pattern"):
+        if any(type(n) not in (int, float) or n > MAX_RANK for n in value.values()):
+            return f"is {value!r}; expected expressions with numbers of at most {MAX_RANK}"
+        return next((w for text in value if (w := wrong_expression(text))), None)
+    return None
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, str) and item for item in value)
+
+
+def _optional_string(said: Mapping[str, Any], name: str) -> str | None:
+    value = said.get(name)
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} is no string")
+    return value
 
 
 def _pairs(pattern: Mapping[str, Any]) -> list[list[Any]]:

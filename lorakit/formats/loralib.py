@@ -32,6 +32,8 @@ from lorakit.formats.peft.config import as_number
 from lorakit.formats.portable import fold_site, plain_sites
 
 FILE = "lora.pt"
+#: of a block-diagonal B; joined projections have three parts, of some ten thousand outputs
+MAX_VALUES = 10**8
 
 _KEY = re.compile(r"(.+)\.(lora_[AB])")
 #: litgpt's names, whose factors end alike
@@ -151,6 +153,8 @@ def _merged(A: Tensor, B: Tensor, enabled: Sequence[bool]) -> tuple[Tensor, Tens
     if sum(chosen) != n:
         raise ValueError(f"it adapts {n} parts, but {sum(chosen)} are said to be enabled")
     part = B.shape[0] // n
+    if part * len(chosen) * n * rank > MAX_VALUES:
+        raise ValueError(f"its {n} parts of rank {rank} make a B beyond any memory")
     whole = B.new_zeros(part * len(chosen), n * rank)
     for number, place in enumerate(i for i, on in enumerate(chosen) if on):
         rows = slice(place * part, (place + 1) * part)

@@ -51,6 +51,8 @@ from lorakit.formats.kronecker import Factors
 from lorakit.formats.picture_names import FAMILIES, PREFIXES, family_of, read_name
 
 MID = "lora_mid.weight"
+#: of the factors of a whole file: 4 GB in float32
+MAX_VALUES = 10**9
 _BESIDE = {ALPHA, DORA, "scalar", "diff_b"}
 _FIRST = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _LOKR = {f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
@@ -70,6 +72,8 @@ class _Reader:
         self.rank = rank
         self.errors: list[tuple[int, int, float]] = []
         """Rank before, rank after, relative error; of the module read last, if any."""
+        self.values = 0
+        """Values of all factors that were multiplied out."""
 
     def site(self, parts: Mapping[str, Tensor]) -> LowRank | str:
         """The site of a module of any kind, or what is wrong with it."""
@@ -112,6 +116,8 @@ class _Reader:
             for i in (1, 2)
         ]
         kernel = _kernel(parts.get("hada_t1"))
+        product = halves[0][0].shape[1] * halves[1][0].shape[1]
+        self._take(product, halves[0][0].shape[0], halves[0][1].shape[1])
         factors = kronecker.hadamard(*halves)
         if self.rank is not None and self.rank < factors[0].shape[1]:
             before = factors[0].shape[1]
@@ -130,13 +136,37 @@ class _Reader:
                 "approximate it at"
             )
         if self.rank is not None and self.rank < exact:
+            self._take(
+                self.rank,
+                first[0].shape[0] * second[0].shape[0],
+                first[1].shape[1] * second[1].shape[1],
+            )
             factors, error = kronecker.truncated_kronecker(first, second, self.rank)
             self.errors.append((exact, factors[0].shape[1], error))
         else:
+            self._take(
+                exact,
+                first[0].shape[0] * second[0].shape[0],
+                first[1].shape[1] * second[1].shape[1],
+            )
             factors = kronecker.kronecker(first, second)
         kernel = _kernel(parts.get("lokr_t2"), parts.get("lokr_w2"), parts.get("lokr_w2_b"))
         r = next((r for r in (rank_1, rank_2) if r is not None), 1)
         return _site(factors, kernel, parts, 1.0 if full else _scale(parts, r))
+
+    def _take(self, rank: int, outputs: int, inputs: int) -> None:
+        """Make room for two factors, which can be far larger than what they are products of.
+
+        Raises:
+            _Wrong: there is none.
+        """
+        size = rank * (outputs + inputs)
+        self.values += size
+        if self.values > MAX_VALUES:
+            raise _Wrong(
+                f"becomes a LoRA of rank {rank} with {size} values; a whole file may take "
+                f"{MAX_VALUES}. Give a lower rank to approximate it at"
+            )
 
     def _full(self, parts: Mapping[str, Tensor]) -> LowRank:
         diff = parts["diff"]

@@ -27,11 +27,12 @@ from lorakit.core.adapter import Adapter
 from lorakit.core.safetensors_io import write_safetensors
 from lorakit.core.sites import LowRank, Site
 from lorakit.core.spec import LoRASpec
-from lorakit.errors import FormatError, collected
+from lorakit.errors import FormatError, clipped, collected
 from lorakit.formats.carried import adapter_of, header_of
 from lorakit.formats.folder import CONFIG
 from lorakit.formats.format import Content, Hints, Reading, Source, Written
 from lorakit.formats.pairs import EMBEDDINGS, by_module, left_behind, missing_parts, refuse
+from lorakit.formats.peft.config import is_number
 from lorakit.formats.portable import fold_site, pad_site
 
 FILE = "adapters.safetensors"
@@ -134,8 +135,8 @@ def _scale(config: Mapping[str, Any], hints: Hints, problems: list[str]) -> floa
         problems.append(f"lora_parameters is {parameters!r}; expected an object with the scale")
         return None
     scale = parameters.get("scale", DEFAULT_SCALE)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        problems.append(f"scale is {scale!r}; expected a number")
+    if not is_number(scale):
+        problems.append(f"scale is {clipped(repr(scale), 80)}; expected a finite number")
         return None
     return float(scale)
 

@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 
-from lorakit.errors import FormatError, collected
+from lorakit.errors import FormatError, InputError, collected
 from lorakit.formats.dialects import describe_keys
 from lorakit.formats.format import Format, Hints, Reading, Source
 from lorakit.formats.opening import open_source
@@ -120,8 +120,9 @@ def read_with(form: Format, source: Source, hints: Hints) -> Reading:
     """
     try:
         return form.read(source, hints)
-    except FormatError as error:
-        if any(str(path) in str(error) for path in (source.path, source.weights.parent)):
+    except InputError as error:  # settings that are impossible among them
+        named = any(str(path) in str(error) for path in (source.path, source.weights.parent))
+        if named and isinstance(error, FormatError):
             raise
         raise FormatError(f"{source.path} cannot be used as an adapter: {error}") from error
 

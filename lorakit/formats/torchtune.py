@@ -20,6 +20,7 @@ from lorakit.errors import FormatError
 from lorakit.formats.carried import adapter_of
 from lorakit.formats.format import Hints, Reading, Source, Written
 from lorakit.formats.pairs import by_module, missing_parts, refuse
+from lorakit.formats.peft.config import is_number
 
 _KEY = re.compile(r"(.+)\.(lora_[ab]|magnitude)(?:\.weight)?")
 _MODULES = {
@@ -52,9 +53,10 @@ class _Torchtune:
         """The adapter; the base's config gives the heads."""
         problems: list[str] = []
         alpha = source.config.get("lora_alpha") if hints.alpha is None else hints.alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        if not is_number(alpha):
             problems.append("its alpha is not in the file: give it (--alpha)")
             alpha = 0.0
+        assert alpha is not None
         heads = _heads(hints.base, problems)
         parts = by_module(source.tensors, _KEY, problems)
         problems += missing_parts(parts, ("lora_a", "lora_b"))

@@ -1,29 +1,22 @@
-"""Damaged and hostile files of every format: one clear error, or an adapter; nothing else."""
+"""Hostile files, one trick at a time; `test_mutated.py` has them by the thousand."""
 
 from __future__ import annotations
 
 import json
-import random
-import resource
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lorakit.core.gguf_file import read_gguf
-from lorakit.errors import FormatError, LorakitError
+from lorakit.errors import FormatError
 from lorakit.formats import save_adapter
 from lorakit.formats.convert import plan_reading
 from lorakit.formats.format import Hints, Reading
 from lorakit.formats.registry import read
 from tests.formats.language_models import LLAMA, adapter
-from tests.formats.small import MEMORY
 
 HINTS = Hints(alpha=4, base=LLAMA)
-
-#: numbers that break readers: beyond any file, negative, just off
-NUMBERS = (0, 1, 2, 3, 7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1)
 
 
 def files(folder: Path) -> dict[str, Path]:
@@ -40,89 +33,6 @@ def files(folder: Path) -> dict[str, Path]:
             found[to] = planned.write(out)
     save_adapter(adapter(), folder / "peft")
     return found | {"peft": folder / "peft" / "adapter_model.safetensors"}
-
-
-def header_bytes(content: bytes, to: str) -> int:
-    """Where the tensors' data begins, roughly."""
-    if to == "gguf":
-        return content.rindex(b"lora_b") + 40
-    if to == "loralib":
-        return len(content)
-    return 8 + int.from_bytes(content[:8], "little")
-
-
-def mutated(content: bytes, header: int, draw: random.Random) -> bytes:
-    """Half of the time the header alone is edited."""
-    new = bytearray(content)
-    end = header if draw.random() < 0.5 else len(new)
-    for _ in range(draw.randint(1, 4)):
-        at = draw.randrange(end)
-        kind = draw.randrange(5)
-        if kind == 0:
-            new[at] ^= 1 << draw.randrange(8)
-        elif kind == 1:
-            width = draw.choice((1, 2, 4, 8))
-            new[at : at + width] = (draw.choice(NUMBERS) % 2 ** (8 * width)).to_bytes(
-                width, "little"
-            )
-        elif kind == 2:
-            del new[at : at + draw.randint(1, 40)]
-        elif kind == 3:
-            new[at:at] = bytes(draw.randrange(256) for _ in range(draw.randint(1, 20)))
-        else:
-            del new[at:]
-        if not new:
-            break
-        end = min(end, len(new))
-        if end == 0:
-            break
-    return bytes(new)
-
-
-def rejected(path: Path, original: bytes, to: str, count: int, seed: int) -> int:
-    """Read mutated files; how many of them were refused."""
-    draw = random.Random(seed)
-    header = header_bytes(original, to)
-    refused = 0
-    for _ in range(count):
-        path.write_bytes(mutated(original, header, draw))
-        try:
-            read(path, hints=HINTS)
-        except LorakitError as error:
-            unnamed = str(path.parent) not in str(error)
-            refused += 1
-        else:
-            unnamed = False
-        assert not unnamed
-    return refused
-
-
-@pytest.mark.parametrize("to", ["gguf", "mlx", "loralib", "peft"])
-def test_mutated_files(to, tmp_path):
-    path = files(tmp_path)[to]
-    original = path.read_bytes()
-    assert 0 < rejected(path, original, to, 60, seed=1) <= 60
-
-
-@pytest.mark.slow
-def test_twenty_thousand_mutated_files(tmp_path_factory, capsys):
-    folder = Path(MEMORY) if MEMORY else tmp_path_factory.mktemp("a")
-    import tempfile
-
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        paths = files(Path(place))
-        for to, path in paths.items():  # once, so that every import is paid for
-            rejected(path, path.read_bytes(), to, 50, seed=0)
-        originals = {to: files(Path(tempfile.mkdtemp(dir=place)))[to] for to in paths}
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        shares = {}
-        for to, path in originals.items():
-            shares[to] = rejected(path, path.read_bytes(), to, 5000, seed=2) / 5000
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    unit = 1 if sys.platform == "darwin" else 1024
-    with capsys.disabled():
-        print(f"\nrejected: {shares}; memory grew by {grown * unit / 1e6:.0f} MB")
-    assert grown * unit <= 100e6
 
 
 # --- single tricks -------------------------------------------------------------------------------
@@ -235,14 +145,10 @@ def test_configs_that_are_no_configs(tmp_path):
             read(path.parent)
 
 
-def test_an_archive_that_unpacks_to_more_than_it_is(tmp_path, monkeypatch):
-    from lorakit.formats import pickled
-
-    path = files(tmp_path)["loralib"]
-    monkeypatch.setattr(pickled, "MAX_BYTES", path.stat().st_size)
+def test_an_archive_that_unpacks_to_more_than_it_is(tmp_path):
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(10 * path.stat().st_size))
+        archive.writestr("archive/data.pkl", bytes(100_000))
     with pytest.raises(FormatError, match="unpacks to"):
         read(tmp_path / "b.pt")

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorakit.core.expressions import MAX_RANK, wrong_expression
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import SpecError, collected
 
@@ -288,24 +289,24 @@ def _plain_init(value: Any) -> Any:
 def _malformed(raw: Mapping[str, Any]) -> list[str]:
     """Fields whose value has the wrong type or an impossible expression."""
     checks = {
-        "r": (_is_int, "a whole number"),
-        "lora_alpha": (_is_number, "a finite number"),
-        "lora_dropout": (_is_number, "a number"),
+        "r": (_is_rank, f"a whole number of at most {MAX_RANK}"),
+        "lora_alpha": (is_number, "a finite number"),
+        "lora_dropout": (is_number, "a number"),
         "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
         "use_dora": (lambda v: isinstance(v, bool), "true or false"),
         "lora_bias": (lambda v: isinstance(v, bool), "true or false"),
         "fan_in_fan_out": (lambda v: isinstance(v, bool), "true or false"),
         "bias": (lambda v: isinstance(v, str) and v in _BIAS, "none, all or lora_only"),
-        "target_modules": (_is_names, "a name or a list of names"),
-        "exclude_modules": (_is_names, "a name or a list of names"),
+        "target_modules": (_is_targets, "a name or a list of names, or a simpler expression"),
+        "exclude_modules": (_is_targets, "a name or a list of names, or a simpler expression"),
         "modules_to_save": (_is_names, "a list of names"),
-        "layers_pattern": (_is_names, "a name or a list of names"),
+        "layers_pattern": (_is_targets, "a name or a list of names"),
         "layers_to_transform": (
             lambda v: _is_int(v) or (isinstance(v, list) and all(map(_is_int, v))),
             "a layer's number or a list of them",
         ),
-        "rank_pattern": (_pattern_of(_is_int), "expressions with whole numbers"),
-        "alpha_pattern": (_pattern_of(_is_number), "expressions with numbers"),
+        "rank_pattern": (_pattern_of(_is_rank), "expressions with whole numbers"),
+        "alpha_pattern": (_pattern_of(is_number), "expressions with numbers"),
         "task_type": (lambda v: isinstance(v, str) and v in TASK_TYPES, ", ".join(TASK_TYPES)),
         "base_model_name_or_path": (lambda v: isinstance(v, str), "a name"),
         "revision": (lambda v: isinstance(v, str), "a name"),
@@ -347,7 +348,12 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_rank(value: Any) -> bool:
+    return _is_int(value) and value <= MAX_RANK
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that fits a float."""
     try:
         return (
             isinstance(value, (int, float))
@@ -364,21 +370,18 @@ def _is_names(value: Any) -> bool:
     )
 
 
+def _is_targets(value: Any) -> bool:
+    words = [value] if isinstance(value, str) else value
+    return _is_names(value) and all(wrong_expression(word) is None for word in words)
+
+
 def _pattern_of(fits: Any) -> Any:
     def check(value: Any) -> bool:
         return isinstance(value, dict) and all(
-            _is_expression(key) and fits(number) for key, number in value.items()
+            wrong_expression(key) is None and fits(number) for key, number in value.items()
         )
 
     return check
-
-
-def _is_expression(text: Any) -> bool:
-    try:
-        re.compile(rf"(.*\.)?({text})$")
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return isinstance(text, str)
 
 
 def _short(value: Any) -> str:

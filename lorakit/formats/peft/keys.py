@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ class Reading:
 
     It equals the base's unless the vocabulary was resized before training, which the file does
     not tell; it is the largest part of such a file."""
+
+    @cached_property
+    def replaced_paths(self) -> frozenset[str]:
+        return frozenset(self.replaced or ())
 
 
 @dataclass
@@ -102,7 +107,7 @@ def _sort_key(key: str, tensor: Tensor, reading: Reading, found: Found) -> None:
     owner, inside, tail = key.rpartition(".base_layer.")
     key = f"{owner}.{tail}" if inside else key
     if reading.replaced is not None:
-        place = _listed(key, reading.replaced)
+        place = _listed(key, reading.replaced_paths)
     elif inside:
         place = (key, "") if tail == "bias" else None
     else:
@@ -121,13 +126,14 @@ def _sort_key(key: str, tensor: Tensor, reading: Reading, found: Found) -> None:
         found.problems.append(_unknown(key, owner if inside else ""))
 
 
-def _listed(key: str, paths: Iterable[str]) -> tuple[str, str] | None:
+def _listed(key: str, paths: Collection[str]) -> tuple[str, str] | None:
     """(path, name) of a key under one of the paths, the longest first."""
-    for path in sorted(paths, key=len, reverse=True):
-        if key == path:
-            return path, ""
-        if key.startswith(path + "."):
-            return path, key[len(path) + 1 :]
+    path, name = key, ""
+    while path:
+        if path in paths:
+            return path, name
+        path, _, last = path.rpartition(".")
+        name = f"{last}.{name}" if name else last
     return None
 
 
@@ -157,7 +163,7 @@ def saved_path(key: str, names: Collection[str]) -> str | None:
     parts = key.split(".")
     for end in range(1, len(parts)):
         path = ".".join(parts[:end])
-        if any(path.endswith(name) for name in names):
+        if path.endswith(tuple(names)):
             return path
     return None
 

@@ -14,12 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
+from lorakit.core.expressions import Cost, cost_of
 from lorakit.core.sites import LowRank
 from lorakit.core.spec import LoRASpec
+from lorakit.errors import FormatError
 
 Value = TypeVar("Value", int, float)
 
 _PLAIN_NAME = re.compile(r"[\w.-]+")
+#: of an expression's matching; some seconds
+MAX_STEPS = 1e9
+
 _KEYWORDS = ("all-linear", "attention", "mlp")
 
 
@@ -83,10 +88,10 @@ def _own_words(spec: LoRASpec, paths: Sequence[str]) -> Selection | None:
 
 
 def _numbers(layers: str) -> tuple[int, ...] | None:
-    """``"0-2,5"`` as numbers; ``None`` where the end is open."""
+    """``"0-2,5"`` as numbers; ``None`` where the end is open, or where no model has as many."""
     found: set[int] = set()
     for part in layers.replace(" ", "").split(","):
-        bounds = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        bounds = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
         if bounds is None:
             return None
         found.update(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))
@@ -109,18 +114,39 @@ class Patterned(Generic[Value]):
         self._pattern: list[tuple[re.Pattern[str], str, Value]] = [
             (_expression(text), text, value) for text, value in pattern.items()
         ]
+        self._costs = [_cost(text) for text in pattern]
+        self._steps = 0.0
 
     def at(self, path: str) -> Value:
         """The value at a module path."""
-        for expression, _, value in self._pattern:
-            if expression.match(path):
+        for number, (_, _, value) in enumerate(self._pattern):
+            if self._matches(number, path):
                 return value
         return self._default
+
+    def _matches(self, number: int, path: str) -> bool:
+        """Whether a pattern matches; what that may take is known and added up before it is tried.
+
+        Raises:
+            FormatError: all together may take minutes.
+        """
+        cost = self._costs[number]
+        self._steps += cost.steps(len(path)) if cost.degree > 1 or cost.ways > 1 else 1
+        if self._steps > MAX_STEPS:
+            raise FormatError(
+                "its rank_pattern or alpha_pattern takes too long on the names of its modules "
+                f"(more than {MAX_STEPS:.0e} steps); write simpler expressions"
+            )
+        return self._pattern[number][0].match(path) is not None
 
     def used(self, paths: Iterable[str]) -> dict[str, Value]:
         """The patterns that match one of these paths."""
         known = list(paths)
-        return {t: v for expression, t, v in self._pattern if any(map(expression.match, known))}
+        return {
+            text: value
+            for number, (_, text, value) in enumerate(self._pattern)
+            if any(self._matches(number, path) for path in known)
+        }
 
     def gives(self, values: Mapping[str, Value]) -> bool:
         """Whether this is the value at each of these paths."""
@@ -164,6 +190,14 @@ def exact_alpha(spec: LoRASpec, rank: int, scaling: float) -> float:
     alpha = spec.alpha_of(rank, scaling)
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((a for a in near if spec.scaling_of(rank, a) == scaling), alpha)
+
+
+def _cost(text: str) -> Cost:
+    try:
+        inner = cost_of(text)
+    except ValueError:  # the user's own, who may wait for it
+        return Cost()
+    return Cost(inner.ways, inner.degree + 1)  # what PEFT puts in front repeats too
 
 
 def _expression(text: str) -> re.Pattern[str]:

@@ -35,7 +35,7 @@ from lorakit.formats.tokenizer_files import tokenizer_files_in
 logger = logging.getLogger(__name__)
 
 #: a config above this is no config
-MAX_CONFIG_BYTES = 50_000_000
+MAX_CONFIG_BYTES = 10_000_000
 
 
 def read_peft(
@@ -198,9 +198,13 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: it is none.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise FormatError(f"{path} is no file; copy or download it again.")
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise FormatError(f"{path} has {path.stat().st_size} bytes; that is no config.")
         content = json.loads(path.read_text(encoding="utf-8"))
+        # JSON can name one half of a UTF-16 pair, which nothing can be written with
+        json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -216,7 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _weights_in(folder: Path) -> Path:
     for name in (WEIGHTS, PICKLED):
-        if (folder / name).exists():
+        if (folder / name).is_file():
             return folder / name
     raise FormatError(
         f"{folder} has {CONFIG} but no {WEIGHTS}. The adapter was copied in part; copy or "
