@@ -125,7 +125,7 @@ def test_one_example_that_does_not_fit_is_named(shop, small, most):
         trainer.run()
     text = str(caught.value)
     assert ("Stopped in step" in text) is (most == 14)
-    assert "data.jsonl row" in text
+    assert "data.jsonl line" in text
     for word in ("tokens", "--max-length", "--recompute", "--quantize", "CUDA out of memory"):
         assert word in text
 
