@@ -45,7 +45,7 @@ class _Product(torch.autograd.Function):
 
 @torch.no_grad()
 def store_half_(model: nn.Module, dtype: torch.dtype) -> int:
-    """Store the weights of a model's linears in bfloat16, but for its output head.
+    """Store the weights of the linears in a model's numbered blocks in bfloat16; heads stay.
 
     Args:
         dtype: of all other parameters, and of the computation.
@@ -53,10 +53,10 @@ def store_half_(model: nn.Module, dtype: torch.dtype) -> int:
     Returns:
         How many linears there were.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     halved: set[int] = set()
-    for module in model.modules():
-        if type(module) is nn.Linear and module is not head:
+    for path, module in model.named_modules():
+        in_block = any(part.isdigit() for part in path.split("."))
+        if type(module) is nn.Linear and in_block:
             module.weight.data = module.weight.data.to(torch.bfloat16)
             module.__class__ = HalfLinear
             halved.add(id(module.weight))

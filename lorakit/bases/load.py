@@ -176,7 +176,7 @@ def _load(
         identity=identify(
             model,
             source.name,
-            storage=half.NAME if quantize == half.NAME else None if quantize else located.storage,
+            storage=located.storage if quantize in (None, half.NAME) else None,
             revision=commit if source.kind == "hub" else None,
         ),
         placement=placement,

@@ -603,9 +603,8 @@ def check_first_forward(packed: PackedModel, job: Job) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_memory_error(error):
             raise
-        raise TrainingError(
-            _no_room(job, example, f"the memory was too small ({error})")
-        ) from error
+        told = _no_room(job, example, f"the memory was too small ({error})")
+        raise TrainingError(f"Not begun: {told}") from error
 
 
 def _no_room(job: Job, example: Example, why: str) -> str:
