@@ -6,10 +6,20 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import torch
 from cases import Work
 from safetensors.torch import load_file
+
+# the last torchao that torchtune takes imports two functions for a kernel of int8 attention from
+# where this torch no longer has them; nothing here runs it
+moved = types.ModuleType("torch._inductor.kernel.flex_attention")
+moved.construct_strides = moved.maybe_realize = None
+sys.modules[moved.__name__] = moved
+
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama2 import lora_llama2
 from torchtune.modules.peft import get_adapter_params
