@@ -58,7 +58,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     train._add_training_arguments(parser)
     group = parser.add_argument_group("estimate")
     group.add_argument(
-        "--full", action="store_true", help="train all weights of the base instead of an adapter"
+        "--full",
+        action="store_true",
+        help="all weights of the base in place of an adapter, to compare; `lorakit train` does not",
     )
     group.add_argument(
         "--gpu",
@@ -138,6 +140,7 @@ def _as_json(found: Answer) -> dict[str, Any]:
         "fits": now.fits,
         "available_bytes": now.available,
         "peak_bytes": now.memory.total,
+        "needed_bytes": now.memory.needed,
         "peak_at": now.memory.when,
         "memory": now.memory.components(),
         "trained_parameters": now.num_trained,
@@ -171,9 +174,9 @@ def _lines(found: Answer) -> list[str]:
 
 def _verdict(now: Estimate) -> str:
     if now.fits is None:
-        return f"{_size(now.memory.total)} at the peak; how much there is, is not known"
+        return f"{_size(now.memory.needed)} at the peak; how much there is, is not known"
     word = "fits" if now.fits else "DOES NOT FIT"
-    return f"{word}: {_size(now.memory.total)} at the peak, {_size(now.available or 0)} there"
+    return f"{word}: {_size(now.memory.needed)} at the peak, {_size(now.available or 0)} there"
 
 
 def _time_lines(now: Estimate) -> list[str]:
@@ -190,8 +193,8 @@ def _time_lines(now: Estimate) -> list[str]:
 
 
 def _option_line(one: Option, now: Estimate) -> str:
-    less = one.total / now.memory.total - 1
-    line = f"  {one.flags:<34}{_size(one.total):>10} ({less:+.0%})"
+    less = one.needed / now.memory.needed - 1
+    line = f"  {one.flags:<34}{_size(one.needed):>10} ({less:+.0%})"
     if one.seconds_per_step is not None and now.step is not None:
         line += f"  {one.seconds_per_step:.3g} s a step ({_change(one, now):+.0%})"
     if now.fits is False:

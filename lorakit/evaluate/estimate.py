@@ -52,7 +52,7 @@ class Estimate:
     @property
     def fits(self) -> bool | None:
         """Whether the peak is below what is there; ``None`` if that is not known."""
-        return None if self.available is None else self.memory.total <= self.available
+        return None if self.available is None else self.memory.needed <= self.available
 
     @property
     def seconds(self) -> float | None:

@@ -26,8 +26,8 @@ class Option:
     """Name of a setting → its other value."""
     flags: str
     """The same as they are typed."""
-    total: int
-    """Bytes at the peak."""
+    needed: int
+    """Bytes at the peak, but for pages that the system can take back."""
     seconds_per_step: float | None
     fits: bool | None
     same_result: bool
@@ -48,8 +48,8 @@ def options(
     """
     found = [_option(change, predict(change)) for change in candidates]
     # the largest gain first, among those that leave the result as it is and among the others
-    found = [one for one in found if one.total < (1 - _LEAST_GAIN) * now.memory.total]
-    found.sort(key=lambda one: (not one.same_result, one.total))
+    found = [one for one in found if one.needed < (1 - _LEAST_GAIN) * now.memory.needed]
+    found.sort(key=lambda one: (not one.same_result, one.needed))
     if now.fits is False and not any(one.fits for one in found):
         together = _together(found, predict)
         found += [] if together is None else [together]
@@ -76,7 +76,7 @@ def _option(changes: Mapping[str, Any], then: Estimate) -> Option:
     return Option(
         changes=dict(changes),
         flags=" ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items()),
-        total=then.memory.total,
+        needed=then.memory.needed,
         seconds_per_step=None if then.step is None else then.step.total,
         fits=then.fits,
         same_result=all(name in _FREE for name in changes),

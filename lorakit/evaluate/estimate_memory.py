@@ -114,6 +114,11 @@ class Memory:
         """Bytes at the peak."""
         return sum(self.components().values())
 
+    @property
+    def needed(self) -> int:
+        """The same without pages that the system can take back: what has to fit."""
+        return self.total - self.file
+
     def components(self) -> dict[str, int]:
         """Name → bytes."""
         names = (

@@ -184,7 +184,7 @@ def test_activations_are_what_the_fused_layers_hold(make, recompute):
     )
     final = len(rows) * shape.hidden * 4  # the final norm's input belongs to no layer
     # positions, indices and the norms' sums are left out of the count
-    assert mine + final == pytest.approx(held, rel=0.04)
+    assert mine + final == pytest.approx(held, rel=0.05)
 
 
 def test_quantised_weights_are_smaller_and_their_file_is_told(shape, adapter):
@@ -192,7 +192,9 @@ def test_quantised_weights_are_smaller_and_their_file_is_told(shape, adapter):
     assert nf4 < int8 < full
     rest = 4 * (shape.num_parameters - shape.num_linear)
     assert (nf4 - rest) / shape.num_linear == pytest.approx(0.516, abs=0.001)
-    assert peak_memory(shape, adapter, Setting(quantize="nf4"), PART).file == 4 * shape.num_linear
+    found = peak_memory(shape, adapter, Setting(quantize="nf4"), PART)
+    assert found.file == 4 * shape.num_linear
+    assert found.needed == found.total - found.file
     assert peak_memory(shape, adapter, Setting(quantize="nf4", device="cuda"), PART).file == 0
 
 
@@ -259,7 +261,7 @@ def test_options_name_what_makes_it_fit(shape, adapter):
     found = options(now, candidates, lambda c: predict(c, 10**12))
     assert [one.flags for one in found] == ["--micro-batch-tokens 100", "--recompute layers"]
     assert all(one.fits and one.same_result for one in found)
-    both = predict({"recompute": "layers", "micro_batch_tokens": 100}, 1).memory.total
+    both = predict({"recompute": "layers", "micro_batch_tokens": 100}, 1).memory.needed
     tight = both + 10
     now = predict({}, tight)
     assert now.fits is False
