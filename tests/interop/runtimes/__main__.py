@@ -70,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"{name}: {_summary(result)}")
     everything = [_read(path) for path in sorted((root / "results").glob("*.json"))]
     page = REPOSITORY / "docs" / "interop.md"
-    page.write_text(table.page([r for r in everything if r.name in known]), encoding="utf-8")
+    guides = sorted(path.name for path in (REPOSITORY / "docs" / "runtimes").glob("*.md"))
+    shown = [result for result in everything if result.name in known]
+    page.write_text(table.page(shown, guides), encoding="utf-8")
     say(f"wrote {page.relative_to(REPOSITORY)}")
     if any(result.failed for result in results):
         return 1

@@ -20,9 +20,9 @@ moved = types.ModuleType("torch._inductor.kernel.flex_attention")
 moved.construct_strides = moved.maybe_realize = None
 sys.modules[moved.__name__] = moved
 
-from torchtune.models.convert_weights import hf_to_tune
-from torchtune.models.llama2 import lora_llama2
-from torchtune.modules.peft import get_adapter_params
+from torchtune.models.convert_weights import hf_to_tune  # noqa: E402
+from torchtune.models.llama2 import lora_llama2  # noqa: E402
+from torchtune.modules.peft import get_adapter_params  # noqa: E402
 
 IDS = [1, 17, 99, 4, 56, 23, 88, 9, 120, 61]
 

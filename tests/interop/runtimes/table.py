@@ -23,9 +23,10 @@ failed, 3 if something could not be installed and the rest passed.
 """
 
 
-def page(results: list[Result]) -> str:
-    """The whole page."""
-    parts = [HEAD, _overview(results)]
+def page(results: list[Result], guides: list[str]) -> str:
+    """The whole page; ``guides`` are the names of the files in ``docs/runtimes``."""
+    links = ", ".join(f"[{name.removesuffix('.md')}](runtimes/{name})" for name in guides)
+    parts = [HEAD, f"How to load an adapter there: {links}.\n", _overview(results)]
     parts += [_details(result) for result in results if result.cases or result.status != "ran"]
     return "\n".join(parts)
 
