@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -175,7 +176,8 @@ def _watched(only: tuple[str, ...] = ("",)) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, LorakitError) or not any(word in str(error) for word in only):
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        reason = re.sub(r"^\[\S+\] ", "", reason)  # a place in gloo's source
         raise PeerLost(
             "another process of this run has ended or cannot be reached; its own message, if it "
             f"had time for one, is above or in torchrun's report ({reason})"
