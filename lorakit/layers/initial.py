@@ -203,8 +203,7 @@ def _drawn(
 
 def weight_rows(module: nn.Module) -> Tensor:
     """A module's weight as [d_out, n] on its device; of packed weights what their numbers mean."""
-    rows: Tensor = output_rows(module, dense_weight(module)).detach()
-    return rows
+    return output_rows(module, dense_weight(module)).detach()
 
 
 def _from_weight(target: Target, spec: LoRASpec) -> Factors | None:
@@ -232,7 +231,7 @@ def _lengths(
     if spec.init != "loftq":
         return weight_lengths(target.module, dtype).cpu()
     first = weight_rows(target.module).cpu().double() + scaling * B.double() @ A.double()
-    return first.norm(dim=1).to(dtype)
+    return torch.linalg.vector_norm(first, dim=1).to(dtype)
 
 
 def _biases(
