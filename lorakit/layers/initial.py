@@ -231,7 +231,8 @@ def _lengths(
     if spec.init != "loftq":
         return weight_lengths(target.module, dtype).cpu()
     first = weight_rows(target.module).cpu().double() + scaling * B.double() @ A.double()
-    return torch.linalg.vector_norm(first, dim=1).to(dtype)
+    lengths: Tensor = torch.linalg.vector_norm(first, dim=1).to(dtype)
+    return lengths
 
 
 def _biases(
