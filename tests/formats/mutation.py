@@ -80,6 +80,7 @@ def run(
     formats: tuple[str, ...] = (),
     start: int = 0,
     reader: str | None = None,
+    seconds: float = MAX_SECONDS,
 ) -> Report:
     """Read ``count`` spoiled files in processes of their own.
 
@@ -88,6 +89,7 @@ def run(
         start: the number of the first file.
         reader: ``module:function`` that takes the place of every reader, to see that the rules
             are kept.
+        seconds: processor time that a file may take.
     """
     report = Report()
     with tempfile.TemporaryDirectory(dir=_memory()) as folder:
@@ -99,7 +101,7 @@ def run(
                 [sys.executable, "-m", "tests.formats.mutation", "--worker", str(state),
                  "--seed", str(seed), "--start", str(at), "--count", str(end - at),
                  *(f"--format={name}" for name in formats),
-                 *([f"--reader={reader}"] if reader else [])],
+                 f"--seconds={seconds}", *([f"--reader={reader}"] if reader else [])],
                 stderr=subprocess.PIPE, text=True, check=False,
             )  # fmt: skip
             said = json.loads(state.read_text())
@@ -108,7 +110,7 @@ def run(
                 break
             if "at" not in said:
                 raise RuntimeError(f"the reading process did not begin:\n{done.stderr[-3000:]}")
-            what = {-signal.SIGVTALRM: f"took more than {MAX_SECONDS} s of processor time",
+            what = {-signal.SIGVTALRM: f"took more than {seconds} s of processor time",
                     -signal.SIGALRM: f"waited for more than {MAX_WAIT} s"}  # fmt: skip
             why = what.get(done.returncode, f"ended the process ({done.returncode})")
             report.failures.append(f"{said['name']}: {why}\n{done.stderr[-1500:]}")
@@ -138,7 +140,14 @@ def file_of(samples: list[Any], seed: int, number: int) -> tuple[Any, str, dict[
 
 
 def _work(
-    state: Path, *, seed: int, start: int, count: int, formats: list[str], reader: str | None
+    state: Path,
+    *,
+    seed: int,
+    start: int,
+    count: int,
+    formats: list[str],
+    reader: str | None,
+    seconds: float,
 ) -> None:
     from . import mutation_edits
     from .mutation_files import samples
@@ -169,7 +178,7 @@ def _work(
         os.pwrite(handle, text, 0)
         os.ftruncate(handle, len(text))
         began = time.process_time()
-        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         signal.setitimer(signal.ITIMER_REAL, MAX_WAIT)
         problem = _guarded(lambda n=number: _one(given, seed, n, place, read, rejected))
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -286,12 +295,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="number of the first file")
     parser.add_argument("--format", action="append", default=[], help="only this one")
+    parser.add_argument("--seconds", type=float, default=MAX_SECONDS, help="for one file")
     parser.add_argument("--reader", help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         _work(given.worker, seed=given.seed, start=given.start, count=given.count,
-              formats=given.format, reader=given.reader)  # fmt: skip
+              formats=given.format, reader=given.reader, seconds=given.seconds)  # fmt: skip
         return 0
     report = run(count=given.count, seed=given.seed, formats=tuple(given.format), start=given.start)
     for failure in report.failures:

@@ -77,59 +77,64 @@ def test_every_sample_is_sound(tmp_path):
             mutation.check_sound(adapter)
 
 
-def hang(path):
-    """A reader that never ends, within the interpreter's C code."""
-    return ".*" if re.match("(a+)+$", "a" * 60 + "!") else None
+def _hoard(path):
+    _KEPT.append(bytearray(b"x") * 150_000_000)
 
 
-def die(path):
-    os.abort()
-
-
-def fail(path):
+def _fail(path):
     raise KeyError("x")
 
 
-def unnamed(path):
+def _unnamed(path):
     raise FormatError("it is wrong")
 
 
-def spoiled(path):
+def _unsound(path):
     adapter = small_adapter()
-    next(iter(adapter.low_rank.values())).A[0, 0] = torch.nan  # no test looks at it again
+    next(iter(adapter.low_rank.values())).A[0, 0] = torch.nan
     return adapter
 
 
-def hoard(path, kept=[]):  # noqa: B006 - it is to grow
-    kept.append(bytearray(os.urandom(1)) * 60_000_000)
+def _die(path):
+    os.abort()
 
 
-@pytest.mark.parametrize(
-    ("reader", "words"),
-    [
-        ("hang", "took more than"),
-        ("die", "ended the process"),
-        ("fail", "KeyError"),
-        ("unnamed", "the file is not named"),
-        ("spoiled", "AssertionError"),
-    ],
-)
-def test_the_rules_are_kept(reader, words):
-    """Every kind of failure is seen, and names its file."""
+def _hang(path):
+    """Within the interpreter's C code, where no exception gets in."""
+    return re.match("(a+)+$", "a" * 60 + "!")
+
+
+_KEPT: list[bytearray] = []
+_TURNS = {
+    _hoard: None,
+    _fail: "KeyError",
+    _unnamed: "the file is not named",
+    _unsound: "AssertionError",
+    _die: "ended the process",
+    _hang: "took more than",
+}
+
+
+def breaks_a_rule(path):
+    """A reader that does another wrong thing each time; the turn outlives the process."""
+    turn = path.parent.parent / "turn"  # beside the folders of the processes
+    number = int(turn.read_text()) if turn.exists() else 0
+    turn.write_text(str(number + 1))
+    return list(_TURNS)[number](path)
+
+
+def test_the_rules_are_kept():
+    """Every kind of failure is seen and names its file; the files behind it are read."""
     report = mutation.run(
-        count=2, seed=0, formats=("mlx",), start=9, reader=f"tests.formats.test_mutated:{reader}"
-    )
-    assert [
-        f.startswith(f"mlx, seed 0, number {n}: ")
-        for f, n in zip(report.failures, (9, 10), strict=True)
-    ] == [True, True]
-    assert all(words in failure for failure in report.failures)
-
-
-def test_memory_that_grows_is_seen():
-    report = mutation.run(
-        count=3, seed=0, formats=("mlx",), reader="tests.formats.test_mutated:hoard"
-    )
+        count=6, seed=0, formats=("mlx",), start=9, seconds=1.0,
+        reader="tests.formats.test_mutated:breaks_a_rule",
+    )  # fmt: skip
+    words = [word for word in _TURNS.values() if word]
+    assert len(report.failures) == len(words)
+    for number, (failure, word) in enumerate(zip(report.failures, words, strict=True), 10):
+        assert failure.startswith(f"mlx, seed 0, number {number}: ")
+        assert word in failure
+    assert sum(report.read.values()) == 2  # the first, and the one that was not sound
     assert report.grown > mutation.MAX_GROWTH
 
 
