@@ -14,6 +14,8 @@ import contextlib
 import datetime
 import os
 import re
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -157,11 +159,42 @@ def joined() -> Iterator[World]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     with _watched():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(
+            backend, store=_fresh(store, rank, size), rank=rank, world_size=size, timeout=TIMEOUT
+        )
     try:
         yield current_world()
     finally:
         dist.destroy_process_group()
+
+
+def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the store that no earlier start of these processes has used.
+
+    torchrun's agent keeps one store over restarts, and with it the addresses of processes that
+    are dead. Its count of restarts is no name for a start, for each machine has its own. So the
+    first process makes one; every other asks for it under a name of its own, again unheard of, and
+    says when it has it.
+    """
+    if rank:
+        mine = uuid.uuid4().hex
+        store.set(f"lorakit/asked/{rank}", mine)
+        start = store.get(f"lorakit/told/{mine}").decode()
+        store.set(f"lorakit/heard/{start}/{rank}", "yes")
+        return dist.PrefixStore(start, store)
+    start = uuid.uuid4().hex
+    missing = set(range(1, size))
+    until = time.monotonic() + TIMEOUT.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"lorakit/asked/{other}"]):
+                store.set(f"lorakit/told/{store.get(f'lorakit/asked/{other}').decode()}", start)
+        missing = {k for k in missing if not store.check([f"lorakit/heard/{start}/{k}"])}
+        if time.monotonic() > until:
+            raise RuntimeError(f"processes {sorted(missing)} have not begun")
+        time.sleep(0.01)
+    return dist.PrefixStore(start, store)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lorakit.formats import load_adapter
 from lorakit.layers import attach
 from lorakit.train import Trainer, TrainSettings
 from lorakit.train.checkpoint import list_checkpoints
-from lorakit.train.distributed import World
+from lorakit.train.distributed import World, _fresh
 from lorakit.train.job import Job, shared
 from tests.train import processes
 from tests.train.conftest import SPEC, open_shop
@@ -105,6 +106,18 @@ def test_when_one_fails_the_others_end_and_the_state_is_saved(files):
 def test_an_error_of_the_first_is_raised_by_all_and_said_once():
     found = processes.together(processes.asked_for_something_wrong)
     assert found == [("it is wrong", False), ("it is wrong", True)]
+
+
+def test_each_start_has_a_part_of_the_store_that_no_earlier_one_used():
+    """torchrun's agent keeps the store, where addresses of dead processes lie."""
+    store = torch.distributed.HashStore()
+    store.set("lorakit/asked/1", "one that died before it was heard")
+    for start in range(3):
+        with ThreadPoolExecutor() as threads:
+            found = list(threads.map(lambda rank: _fresh(store, rank, 3), range(3)))
+        assert not any(part.check(["address"]) for part in found)
+        found[0].set("address", str(start))
+        assert [part.get("address") for part in found] == [str(start).encode()] * 3
 
 
 def test_shares_are_balanced_and_complete():
