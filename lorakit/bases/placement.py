@@ -83,7 +83,7 @@ def _device(device: str | torch.device, facts: ProcessorFacts) -> tuple[torch.de
             return torch.device("cuda", 0), f"the fastest device here is {facts.cuda[0][0]}"
         if facts.mps:
             return torch.device("mps"), "the fastest device here is Apple's GPU"
-        return torch.device("cpu"), "there is no GPU here"
+        return torch.device("cpu"), "no GPU here"
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -120,8 +120,7 @@ def _best_dtype(device: torch.device, facts: ProcessorFacts) -> tuple[torch.dtyp
             return torch.bfloat16, f"{name} computes bfloat16 natively"
         return (
             torch.float32,
-            f"{name} has no bfloat16 units, and gradients vanish in float16 without loss "
-            "scaling, so the weights are float32 (--dtype float16 halves the memory to generate)",
+            f"{name} has no bfloat16; --dtype float16 halves the memory, but only to generate",
         )
     if device.type == "mps":
         return (
@@ -137,22 +136,10 @@ def _best_dtype(device: torch.device, facts: ProcessorFacts) -> tuple[torch.dtyp
 def _why_float32(flags: frozenset[str]) -> str:
     """Why a CPU computes in float32; the numbers are in docs/bases.md."""
     if "amx_bf16" in flags:
-        return (
-            "float32 is exact; this processor has amx_bf16, so --dtype bfloat16 is worth trying "
-            "for speed and half the memory"
-        )
-    if "avx512_bf16" in flags or "bf16" in flags:
-        found = "avx512_bf16" if "avx512_bf16" in flags else "bf16 instructions"
-        return (
-            f"this processor has {found} but no matrix unit for it (amx_bf16), and multiplies "
-            "large matrices faster in float32"
-        )
-    if flags:
-        return (
-            "this processor has neither amx_bf16 nor avx512_bf16, so bfloat16 would be computed "
-            "slower than float32"
-        )
-    return "float32 is fast on every processor, and this one does not tell its features"
+        return "exact; --dtype bfloat16 is worth trying here, for speed and half the memory"
+    if flags:  # without a matrix unit, also where there are instructions for bfloat16
+        return "faster on this processor than bfloat16"
+    return "fast on every processor"
 
 
 def _named_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -512,6 +512,11 @@ def attach_adapters(
 # --- output ------------------------------------------------------------------------------------
 
 
+def plural(number: int, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def say(text: str) -> None:
     """Print a line for the person at the terminal, on stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from lorakit.cli.common import (
     add_json_argument,
     emit_json,
     finite_float,
+    plural,
     positive_int,
     say,
 )
@@ -43,9 +44,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("adapter", metavar="IN", help="folder (of a run or an adapter) or file")
     parser.add_argument("--out", required=True, metavar="OUT", help="the file or folder to write")
-    parser.add_argument("--to", metavar="FORMAT", help="format to write")
     parser.add_argument(
-        "--for", dest="runtime", metavar="PROGRAM", help="format and shape that a program needs"
+        "--to", metavar="FORMAT", help="format to write: peft, kohya, … (see below)"
+    )
+    parser.add_argument(
+        "--for",
+        dest="runtime",
+        metavar="PROGRAM",
+        help="format and shape that a program needs: vllm, ollama, … (see below)",
     )
     parser.add_argument(
         "--from", dest="source", metavar="FORMAT", help="format of IN, where it is not clear"
@@ -124,8 +130,7 @@ def run(options: argparse.Namespace) -> int:
     out = planned.write(options.out, overwrite=options.overwrite)
     if options.json:
         emit_json(_facts(options, planned, out))
-    sites = len(planned.adapter.sites)
-    say(f"Wrote {sites} site{'s' * (sites != 1)} as {planned.target.title} to {out}")
+    say(f"Wrote {plural(len(planned.adapter.sites), 'site')} as {planned.target.title} to {out}")
     return 0
 
 

@@ -168,7 +168,7 @@ def _lines(found: Answer) -> list[str]:
         lines += ["", "What would change it"]
         lines += [_option_line(one, now) for one in found.options]
     lines += [f"Warning: {text}" for text in found.warnings]
-    lines += [f"Note: {text}" for text in found.notes]
+    lines += [f"note: {text}" for text in found.notes]
     return lines
 
 

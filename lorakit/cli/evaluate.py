@@ -37,6 +37,7 @@ from lorakit.cli.common import (
     load_base_from,
     mixes_of,
     plain,
+    plural,
     positive_int,
     printable_stdout,
     say,
@@ -130,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
         say(f"Answers of at most {length} tokens, greedy")
     packed = PackedModel(base.model, handle)
     for note in packed.notes:
-        say(f"Note: {note}")
+        say(f"note: {note}")
     contestants = [Contestant(name, mix) for name, mix in mixes.items()]
     if not options.no_base:
         contestants.insert(0, Contestant(BASE_NAME, None))
@@ -333,7 +334,7 @@ def _print(
         table.add_row(escape(one.name), *cells)
     out.print(table)
     tokens = judged[0].loss.tokens
-    what = "" if items is None else f"{len(items)} items, "
+    what = "" if items is None else f"{plural(len(items), 'item')}, "
     out.print(f"[dim]{what}{tokens:,} supervised tokens; loss in nats a token[/dim]")
     for i in range(min(show, len(items or ()))):
         assert items is not None

@@ -26,6 +26,7 @@ from lorakit.cli.common import (
     data_spec,
     emit_json,
     load_adapters,
+    plural,
     printable_stdout,
     say,
 )
@@ -153,10 +154,10 @@ def _to_safetensors(
             **more,
             before_end=compare,
             say=say,
-            progress=lambda done, total: tell("MB", done // 10**6, total // 10**6),
+            progress=lambda done, total: tell("MB read and written", done // 10**6, total // 10**6),
         )
     for note in merged.notes:
-        say(f"Note: {note}")
+        say(f"note: {note}")
     return {
         "adapters": [{"name": name, "weight": weights[name]} for name in named],
         **vars(merged),
@@ -173,7 +174,7 @@ def _compare(options: argparse.Namespace, pairs: list[Any], folder: Path) -> Any
 
     dtype, why = fitting_dtype(folder)
     if why:
-        say(f"Note: {why}")
+        say(f"note: {why}")
     if dtype is None:
         return None
     try:
@@ -194,12 +195,15 @@ def _compare(options: argparse.Namespace, pairs: list[Any], folder: Path) -> Any
             trust_remote_code=options.trust_remote_code,
         )
     except BaseError as error:
-        say(f"Note: not compared on text: {error}")
+        say(f"note: not compared on text: {error}")
         return None
 
 
 def _print(facts: dict[str, Any]) -> None:
-    print(f"{facts['path']}: {facts['num_bytes'] / 1e6:,.1f} MB in {len(facts['shards'])} file(s)")
+    print(
+        f"{facts['path']}: {facts['num_bytes'] / 1e6:,.1f} MB in "
+        + plural(len(facts["shards"]), "file")
+    )
     print(f"  changed   {facts['num_changed']} of {facts['num_tensors']} tensors")
     if facts["rows_checked"]:
         print(

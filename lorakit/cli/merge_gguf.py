@@ -65,10 +65,10 @@ def write(
             allow_other_base=options.allow_other_base,
             before_end=check,
             say=say,
-            progress=lambda done, total: tell("MB", done // 10**6, total // 10**6),
+            progress=lambda done, total: tell("MB read and written", done // 10**6, total // 10**6),
         )
     for note in merged.notes:
-        say(f"Note: {note}")
+        say(f"note: {note}")
     return {
         "adapters": [{"name": name, "weight": weights[name]} for name in named],
         **vars(merged),
@@ -94,18 +94,18 @@ def _on_text(
 
     lost = lost_by_transformers(parts)
     if lost:
-        say(f"Note: not compared on text: transformers leaves out {lost}, which llama.cpp reads")
+        say(f"note: not compared on text: transformers leaves out {lost}, which llama.cpp reads")
         return None
     try:
         header = read_header(path)
     except BaseError as error:
-        say(f"Note: not compared on text: {error}")
+        say(f"note: not compared on text: {error}")
         return None
     needed = 4 * header.num_elements
     free, memory = shutil.disk_usage(path.parent).free, available_bytes()
     if needed * 1.3 > free or (memory is not None and needed * 2.6 > memory):
         say(
-            f"Note: not compared on text: dequantised, the model takes {needed / 1e9:.1f} GB of "
+            f"note: not compared on text: dequantised, the model takes {needed / 1e9:.1f} GB of "
             "disk and twice that of memory; its rows were compared"
         )
         return None
@@ -113,7 +113,7 @@ def _on_text(
         try:
             write_model(path, header, Path(folder))
         except BaseError as error:
-            say(f"Note: not compared on text: {error}")
+            say(f"note: not compared on text: {error}")
             return None
         return compare(options, pairs, Path(folder))
 

@@ -49,14 +49,17 @@ def meter() -> Iterator[Tell]:
 def _lines() -> Tell:
     """Says the first time after some seconds, and at the end of what was said."""
     last = time.monotonic()
-    spoken: set[str] = set()
+    spoken: dict[str, int] = {}
 
     def tell(what: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= _SECONDS or (done == total and what in spoken):
-            say(f"{what}: {done} of {total}")
-            spoken.add(what)
+        # what counts in megabytes comes to the last one several times
+        if spoken.get(what) != done and (
+            now - last >= _SECONDS or (done == total and what in spoken)
+        ):
+            say(f"{what}: {done:,} of {total:,}")
+            spoken[what] = done
             last = now
 
     return tell

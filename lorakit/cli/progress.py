@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lorakit.cli.common import plural
 from lorakit.train.callbacks import Callback, EvalMetrics, RunInfo, RunResult, StepMetrics
 
 if TYPE_CHECKING:
@@ -312,7 +313,7 @@ def summary(view: View, result: RunResult) -> str:
         "early stop": "Stopped early, validation no longer improved,",
         "interrupted": "Interrupted",
     }[result.ending]
-    text = f"{ending} after {result.steps} steps in {duration(result.seconds)}"
+    text = f"{ending} after {plural(result.steps, 'step')} in {duration(result.seconds)}"
     if result.best_loss is not None and result.base_loss is not None:
         text += f": validation loss {result.base_loss:.3f} → {result.best_loss:.3f}"
         text += f", best at step {result.best_step}." if result.best_step is not None else "."
@@ -501,7 +502,9 @@ def _opening(run: RunInfo) -> str:
     base = f" on {run.base}" if run.base else ""
     size = f", {run.num_trainable:,} trained parameters" if run.num_trainable else ""
     start = f", from step {run.first_step}" if run.first_step else ""
-    return f"Training {run.out}{base}: {run.total_steps} steps on {run.device}{size}{start}"
+    return (
+        f"Training {run.out}{base}: {plural(run.total_steps, 'step')} on {run.device}{size}{start}"
+    )
 
 
 def _with_past(run: RunInfo) -> View:

@@ -30,6 +30,7 @@ from lorakit.cli.common import (
     finite_float,
     fraction,
     non_negative_float,
+    plural,
     positive_float,
     positive_int,
     seed,
@@ -331,9 +332,11 @@ def _started_before(options: argparse.Namespace, world: World) -> bool:
     """Whether torchrun's agent gives this command once more, after it has made its run folder."""
     from lorakit.train.folder import RunFolder
 
-    if not world.restarts or options.out is None:
+    if options.out is None:
         return False
-    return world.share(lambda: RunFolder(Path(options.out)).settings.is_file())
+    # each machine counts its own, and not those that another machine's failure made
+    again = world.any(world.restarts > 0)
+    return again and world.share(RunFolder(Path(options.out)).settings.is_file)
 
 
 def _start(options: argparse.Namespace, world: World) -> RunResult:
@@ -436,7 +439,7 @@ def _resume_exactly(options: argparse.Namespace, out: str, world: World) -> RunR
 
     done = world.share(lambda: finished_run(out))
     if done is not None:
-        _say(options, f"{out} is finished already ({done.steps} steps).")
+        _say(options, f"{out} is finished already ({plural(done.steps, 'step')}).")
         return done
     stored = RunFolder(Path(out)).read_settings().get("callbacks") or {}
     return Trainer.resume(

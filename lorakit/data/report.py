@@ -108,7 +108,7 @@ class DataReport:
         found += [f"Truncated: {line}" for line in self.cuts]
         if self.duplicates:
             found.append(f"Duplicates: {plural(self.duplicates, 'example')} equal to earlier ones")
-        found += [f"Note: {line}" for line in self.notes]
+        found += [f"note: {line}" for line in self.notes]
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,6 +26,8 @@ Recompute = Literal["none", "mlp", "layers", "offload"]
 DEFAULT_EPOCHS = 3.0
 DEFAULT_BETAS = (0.9, 0.999)
 DEFAULT_EPS = 1e-8
+#: fewer rows are all trained on, where validation is not asked for
+LEAST_TO_HOLD_OUT = 40
 #: tokens of one forward where nobody said: enough to fill the processor, few enough that the
 #: activations stay small beside the weights
 DEFAULT_TOKENS = {"cpu": 2048, "mps": 4096}
@@ -243,7 +245,8 @@ class TrainSettings:
         def choose(name: str, value: Any, reason: str) -> None:
             if getattr(self, name) is None:
                 chosen[name] = value
-                notes.append(f"{name} is {_shown(value)}: {reason}")
+                if reason:
+                    notes.append(f"{name} is {_shown(value)}: {reason}")
 
         steps = self.steps
         if steps is None:
@@ -267,7 +270,8 @@ class TrainSettings:
                 "so a batch holds some of them several times"
             )
         choose("lr", *_learning_rate(facts.hidden_size, facts.init, self.lora_plus_ratio))
-        choose("warmup", min(100, steps // 20), "a twentieth of the steps, at most 100")
+        warmup = min(100, steps // 20)  # none in a short run, where there is nothing to say of it
+        choose("warmup", warmup, "a twentieth of the steps, at most 100" if warmup else "")
         if self.warmup is not None and self.warmup >= steps:
             problems.append(f"warmup is {self.warmup} of {steps} steps; give fewer")
         if self.optimizer == "paged-adamw8bit" and facts.device != "cuda":
@@ -322,7 +326,7 @@ class TrainSettings:
         """Share of ``num_rows`` rows to hold out where there is no validation data; 0 for none."""
         if self.validation_fraction is not None:
             return self.validation_fraction
-        if num_rows < 40:
+        if num_rows < LEAST_TO_HOLD_OUT:
             return 0.0
         return min(256.0, max(16.0, num_rows / 20)) / num_rows
 

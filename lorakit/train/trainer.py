@@ -49,7 +49,7 @@ from lorakit.train.recompute import own_checkpointing_kept, recomputing
 from lorakit.train.record import environment
 from lorakit.train.report import write_report
 from lorakit.train.samples import answer_samples
-from lorakit.train.settings import Facts, TrainSettings
+from lorakit.train.settings import LEAST_TO_HOLD_OUT, Facts, TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -231,14 +231,15 @@ class Trainer:
             return everything, np.arange(len(self._validation_data))
         fraction = settings.held_out(len(everything))
         if not fraction:
-            reason = (
-                "as asked"
-                if settings.validation_fraction == 0
-                else f"{len(everything)} examples, too few to hold some out"
-            )
-            self.notes.append(
-                f"there is no validation ({reason}), so the adapter kept is that of the last step"
-            )
+            kept = "so the adapter kept is that of the last step"
+            if settings.validation_fraction == 0:
+                self.notes.append(f"there is no validation (as asked), {kept}")
+            else:
+                self.notes.append(
+                    f"there is no validation (some rows are held out from {LEAST_TO_HOLD_OUT} on, "
+                    f"and there are {len(everything)}), {kept}. Give --valid F, or hold some out "
+                    "anyway with --validation-fraction 0.2"
+                )
             return everything, none
         training, held = split(self._data, fraction, settings.seed)
         if not len(held):

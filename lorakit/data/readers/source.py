@@ -30,6 +30,10 @@ READERS: dict[str, Reader] = {
 _HELD_OUT = re.compile(r"(^|[^a-z])(test|val|valid|validation|dev|eval)([^a-z]|$)")
 
 
+#: files of a folder that an error names
+_SHOWN = 12
+
+
 def holds_rows(ref: str) -> bool:
     """Whether a file's name says that it has columns, as CSV has and plain text has not."""
     return READERS.get(_suffix(Path(ref)), text.read) is not text.read
@@ -106,10 +110,13 @@ def _suffix(path: Path) -> str:
 
 
 def _close(path: Path) -> str:
-    """Names in the same folder that are nearly this one."""
+    """The files in the same folder that could be read, those of nearly this name first."""
     parent = path.parent
     if not os.path.isdir(parent):
         return f" Nor is there a folder {parent}."
-    names = [p.name for p in parent.iterdir()]
+    there = sorted(p for p in parent.iterdir() if p.is_file() and _suffix(p) in READERS)
+    names = [p.name for p in there]
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
-    return f" In its folder lie: {', '.join(close)}." if close else ""
+    names = [*close, *(name for name in names if name not in close)]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f" In its folder are: {', '.join(names[:_SHOWN])}{more}." if names else ""
