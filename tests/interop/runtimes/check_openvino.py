@@ -88,7 +88,7 @@ for mode in MODES:
     bar = FUSED_BAR if mode == "MODE_FUSE" else BAR
     got = told(config(work.own / "plain", 1.0, mode), "plain")
     work.agrees(f"plain, folded, {mode}", got, expected("plain"), bar, "log-probs")
-for case in ("rslora", "patterns"):
+for case in ("rslora", "patterns", "tied_head"):
     got = told(config(work.own / case, 1.0), case)
     work.agrees(f"{case}, folded", got, expected(case), BAR, "log-probs")
 for mode in ("MODE_AUTO", "MODE_STATIC"):

@@ -77,6 +77,8 @@ def prepare(folder: Path) -> None:
     _make(model, with_magnitudes(adapter, model), ids, folder, "dora")
     for case, unusual in _unusual(model, adapter, base.identity).items():
         save_adapter(unusual, folder / "adapters" / case)
+    head = LoRASpec(rank=8, alpha=32, targets=("lm_head", "q_proj"))
+    _make(model, random_adapter(model, head, base.identity, SIZE), ids, folder, "tied_head")
 
 
 def random_adapter(model: Any, spec: LoRASpec, identity: Any, size: float) -> Adapter:
@@ -109,11 +111,9 @@ def _unusual(model: Any, adapter: Adapter, identity: Any) -> dict[str, Adapter]:
     biased = {}
     for path, site in adapter.low_rank.items():
         biased[path] = replace(site, bias=torch.full((site.B.shape[0],), 0.01))
-    head = LoRASpec(rank=8, alpha=32, targets=("lm_head", "q_proj"))
     norm = LoRASpec(rank=8, alpha=32, targets=("q_proj",), train_modules=("model.norm",))
     return {
         "bias": adapter.with_(sites=biased),
-        "tied_head": random_adapter(model, head, identity, SIZE),
         "saved_module": random_adapter(model, norm, identity, SIZE),
     }
 
