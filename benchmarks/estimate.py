@@ -334,8 +334,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    names = ["base", "how", "rank", "batch", "length", "predicted MB", "peak MB", "", "predicted s"]
-    names += ["step s", ""]
+    names = ["base", "how", "rank", "batch", "length", "predicted MiB", "peak MiB", ""]
+    names += ["predicted s", "step s", ""]
     head = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     inside = sum(0.95 <= row["memory_ratio"] <= 1.2 for row in rows)
     near = sum(0.75 <= row["time_ratio"] <= 1.25 for row in rows)
