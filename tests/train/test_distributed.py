@@ -37,20 +37,20 @@ def numbers(out: Path, kind: str) -> list[dict]:
     return [{n: row[n] for n in names if n in row} for row in rows if row["kind"] == kind]
 
 
-def assert_same_run(out: Path, expected: Path) -> None:
+def assert_same_run(out: Path, expected: Path, tolerance: float = TOLERANCE) -> None:
     found, whole = load_adapter(out / "adapter"), load_adapter(expected / "adapter")
     assert found.sites.keys() == whole.sites.keys()
     for path, site in whole.sites.items():
         for name in ("A", "B"):
             mine, other = getattr(found.sites[path], name), getattr(site, name)
             assert mine.dtype == torch.float64
-            assert (mine - other).norm() <= TOLERANCE * other.norm(), path
+            assert (mine - other).norm() <= tolerance * other.norm(), path
     for kind in ("step", "eval"):
         mine, others = numbers(out, kind), numbers(expected, kind)
         assert len(mine) == len(others)
         assert len(mine) >= 3
         for row, other in zip(mine, others, strict=True):
-            assert row == pytest.approx(other, rel=TOLERANCE)
+            assert row == pytest.approx(other, rel=tolerance)
     samples = [folder / "samples.jsonl" for folder in (out, expected)]
     assert len({path.read_text() if path.exists() else None for path in samples}) == 1
     assert not list(out.rglob("*.tmp"))

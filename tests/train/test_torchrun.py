@@ -25,6 +25,8 @@ pytestmark = [
 ]
 
 STEPS, EVERY = 150, 10
+#: rounding of sums in another order grows with the steps: 2e-9 was seen in a loss after 250
+LONG_RUN = 1e-6
 SETTINGS = {"steps": STEPS, "checkpoint_every": EVERY, "eval_every": 50, "samples": 0}
 
 
@@ -104,7 +106,7 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_hap
     said = log.read_text()
     after = int(said.split("the run goes on after step ")[1].split()[0])
     assert reached - EVERY <= after <= reached + 1, said
-    assert_same_run(out, folder / "alone")
+    assert_same_run(out, folder / "alone", LONG_RUN)
     assert [row["step"] for row in numbers(out, "step")] == list(range(1, STEPS + 1))
 
 
@@ -124,7 +126,7 @@ def test_an_interrupt_of_torchrun_saves(files):
     step = int(said.split("after step ")[1].split()[0])
     assert list_checkpoints(out / "checkpoints")[-1].name == f"step-{step:08d}.safetensors"
     Trainer.resume(out)
-    assert_same_run(out, folder / "alone")
+    assert_same_run(out, folder / "alone", LONG_RUN)
 
 
 def test_a_signal_to_one_worker_ends_all_with_130(files):
