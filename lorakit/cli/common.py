@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 #: the name under which the bare base appears beside adapters; no adapter may have it
 BASE_NAME = "base"
 
+#: what every command takes as an adapter
+ADAPTER_HELP = "a run, an adapter folder, a file or a hub id (id@revision)"
+
 #: folder and file names that say nothing about an adapter; it is called after what holds them
 _ANONYMOUS = ("adapter", "adapter_model", "adapters", "checkpoint", "best", "final", "latest")
 
@@ -144,8 +147,8 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=adapter_argument,
         metavar="A[=W]",
-        help="adapter folder, file or hub id (id@revision), again for several; =0.7 behind it "
-        "is a weight, name: before it gives it another name",
+        help=f"{ADAPTER_HELP}, again for several; =0.7 behind it is a weight, name: before it "
+        "gives it another name",
     )
 
 

@@ -5,8 +5,8 @@ lies in the larger, near 0 where they have nothing in common; "chance" is what r
 these ranks have. Right subspaces are what a site reads, left ones what it writes. The cosine is
 that of the two changes as vectors. No base is loaded.
 
-  lorakit compare runs/a/adapter runs/b/adapter
-  lorakit compare runs/a/adapter runs/b/adapter --layers --plot overlap.png
+  lorakit compare runs/a runs/b
+  lorakit compare runs/a runs/b --layers --plot overlap.png
   lorakit compare r8 r64 --of factors --json
 """
 
@@ -17,6 +17,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.common import (
+    ADAPTER_HELP,
     adapter_name,
     adapter_path,
     add_json_argument,
@@ -38,9 +39,7 @@ _SHOWN = 6
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     for name in ("first", "second"):
-        parser.add_argument(
-            name, metavar=name.upper(), help="folder (of a run or an adapter), file or hub id"
-        )
+        parser.add_argument(name, metavar=name.upper(), help=ADAPTER_HELP)
     parser.add_argument(
         "--of",
         choices=("delta", "factors"),

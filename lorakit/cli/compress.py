@@ -8,10 +8,10 @@ the parameters of the whole adapter, which then go where they keep the most. The
 --until-loss finds the smallest adapter whose loss on the data stays within what it says: +1%, or
 +0.01 in nats a token. Half of the data's prompts choose, the other half confirm.
 
-  lorakit compress runs/mine/adapter --rank 8 --out small
-  lorakit compress runs/mine/adapter --energy 0.99 --out small
-  lorakit compress runs/mine/adapter --parameters 200k --out small
-  lorakit compress runs/mine/adapter --until-loss +1% --base smollm2 --data test.jsonl --out small
+  lorakit compress runs/mine --rank 8 --out small
+  lorakit compress runs/mine --energy 0.99 --out small
+  lorakit compress runs/mine --parameters 200k --out small
+  lorakit compress runs/mine --until-loss +1% --base smollm2 --data test.jsonl --out small
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.common import (
+    ADAPTER_HELP,
     adapter_path,
     add_base_arguments,
     add_data_arguments,
@@ -42,9 +43,7 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument(
-        "adapter", metavar="ADAPTER", help="folder (of a run or an adapter), file or hub id"
-    )
+    parser.add_argument("adapter", metavar="ADAPTER", help=ADAPTER_HELP)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=positive_int, metavar="R", help="largest rank of every layer")
     size.add_argument(
@@ -66,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the smallest whose loss on --data is at most so much above the whole adapter's",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the result (PEFT)")
-    parser.add_argument("--layers", action="store_true", help="every layer, not a line a block")
+    parser.add_argument("--layers", action="store_true", help="every layer, not a line a kind")
     parser.add_argument(
         "--limit", type=positive_int, metavar="N", help="rows of --data to use; default: all"
     )
@@ -179,16 +178,18 @@ def _search(options: argparse.Namespace, adapter: Adapter) -> Search:
 
 
 def _print(options: argparse.Namespace, adapter: Adapter, smaller: Adapter) -> None:
-    from lorakit.cli.losses import percent, print_losses, ranks_of
+    from lorakit.cli.losses import percent, print_losses, ranks_of, span_of_ranks
 
     told = smaller.provenance["compressed"]
-    print_losses(ranks_of(adapter), smaller, told["sites"], each=options.layers)
+    before = ranks_of(adapter)
     gone = sum(one["rank"] == 0 for one in told["sites"].values())
     print(
-        f"{options.out}: {adapter.num_parameters:,} → {smaller.num_parameters:,} parameters, "
+        f"{options.out}: rank {span_of_ranks(before, smaller)}, "
+        f"{adapter.num_parameters:,} → {smaller.num_parameters:,} parameters, "
         f"{smaller.num_bytes / 1e6:.1f} MB; error {percent(told['relative_error'])}"
         + (f"; {gone} of {len(told['sites'])} sites are left out" if gone else "")
     )
+    print_losses(before, smaller, told["sites"], each=options.layers)
 
 
 def _print_search(search: Search) -> None:

@@ -4,10 +4,10 @@ The format of IN is detected. Every key and setting that the new format has no p
 then nothing is written and the exit code is 2, unless --allow-loss says that it may go. The same
 input gives the same bytes.
 
-  lorakit convert runs/mine/adapter --to gguf --base smollm2 --out mine.gguf
+  lorakit convert runs/mine --to gguf --base smollm2 --out mine.gguf
   lorakit convert style.safetensors --to diffusers --out style
-  lorakit convert runs/mine/adapter --for vllm --out served
-  lorakit convert runs/mine/adapter --to peft --portable --out plain
+  lorakit convert runs/mine --for vllm --out served
+  lorakit convert runs/mine --to peft --portable --out plain
   lorakit convert old.pt --alpha 16 --to peft --out old
 """
 
@@ -42,7 +42,7 @@ programs (--for): vllm, openvino, llama.cpp, ollama, mlx, onnxruntime, diffusers
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.epilog = EPILOG
-    parser.add_argument("adapter", metavar="IN", help="folder (of a run or an adapter) or file")
+    parser.add_argument("adapter", metavar="IN", help="a run, an adapter folder or a file")
     parser.add_argument("--out", required=True, metavar="OUT", help="the file or folder to write")
     parser.add_argument(
         "--to", metavar="FORMAT", help="format to write: peft, kohya, … (see below)"

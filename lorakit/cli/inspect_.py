@@ -5,9 +5,9 @@ adapter before it is brought to its lengths; the
 effective rank is the exponential of the entropy of its singular values: how many directions are
 really used.
 
-  lorakit inspect runs/mine/adapter
+  lorakit inspect runs/mine
   lorakit inspect someone/adapter@main --layers
-  lorakit inspect runs/mine/adapter --json
+  lorakit inspect runs/mine --json
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.common import (
+    ADAPTER_HELP,
     adapter_path,
     add_json_argument,
     console,
@@ -37,10 +38,11 @@ _BAR = 12
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument(
-        "adapter", metavar="ADAPTER", help="folder (of a run or an adapter), file or hub id"
-    )
+    parser.add_argument("adapter", metavar="ADAPTER", help=ADAPTER_HELP)
     parser.add_argument("--layers", action="store_true", help="every site, not a line a block")
+    parser.add_argument(
+        "--all", action="store_true", help="everything that the adapter says of its history"
+    )
     add_json_argument(parser)
 
 
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     out = console(stdout=True)
     _print_facts(out, facts)
     _print_blocks(out, sites, each=options.layers)
-    _print_provenance(out, adapter.provenance)
+    _print_provenance(out, adapter.provenance, everything=options.all)
     return 0
 
 
@@ -258,7 +260,7 @@ def _block_rows(groups: Mapping[str, Sequence[SiteFacts]]) -> Iterator[tuple[Any
         )
 
 
-def _print_provenance(out: Any, provenance: Mapping[str, Any]) -> None:
+def _print_provenance(out: Any, provenance: Mapping[str, Any], *, everything: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -267,12 +269,64 @@ def _print_provenance(out: Any, provenance: Mapping[str, Any]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in plain(provenance).items():
-        text = ", ".join(f"{path} {one}".strip() for path, one in _flat(value) if one is not None)
-        table.add_row(str(name), Text(text))
+    facts = plain(provenance)
+    lines = _in_full(facts) if everything else _in_short(facts)
+    for name, text in lines.items():
+        table.add_row(name, Text(text))
     out.print()
     out.print("where it comes from", style="bold")
     out.print(table)
+
+
+def _in_full(provenance: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: ", ".join(f"{path} {one}".strip() for path, one in _flat(value) if one is not None)
+        for name, value in provenance.items()
+    }
+
+
+def _in_short(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Data, steps, learning rate, losses and version; the names of what else there is."""
+    told = {
+        name: provenance[name] if isinstance(provenance.get(name), dict) else {}
+        for name in ("data", "train", "metrics", "versions")
+    }
+    data, train, metrics = told["data"], told["train"], told["metrics"]
+    lines = {
+        "data": _phrase(
+            (", ".join(map(str, data.get("files") or ())), "{}"),
+            (data.get("examples"), "{:,} examples"),
+            (data.get("format"), "written {}"),
+        ),
+        "training": _phrase(
+            (metrics.get("step"), "{:,} steps"),
+            (train.get("steps"), "of {:,}"),
+            (train.get("lr"), "lr {:.3g}"),
+        ),
+        "loss": _phrase(
+            (metrics.get("training_loss"), "training {:.3f}"),
+            (metrics.get("validation_loss"), "validation {:.3f}"),
+            (metrics.get("validation_loss_before"), "{:.3f} before training"),
+        ),
+        "lorakit": _phrase((told["versions"].get("lorakit"), "{}")),
+    }
+    lines = {name: text for name, text in lines.items() if text}
+    more = [name for name in provenance if name not in told]
+    lines["more"] = ", ".join([*more, "with --all"]) if more else "with --all"
+    return lines
+
+
+def _phrase(*parts: tuple[Any, str]) -> str:
+    """What is known of these, each in its form; what has another type than its form, as it is."""
+    found = []
+    for value, form in parts:
+        if value is None or value == "":
+            continue
+        try:
+            found.append(form.format(value))
+        except (ValueError, TypeError):  # provenance is what a file says
+            found.append(str(value))
+    return ", ".join(found)
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.common import console, printable_stdout
-from lorakit.cli.inspect_ import block_of
 
 if TYPE_CHECKING:
     from lorakit.core.adapter import Adapter
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 def print_losses(
     before: Mapping[str, int], after: Adapter, sites: Mapping[str, Mapping[str, Any]], *, each: bool
 ) -> None:
-    """One line a block, or one a site: ranks before and after, parameters, relative error.
+    """One line a kind of layer, or one a site: ranks before and after, parameters, relative error.
 
     Args:
         before: path → rank.
@@ -27,9 +26,9 @@ def print_losses(
 
     groups: dict[str, list[str]] = {}
     for path in before:
-        groups.setdefault(path if each else block_of(path), []).append(path)
+        groups.setdefault(path if each else kind_of(path), []).append(path)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("site" if each else "block", no_wrap=True)
+    table.add_column("site" if each else "kind", no_wrap=True)
     names = ("rank", "parameters", "error") if each else ("sites", "rank", "parameters", "error")
     for name in names:
         table.add_column(name, justify="right")
@@ -43,6 +42,19 @@ def print_losses(
         table.add_row(Text(name), *([] if each else [str(len(paths))]), *cells)
     printable_stdout()
     console(stdout=True).print(table)
+
+
+def kind_of(path: str) -> str:
+    """What layers of all blocks have in common: ``"q_proj"``, or ``"to_out.0"``."""
+    parts = path.split(".")
+    last = next((i for i in range(len(parts) - 1, 0, -1) if not parts[i].isdigit()), 0)
+    return ".".join(parts[last:])
+
+
+def span_of_ranks(before: Mapping[str, int], after: Adapter) -> str:
+    """``"16 → 8"``, of all sites."""
+    left = [after.low_rank[path].rank if path in after.low_rank else 0 for path in before]
+    return f"{_span(list(before.values()) or [0])} → {_span(left or [0])}"
 
 
 def ranks_of(*adapters: Adapter) -> dict[str, int]:

@@ -37,8 +37,8 @@ EPILOG = """\
 examples:
   lorakit preview --base smollm2 --data mine.jsonl
   lorakit train --base smollm2 --data mine.jsonl --out runs/mine
-  lorakit eval --base smollm2 --adapter runs/mine/adapter --data test.jsonl --metrics bleu
-  lorakit generate --base smollm2 --adapter runs/mine/adapter --prompt "Hello"
+  lorakit eval --base smollm2 --adapter runs/mine --data test.jsonl --metrics bleu
+  lorakit generate --base smollm2 --adapter runs/mine --prompt "Hello"
 
 `lorakit COMMAND --help` explains each. Exit codes: 0 done, 2 the input is wrong,
 130 interrupted with the state saved, 1 anything else.

@@ -4,20 +4,20 @@ The adapter is read and checked first; its config, weights, card and tokenizer f
 and nothing else. Log in once with `hf auth login`, or set HF_TOKEN.
 
 examples:
-  lorakit push runs/mine/adapter owner/name
-  lorakit push runs/mine/adapter owner/name --private --revision v2
+  lorakit push runs/mine owner/name
+  lorakit push runs/mine owner/name --private --revision v2
 """
 
 from __future__ import annotations
 
 import argparse
 
-from lorakit.cli.common import add_json_argument, emit_json, say
+from lorakit.cli.common import adapter_path, add_json_argument, emit_json, say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    parser.add_argument("adapter", metavar="ADAPTER", help="the folder of an adapter, or its file")
+    parser.add_argument("adapter", metavar="ADAPTER", help="a run, an adapter folder or a file")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="where to; made if it is not there")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", help="a branch, made if it is not there (default: main)")
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     from lorakit.formats import push_adapter
 
     url = push_adapter(
-        options.adapter,
+        adapter_path(options.adapter),
         options.repo_id,
         private=options.private,
         revision=options.revision,

@@ -23,8 +23,18 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("facts", "device", "dtype", "words"),
     [
-        ({"cpu_flags": BARE}, "cpu", torch.float32, ["no GPU", "faster on this processor than bfloat16"]),
-        ({"cpu_flags": BARE | {"avx512_bf16"}}, "cpu", torch.float32, ["faster on this processor than bfloat16"]),
+        (
+            {"cpu_flags": BARE},
+            "cpu",
+            torch.float32,
+            ["no GPU", "faster on this processor than bfloat16"],
+        ),
+        (
+            {"cpu_flags": BARE | {"avx512_bf16"}},
+            "cpu",
+            torch.float32,
+            ["faster on this processor than bfloat16"],
+        ),
         (
             {"cpu_flags": BARE | {"avx512_bf16", "amx_bf16"}},
             "cpu",

@@ -39,7 +39,8 @@ def dense(path, site):
 
 def test_combine_is_the_weighted_sum(folder, capfd):
     a, b, out = (str(folder / name) for name in ("a", "b", "mix"))
-    assert main(["combine", f"{a}=0.7", f"{b}=-0.3", "--out", out, "--json"]) == 0
+    given = [f"{a}=0.7", f"{b}=-0.3", "--json", "--out"]
+    assert main(["combine", *given, out, "--dtype", "exact"]) == 0
     printed = capfd.readouterr()
     found = json.loads(printed.out)
     for path in PATHS:
@@ -48,8 +49,24 @@ def test_combine_is_the_weighted_sum(folder, capfd):
     assert (found["method"], found["relative_error"], found["ranks"]) == ("linear", 0.0, [8])
     assert [(one["name"], one["weight"]) for one in found["adapters"]] == [("a", 0.7), ("b", -0.3)]
     assert found["dtypes"] == ["float32", "float64"]
-    assert "float64" in printed.err
-    assert "--dtype float32" in printed.err
+    assert "float64 holds the sum exactly" in printed.err
+    assert main(["combine", *given, out + "32"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["dtypes"] == ["float32"]
+    assert 0 < found["relative_error"] < 2**-23
+    assert main(["combine", a, f"{b}=-0.5", "--json", "--out", out + "twos"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["dtypes"], found["relative_error"]) == (["float32"], 0.0)
+
+
+def test_a_rounded_sum_says_so_and_what_rounds_nothing(folder, capfd):
+    given = [f"{folder / 'a'}=0.7", str(folder / "b"), "--out", str(folder / "mix")]
+    assert main(["combine", *given]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert "rank 8 → 8" in lines[0]
+    assert "rounded to float32 by" in lines[0]
+    assert "--dtype exact" in lines[0]
+    assert [line.split()[:2] for line in lines[2:]] == [["q_proj", "2"], ["up_proj", "2"]]
 
 
 def test_combine_with_a_rank_shows_what_is_lost(folder, capfd):
@@ -87,7 +104,10 @@ def test_compress(folder, capfd, size, ranks):
         assert found["sites"][path]["relative_error"] == pytest.approx(error, rel=1e-4, abs=1e-9)
         assert found["sites"][path]["rank"] == site.rank
     assert main(["compress", str(folder / "a"), *size, "--out", out]) == 0
-    assert "model.layers.1" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "parameters" in printed.splitlines()[0]
+    assert "up_proj" in printed
+    assert "model.layers.1" not in printed
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,11 @@ def test_blocks_and_sites(folder, capfd):
     out, _ = capfd.readouterr()
     lines = [line.split() for line in out.splitlines() if line.startswith(("model.", "score"))]
     assert [line[0] for line in lines] == [*(f"model.layers.{i}" for i in (0, 2, 10)), "score"]
-    for word in ("someone/base@0123456789ab", "SEQ_CLS", "alpha/r", "q_proj", "abc", "0.1"):
+    for word in ("someone/base@0123456789ab", "SEQ_CLS", "alpha/r", "q_proj", "x.csv", "0.1"):
         assert word in out
+    assert "abc" not in out
+    assert main(["inspect", folder, "--all"]) == 0
+    assert "digest abc" in capfd.readouterr().out
     assert main(["inspect", folder, "--layers"]) == 0
     out, _ = capfd.readouterr()
     assert out.count("self_attn.q_proj") == 3
