@@ -63,8 +63,7 @@ def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     sites: dict[str, Site] = {}
     for path, site in adapter.sites.items():
         if isinstance(site, LowRank):
-            bias = None if site.bias is None else site.bias.to(dtype)
-            sites[path] = replace(site, A=site.A.to(dtype), B=site.B.to(dtype), bias=bias)
+            sites[path] = replace(site, **{n: t.to(dtype) for n, t in site.tensors().items()})
         else:
             sites[path] = Replace({n: t.to(dtype) for n, t in site.tensors_by_name.items()})
     return adapter.with_(sites=sites)
@@ -72,7 +71,9 @@ def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 
 def _read(path: Path, *, keep_base_weights: bool) -> Adapter:
     """A PEFT folder as such; anything else by the format that recognises it."""
-    if (path / CONFIG).is_file() and any((path / name).is_file() for name in (WEIGHTS, PICKLED)):
+    # where a name is too long, a Path raises
+    weights = any(os.path.isfile(path / name) for name in (WEIGHTS, PICKLED))
+    if weights and os.path.isfile(path / CONFIG):
         return _read_settled(path, None, keep_base_weights=keep_base_weights)
     # PEFT's folder, which most adapters are, loads without the modules of the others
     from lorakit.formats.opening import open_source

@@ -137,7 +137,7 @@ def test_what_matches_nothing_is_named(spec, words):
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"scaling": "rslora"}, "scaling is 'rslora'; it must be one of alpha/r"),
         ({"bias": "some"}, "bias is 'some'"),
-        ({"init": "pissa"}, "init is 'pissa'"),
+        ({"init": "zeros"}, "init is 'zeros'"),
         ({"targets": ()}, "targets is empty"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern['q'] is 0"),
         ({"r": 8}, "r: here it is rank"),

@@ -264,7 +264,8 @@ def test_the_same_bytes_each_time(tmp_path: Path) -> None:
 
 
 _RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 from pathlib import Path
 from lorakit.workflows.merge_gguf import merge_to_gguf
 from tests.bases import tiny

@@ -113,7 +113,7 @@ def _close(path: Path) -> str:
     """The files in the same folder that could be read, those of nearly this name first."""
     parent = path.parent
     if not os.path.isdir(parent):
-        return f" Nor is there a folder {parent}."
+        return f" Nor is there a folder {parent}." if len(str(parent)) < 200 else " Nor its folder."
     there = sorted(p for p in parent.iterdir() if p.is_file() and _suffix(p) in READERS)
     names = [p.name for p in there]
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
