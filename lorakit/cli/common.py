@@ -152,8 +152,14 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add ``--data`` and how its rows become examples."""
+def add_data_arguments(
+    parser: argparse.ArgumentParser, *, required: bool = True, learnt: bool = False
+) -> None:
+    """Add ``--data`` and how its rows become examples.
+
+    Args:
+        learnt: whether the command writes rows as its adapters learnt them; see :func:`as_learnt`.
+    """
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
@@ -176,9 +182,10 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     group.add_argument(
         "--format",
         choices=("auto", "chat", "plain"),
-        default="auto",
-        help="write prompt and completion as a chat, or one after the other; auto (default): "
-        "as a chat where the tokenizer has a template",
+        default=None if learnt else "auto",
+        help="write prompt and completion as a chat, or one after the other; "
+        + ("default: as the adapter learnt them, else auto: " if learnt else "auto (default): ")
+        + "as a chat where the tokenizer has a template",
     )
     group.add_argument(
         "--loss-on",
@@ -252,8 +259,46 @@ def data_spec(options: argparse.Namespace, path: Sequence[str] | None = None) ->
             raise InputError(f"--map: the field {twice[0]!r} is mapped twice; give it once")
         merged.update(part)
     for name in ("format", "truncate", "bad_rows"):
-        chosen[name] = getattr(options, name)
+        if getattr(options, name) is not None:
+            chosen[name] = getattr(options, name)
     return DataSpec(map=merged, **chosen)
+
+
+def as_learnt(
+    spec: DataSpec, options: argparse.Namespace, adapters: Mapping[str, Adapter]
+) -> DataSpec:
+    """The rows written as all of these adapters learnt them, where no flag says how; says so.
+
+    Where they learnt differently, that is said too, and nothing is chosen.
+    """
+    from lorakit.data.load import kind_of_rows
+
+    histories = {name: adapter.provenance.get("data") for name, adapter in adapters.items()}
+    facts = {
+        name: told
+        for name, told in histories.items()
+        if isinstance(told, Mapping)
+        and told.get("format") in ("chat", "plain")
+        and told.get("kind") != "text"
+    }
+    kind = kind_of_rows(spec) if facts else "text"
+    if kind == "text":
+        return spec
+    chosen: dict[str, Any] = {}
+    formats = {str(told["format"]) for told in facts.values()}
+    if options.format is None and len(formats) == 1 and kind != "messages":
+        chosen["format"] = next(iter(formats))
+    systems = {told.get("system") for told in facts.values() if told["format"] == "chat"}
+    if options.system is None and chosen.get("format", options.format) != "plain":
+        if len(systems) > 1:
+            say(f"{', '.join(facts)} learnt with different system messages; choose with --system")
+        elif isinstance(one := next(iter(systems), None), str):
+            chosen["system"] = one
+    if chosen:
+        how = chosen.get("format", "chat")
+        system = f" with the system message {chosen['system']!r}" if "system" in chosen else ""
+        say(f"Rows are written {how}{system}, as {', '.join(facts)} learnt")
+    return dataclasses.replace(spec, **chosen)
 
 
 def check_text(text: str, where: str) -> None:

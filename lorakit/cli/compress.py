@@ -26,6 +26,7 @@ from lorakit.cli.common import (
     add_base_arguments,
     add_data_arguments,
     add_json_argument,
+    as_learnt,
     data_spec,
     emit_json,
     load_base_from,
@@ -70,7 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--limit", type=positive_int, metavar="N", help="rows of --data to use; default: all"
     )
     add_base_arguments(parser, required=False)
-    add_data_arguments(parser, required=False)
+    add_data_arguments(parser, required=False, learnt=True)
     add_json_argument(parser)
 
 
@@ -140,7 +141,16 @@ def _check_flags(options: argparse.Namespace) -> None:
     if options.until_loss is None:
         given = [
             f"--{name.replace('_', '-')}"
-            for name in ("base", "data", "limit", "revision", "quantize", "template", "system")
+            for name in (
+                "base",
+                "data",
+                "limit",
+                "revision",
+                "quantize",
+                "template",
+                "system",
+                "format",
+            )
             if getattr(options, name) is not None
         ]
         if given:
@@ -159,9 +169,8 @@ def _search(options: argparse.Namespace, adapter: Adapter) -> Search:
     use_tokenizer(base, {"adapter": adapter})
     for note in check_base(adapter, base.identity, allow_other=options.allow_other_base):
         say(f"Adapter: {note}")
-    data = load_data(
-        data_spec(options), base.require_tokenizer(), context_length=context_length(base.model)
-    )
+    spec = as_learnt(data_spec(options), options, {options.adapter: adapter})
+    data = load_data(spec, base.require_tokenizer(), context_length=context_length(base.model))
     for line in data.report.lines():
         say(line)
     increase, relative = options.until_loss

@@ -1,5 +1,6 @@
 """Judge a base and its adapters on the same data, side by side.
 
+Rows are written as the adapters learnt them, where lorakit trained them and no flag says how.
 Loss and perplexity are over the supervised tokens. With --metrics, each prompt is also answered
 (greedily) and the answers are compared with the references; rows that share a prompt are one
 item with several references.
@@ -26,6 +27,7 @@ from lorakit.cli.common import (
     add_base_arguments,
     add_data_arguments,
     add_json_argument,
+    as_learnt,
     attach_adapters,
     check_names,
     comma_list,
@@ -65,7 +67,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blend", action="store_true", help="judge the adapters, at their weights, as one"
     )
-    add_data_arguments(parser)
+    add_data_arguments(parser, learnt=True)
     judging = parser.add_argument_group("judging")
     judging.add_argument(
         "--limit", type=positive_int, metavar="N", help="judge the first N items; default: all"
@@ -113,6 +115,7 @@ def run(options: argparse.Namespace) -> int:
     adapters = load_adapters(options.adapter)
     base = load_base_from(options)
     use_tokenizer(base, adapters)
+    spec = as_learnt(spec, options, adapters)
     data = load_data(spec, base.require_tokenizer(), context_length=context_length(base.model))
     for line in data.report.lines():
         say(line)
@@ -209,6 +212,9 @@ def _compare_provenance(name: str, adapter: Adapter, data: TokenData) -> None:
             f"Adapter {name}: it learnt from prompts written as {written}; these are written as "
             f"{data.report.format}. --format {written} writes them as it knows them"
         )
+    template = learnt.get("template")
+    if isinstance(template, str) and template != data.report.template:
+        say(f"Adapter {name}: it learnt from prompts of this form: --template {template!r}")
 
 
 def _rows_of(items: Sequence[PromptItem] | None, indices: Sequence[int] | None) -> list[int]:

@@ -5,11 +5,11 @@ Whatever you leave out is chosen for your data and your machine, and said with i
 
 examples:
   lorakit train --base smollm2 --data mine.jsonl --out runs/mine
-  lorakit train --base smollm2 --data mine.csv --map prompt=question,completion=answer --out runs/a
-  lorakit train --base B --data F --valid V --steps 200 --lr 1e-3 --rank 16 --out runs/b
-  lorakit train --base B --data new.jsonl --from runs/a/adapter --out runs/a2
-  lorakit train --resume runs/a            # after Ctrl-C, a crash or a kill: goes on exactly
-  torchrun --nproc-per-node 2 -m lorakit.cli.main train --base B --data F --out runs/c
+  lorakit train --base smollm2 --data F.csv --map prompt=question,completion=answer --out runs/mine
+  lorakit train --base B --data F --valid V --steps 200 --lr 1e-3 --rank 16 --out runs/mine
+  lorakit train --base B --data new.jsonl --from runs/mine --out runs/more
+  lorakit train --resume runs/mine         # after Ctrl-C, a crash or a kill: goes on exactly
+  torchrun --nproc-per-node 2 -m lorakit.cli.main train --base B --data F --out runs/mine
 
 Not sure about the data? `lorakit preview` shows what would be trained. A run folder holds
 run.yaml, metrics.jsonl, adapter/ (the best), checkpoints/ and report.html.
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.common import (
+    ADAPTER_HELP,
+    adapter_path,
     add_base_arguments,
     add_data_arguments,
     add_json_argument,
@@ -82,7 +84,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="start",
         metavar="ADAPTER",
-        help="go on with this adapter (folder, file or hub id) on new data; it brings rank, "
+        help=f"go on with this adapter ({ADAPTER_HELP}) on new data; it brings rank, "
         "targets and alpha, and the optimizer starts anew",
     )
 
@@ -388,7 +390,7 @@ def _trainer(
     )
     start: Adapter | None = None
     if options.start is not None:
-        start = _with_flags(load_adapter(options.start), options)
+        start = _with_flags(load_adapter(adapter_path(options.start)), options)
     base = origin.load_base() if options.quiet else load_base_from(options)
     data, validation = origin.load_data(base), origin.load_validation(base)
     _say(options, *data.report.lines())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorakit.data.columns import Columns, find_columns
+from lorakit.data.columns import Columns, Kind, find_columns
 from lorakit.data.encode import Encoded, Encoder, Sample
 from lorakit.data.readers import open_rows
 from lorakit.data.rendering import make_rendering
@@ -86,6 +86,16 @@ def load_data(
         ),
         rendering.stop_ids,
     )
+
+
+def kind_of_rows(spec: DataSpec) -> Kind:
+    """What the rows are, by the first that can be read.
+
+    Raises:
+        DataError: a file cannot be read, or its columns are not understood.
+    """
+    _, first = _first_good(_all_rows(spec, []), Problems())
+    return find_columns(spec, list(map(str, first.values)), first.where, []).kind
 
 
 @dataclass

@@ -164,12 +164,35 @@ def test_plain_text_has_a_loss_and_no_answers(run):
 
 def test_it_says_when_the_adapter_knows_this_data_or_another_format(world, run, by_hand):
     _, handle, data = by_hand
-    about = {"digest": data.digest, "format": "plain"}
+    about = {"digest": data.digest, "format": "plain", "template": "Say {prompt}"}
     known = handle.snapshot("one").with_(provenance={"data": about})
     save_adapter(known, world / "known")
-    _, _, err = run("--adapter", "known")
+    _, _, err = run("--adapter", "known", "--format", "chat")
     assert "this is the very data that it was trained on" in err
     assert "--format plain writes them as it knows them" in err
+    assert "--template 'Say {prompt}'" in err
+
+
+@pytest.mark.parametrize(
+    ("learnt", "flags", "written", "said"),
+    [
+        ({"format": "plain"}, [], "plain", "Rows are written plain, as one learnt"),
+        ({"format": "chat", "system": "w9"}, [], "chat", "message 'w9', as one learnt"),
+        ({"format": "plain"}, ["--format", "auto"], "chat", "--format plain writes them"),
+        ({"format": "plain", "kind": "text"}, [], "chat", "--format plain writes them"),
+        ({"format": "plain"}, ["--data", "text.txt"], "plain", ""),
+    ],
+)
+def test_rows_are_written_as_the_adapter_learnt_them(
+    tmp_path, run, by_hand, learnt, flags, written, said
+):
+    _, handle, _ = by_hand
+    adapter = handle.snapshot("one").with_(provenance={"data": learnt})
+    save_adapter(adapter, tmp_path / "one")
+    code, out, err = run("--adapter", str(tmp_path / "one"), "--json", *flags)
+    assert code == 0, err
+    assert json.loads(out)["data"]["format"] == written
+    assert said in err
 
 
 def test_an_adapter_whose_loss_is_not_finite_is_null_and_said(world, run, by_hand):
