@@ -87,9 +87,14 @@ def main() -> None:
 
 
 def rejected(llm: Any, work: Work, case: str, number: int) -> str | None:
-    """What vLLM says to an adapter, or None where it answers with it."""
+    """What vLLM says to an adapter, or None where it takes it.
+
+    Only loaded: a failed request stays in the engine's queue, and later ones never end.
+    """
+    from vllm.lora.request import LoRARequest
+
     try:
-        told(llm, work, work.adapter(case), number)
+        llm.llm_engine.add_lora(LoRARequest(case, number, str(work.adapter(case))))
     except Exception as error:
         return str(error)
     return None
