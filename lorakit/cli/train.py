@@ -455,7 +455,7 @@ def _resume_exactly(options: argparse.Namespace, out: str, world: World) -> RunR
 def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
     """The flags that name fields of a dataclass and were given."""
     names = [field.name for field in dataclasses.fields(kind)]
-    found = {name: getattr(options, name, None) for name in names}
+    found: dict[str, Any] = {name: getattr(options, name, None) for name in names}
     targets = found.get("targets")
     if targets is not None and len(targets) == 1:
         found["targets"] = targets[0]

@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +64,8 @@ def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     sites: dict[str, Site] = {}
     for path, site in adapter.sites.items():
         if isinstance(site, LowRank):
-            sites[path] = replace(site, **{n: t.to(dtype) for n, t in site.tensors().items()})
+            changed: dict[str, Any] = {n: t.to(dtype) for n, t in site.tensors().items()}
+            sites[path] = replace(site, **changed)
         else:
             sites[path] = Replace({n: t.to(dtype) for n, t in site.tensors_by_name.items()})
     return adapter.with_(sites=sites)

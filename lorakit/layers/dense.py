@@ -31,7 +31,8 @@ def to_dense_(model: nn.Module, dtype: torch.dtype) -> list[str]:
     replaced: list[str] = []
     halves: list[str] = []
     module: Any
-    for path, module in model.named_modules():
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    for path, module in modules:
         if type(module) is HalfLinear:
             module.__class__ = nn.Linear
             module.weight.data = module.weight.data.to(dtype)
