@@ -34,7 +34,7 @@ def to_dense_(model: nn.Module, dtype: torch.dtype) -> list[str]:
     modules: list[tuple[str, Any]] = list(model.named_modules())
     for path, module in modules:
         if type(module) is HalfLinear:
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
             module.weight.data = module.weight.data.to(dtype)
             halves.append(path)
     for path, module, packed in list(packed_modules(model)):

@@ -159,7 +159,8 @@ def joined() -> Iterator[World]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     with _watched():
-        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        meeting: Any = dist.rendezvous("env://", timeout=TIMEOUT)  # type: ignore[attr-defined]
+        store, rank, size = next(meeting)
         dist.init_process_group(
             backend, store=_fresh(store, rank, size), rank=rank, world_size=size, timeout=TIMEOUT
         )
@@ -169,7 +170,7 @@ def joined() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+def _fresh(store: Any, rank: int, size: int) -> Any:
     """A part of the store that no earlier start of these processes has used.
 
     torchrun's agent keeps one store over restarts, and with it the addresses of processes that
@@ -182,7 +183,7 @@ def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
         store.set(f"lorakit/asked/{rank}", mine)
         start = store.get(f"lorakit/told/{mine}").decode()
         store.set(f"lorakit/heard/{start}/{rank}", "yes")
-        return dist.PrefixStore(start, store)
+        return dist.PrefixStore(start, store)  # type: ignore[attr-defined]
     start = uuid.uuid4().hex
     missing = set(range(1, size))
     until = time.monotonic() + TIMEOUT.total_seconds()
@@ -194,7 +195,7 @@ def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
         if time.monotonic() > until:
             raise RuntimeError(f"processes {sorted(missing)} have not begun")
         time.sleep(0.01)
-    return dist.PrefixStore(start, store)
+    return dist.PrefixStore(start, store)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
