@@ -13,13 +13,16 @@ HEAD = """\
 Written by `make interop`, which installs each runtime into an environment of its own and compares
 numbers, not text: the logits or log-probabilities of a runtime with our adapter file beside those
 of transformers and PEFT with the same adapter, in float32 on a CPU. Adapters are random, of rank
-around 8 over all linear layers of SmolLM2-135M, and move the logits by more than 1. A *negative* is
-a case that has to be far off (30 times the bar at least): it shows that the check would notice.
+around 8 over all linear layers of SmolLM2-135M, and move the logits by more than 1. The trainers
+(litgpt, loralib, LyCORIS, sd-scripts, torchtune) work on tiny random models. A
+*negative* is a case that has to be far off (30 times the bar at least): it shows that the check
+would notice.
 
 A check needs gigabytes and minutes, so the default tests hold only PEFT, mistral.rs and diffusers.
 `make interop ARGS="xllamacpp mlx"` runs some of them; `LORAKIT_INTEROP=/some/folder` says where
 environments are kept (`.interop/` by default). It exits with 0 if all passed, 1 if something
-failed, 3 if something could not be installed and the rest passed.
+failed, 3 if something could not be installed and the rest passed. sd-scripts is in no index:
+its `networks/lora.py` is downloaded at a pinned commit, or `SD_SCRIPTS` names it.
 """
 
 
