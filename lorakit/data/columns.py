@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorakit.data.rows import RowError, shown
-from lorakit.data.spec import DataSpec
+from lorakit.data.spec import DataSpec, map_flag, turned
 from lorakit.data.template import Template, closest, parse_template
 from lorakit.errors import DataError, collected
 
@@ -39,7 +39,7 @@ _KNOWN: tuple[tuple[Kind, dict[str, str]], ...] = (
 
 _COMPLETIONS = ("completion", "output", "response", "answer", "target")
 
-_EXAMPLE = "--map prompt=COLUMN,completion=COLUMN"
+_EXAMPLE = {"prompt": "COLUMN", "completion": "COLUMN"}
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,11 @@ def find_columns(spec: DataSpec, present: Sequence[str], where: str, notes: list
         if column not in present
     ]
     if missing:
+        other = turned(wanted)
         raise DataError(
             collected(f"{where} has the columns {_listed(present)}", missing)
-            + "\nOn the left of = in --map stands our name, on the right your column."
+            + "\nOn the left of = in --map stands our name, on the right your column"
+            + (f": {map_flag(other)}" if other and set(other.values()) <= set(present) else ".")
         )
     if template is not None:
         return _with_template(template, wanted, present, where)
@@ -170,11 +172,12 @@ def _with_template(
 ) -> Columns:
     known = [c for c in _COMPLETIONS if c in present]
     known.sort(key=lambda column: column in template.columns)
+    free = [c for c in present if c not in template.columns] or ["COLUMN"]
     column = wanted.get("completion") or (known[0] if known else None)
     if column is None:
         raise DataError(
             f"{where}: the template writes the prompt, but no column is known as the completion "
-            f"(there are {_listed(present)}). Give --map completion=COLUMN."
+            f"(there are {_listed(present)}). Give {map_flag({'completion': free[0]})}."
         )
     if column in template.columns:
         raise DataError(
@@ -204,10 +207,12 @@ def _mapped(
     names |= {field: wanted[field] for field in _NEEDS[kind][1] if field in wanted}
     absent = [field for field in _NEEDS[kind][0] if field not in names]
     if absent:
+        free = [c for c in present if c not in wanted.values()] + ["COLUMN"] * len(absent)
+        whole = {**wanted, **dict(zip(absent, free, strict=False))}
         raise DataError(
             f"map: {', '.join(wanted)} is mapped, but {' and '.join(absent)} is not, and there "
-            f"is no column of that name; {where} has {_listed(present)}. Add "
-            f"{','.join(f'{field}=COLUMN' for field in absent)}."
+            f"is no column of that name; {where} has {_listed(present)}. Give all of them, such as "
+            f"{map_flag(whole)}."
         )
     twice = [c for c in names.values() if list(names.values()).count(c) > 1]
     if twice:
@@ -231,10 +236,22 @@ def _recognised(present: Sequence[str], where: str) -> tuple[Kind, dict[str, str
         "expected prompt and completion, instruction and output, messages, or text.{} Say "
         "which column is which: {}.{}".format(
             hint,
-            _EXAMPLE,
+            _example(present),
             " (The first line of a CSV names its columns.)" if " row " in where else "",
         )
     )
+
+
+def _example(present: Sequence[str]) -> str:
+    """A ``--map`` with columns that there are, one of them as the completion."""
+    # the flag parts its fields at commas and strips them
+    usable = [c for c in present if c.strip() == c != "" and "," not in c and len(c) <= 60]
+    if len(usable) < 2:
+        return map_flag(_EXAMPLE)
+    known = [c for c in usable if c.lower() in _COMPLETIONS]
+    completion = known[0] if known else usable[1]
+    prompt = next(column for column in usable if column != completion)
+    return f"such as {map_flag({'prompt': prompt, 'completion': completion})}"
 
 
 def _listed(columns: Sequence[str]) -> str:

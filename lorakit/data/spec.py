@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,17 @@ BadRows = Literal["error", "skip"]
 
 #: what ``map`` may name: the fields of the four kinds of rows
 FIELDS = ("prompt", "completion", "messages", "text", "instruction", "input", "output")
+
+
+def map_flag(mapped: Mapping[str, str]) -> str:
+    """``--map`` as a shell takes it: quoted where a column's name needs that."""
+    return "--map " + shlex.quote(",".join(f"{field}={one}" for field, one in mapped.items()))
+
+
+def turned(mapped: Mapping[str, str]) -> dict[str, str] | None:
+    """The map with both sides exchanged, if our fields stand on the right; else ``None``."""
+    found = {field: column for column, field in mapped.items()}
+    return found if len(found) == len(mapped) and set(found) <= set(FIELDS) else None
 
 
 @dataclass(frozen=True)
@@ -77,9 +89,11 @@ class DataSpec:
             yield f"max_length: {length!r} given; expected at least 2 tokens, or None"
         unknown = [name for name in self.map if name not in FIELDS]
         if unknown:
+            other = turned(self.map)
             yield (
                 f"map: {', '.join(unknown)} is no field of lorakit; on the left of = stands one "
                 f"of {', '.join(FIELDS)}, on the right your column"
+                + (f": {map_flag(other)}" if other else "")
             )
         if self.template is not None and not self.template.strip():
             yield "template: it is empty; leave it out, or write the prompt with {columns}"

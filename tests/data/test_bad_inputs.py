@@ -97,9 +97,18 @@ TABLE = {
         "a.csv",
         "hello there,my answer\nx,y\n",
         {},
-        ["hello there, my answer", "first line of a CSV names its columns", "--map"],
+        [
+            "hello there, my answer",
+            "first line of a CSV names its columns",
+            "--map 'prompt=hello there,completion=my answer'",
+        ],
     ),
-    "unknown columns": ("a.jsonl", '{"q": "a", "r": "b"}\n', {}, ["columns q, r", "--map"]),
+    "unknown columns": (
+        "a.jsonl",
+        '{"q": "a", "r": "b"}\n',
+        {},
+        ["columns q, r", "--map prompt=q,completion=r"],
+    ),
     "preferences": (
         "a.jsonl",
         '{"chosen": "a", "rejected": "b"}\n',
@@ -112,7 +121,12 @@ TABLE = {
         {"map": {"prompt": "mr", "completion": "reff"}},
         ["a.csv row 1", "mr, ref", "no column 'reff'", "'ref'"],
     ),
-    "half a map": ("a.csv", "mr,ref\na,b\n", {"map": {"prompt": "mr"}}, ["completion=COLUMN"]),
+    "half a map": (
+        "a.csv",
+        "mr,ref\na,b\n",
+        {"map": {"prompt": "mr"}},
+        ["--map prompt=mr,completion=ref"],
+    ),
     "one column for two fields": (
         "a.csv",
         "mr,ref\na,b\n",
@@ -130,6 +144,24 @@ TABLE = {
         GOOD,
         {"map": {"question": "prompt"}},
         ["question is no field", "prompt, completion"],
+    ),
+    "a map turned round": (
+        "a.csv",
+        "Customer text,ref\na,b\n",
+        {"map": {"Customer text": "prompt", "ref": "completion"}},
+        ["is no field", "--map 'prompt=Customer text,completion=ref'"],
+    ),
+    "a map turned round whose columns are called like fields": (
+        "a.csv",
+        "input,text\na,b\n",
+        {"map": {"input": "prompt", "text": "completion"}},
+        ["no column 'prompt'", "--map prompt=input,completion=text"],
+    ),
+    "a template without a completion": (
+        "a.csv",
+        "mr,my ref\na,b\n",
+        {"template": "Say {mr}"},
+        ["no column is known as the completion", "--map 'completion=my ref'"],
     ),
     "empty completion": (
         "a.jsonl",
@@ -329,3 +361,11 @@ def test_a_chat_that_the_template_refuses_is_named(tmp_path):
     path.write_text(chat(USER, BOT) + chat({"role": "user", "content": "no"}, BOT))
     with pytest.raises(DataError, match=r"a\.jsonl line 2: the chat template refuses it: never no"):
         load_data(DataSpec(path), make_tokenizer(strict))
+
+
+def test_a_file_that_is_not_there_names_those_that_are(tmp_path):
+    for name in ("mine.csv", "other.jsonl", "picture.png"):
+        (tmp_path / name).write_text("x\n")
+    with pytest.raises(DataError) as caught:
+        load_data(DataSpec(str(tmp_path / "others.jsonl")), make_tokenizer())
+    assert "In its folder are: other.jsonl, mine.csv." in str(caught.value)
