@@ -1,12 +1,12 @@
 # Needs Python ≥ 3.11 with pip, and make. Everything is installed into .venv beside this file.
 #
-#   make setup | demo | test | check | bench | interop
+#   make setup | demo | test | check | bench | bench-gpu | interop
 #
 # PYTHON=… chooses another interpreter, VENV=… another folder; ARGS=… is handed to what runs.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench interop clean
+.PHONY: help setup demo test check format bench bench-gpu interop clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 setup: $(VENV)/.dev-is-ready  ## the package with everything that tests and tools need, into .venv
 
@@ -38,6 +38,9 @@ format: $(VENV)/.dev-is-ready  ## sort imports and format
 
 bench: $(VENV)/.dev-is-ready  ## training speed and memory beside a plain PEFT loop
 	$(BIN)/python -m benchmarks train $(ARGS)
+
+bench-gpu: $(VENV)/.dev-is-ready  ## the same on a GPU, with random weights of a Llama's shape
+	$(BIN)/python -m benchmarks gpu $(ARGS)
 
 interop: $(VENV)/.dev-is-ready  ## our files in other programs, each in an environment of its own
 	$(BIN)/python -m tests.interop.runtimes $(ARGS)

@@ -90,16 +90,26 @@ def _serve(name: str, task: dict[str, Any], pipe: Connection) -> None:
         of, _, variant = name.partition(":")
         module = importlib.import_module(f"benchmarks.contestants.{of}")
         state = module.prepare({**task, "variant": variant} if variant else task)
-        loaded = _resident_mb()
+        loaded = _held_mb()
         _forget_peak()
         pipe.send(("ready", None))
         while (i := pipe.recv()) is not None:
             started = time.perf_counter()
             row = module.step(state, i)
             pipe.send(("step", (time.perf_counter() - started, row)))
-        pipe.send(("memory", (loaded, _resident_mb("VmHWM"))))
+        pipe.send(("memory", (loaded, _held_mb(peak=True))))
     except BaseException:
         pipe.send(("error", traceback.format_exc()))
+
+
+def _held_mb(*, peak: bool = False) -> float:
+    """What this process holds of the GPU if it uses one, else of the memory."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        held = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        return held / 2**20
+    return _resident_mb("VmHWM" if peak else "VmRSS")
 
 
 def _resident_mb(key: str = "VmRSS") -> float:
@@ -110,7 +120,11 @@ def _resident_mb(key: str = "VmRSS") -> float:
 
 
 def _forget_peak() -> None:
-    """Start the kernel's high-water mark anew, so that loading does not count."""
+    """Start the high-water marks anew, so that loading does not count."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     Path("/proc/self/clear_refs").write_text("5")
 
 

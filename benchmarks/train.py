@@ -42,9 +42,9 @@ def run(options: argparse.Namespace) -> int:
     report = {
         "task": {k: v for k, v in task.items() if k not in ("start", "data")},
         "hardware": hardware(),
-        "contestants": [_summary(r, results[-1]) for r in results],
+        "contestants": [summary(r, results[-1]) for r in results],
     }
-    text = _table(report)
+    text = table(report)
     print(text)
     if options.out:
         out = Path(options.out)
@@ -63,7 +63,7 @@ def _initial_adapter(base: str, folder: Path) -> Path:
     return folder
 
 
-def _summary(measured: Measured, reference: Measured) -> dict[str, object]:
+def summary(measured: Measured, reference: Measured) -> dict[str, object]:
     above = measured.peak_mb - measured.loaded_mb
     ratios = sorted(r / m for r, m in zip(reference.seconds, measured.seconds, strict=True))
     return {
@@ -79,10 +79,11 @@ def _summary(measured: Measured, reference: Measured) -> dict[str, object]:
     }
 
 
-def _table(report: dict) -> str:
+def table(report: dict) -> str:
     hardware = report["hardware"]
     lines = [
-        f"{hardware['cpu']}, {hardware['cores']} cores, torch {hardware['torch']}, "
+        f"{hardware['gpu'] or hardware['cpu']}, {hardware['cores']} cores, "
+        f"torch {hardware['torch']}, "
         f"{hardware['threads']} threads; {report['task']['steps']} steps each, taken in turn, "
         f"batch {report['task']['batch_size']}",
         "",

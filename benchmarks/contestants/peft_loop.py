@@ -41,6 +41,8 @@ def step(state: dict[str, Any], i: int) -> dict[str, float]:
         labels[row, :n] = torch.where(
             torch.tensor(example.supervised), ids[row, :n], labels[row, :n]
         )
+    device = next(state["model"].parameters()).device
+    ids, mask, labels = (t.to(device) for t in (ids, mask, labels))
     loss = state["model"](input_ids=ids, attention_mask=mask, labels=labels).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(state["parameters"], 1.0)
