@@ -292,15 +292,19 @@ def _in_short(provenance: Mapping[str, Any]) -> dict[str, str]:
         for name in ("data", "train", "metrics", "versions")
     }
     data, train, metrics = told["data"], told["train"], told["metrics"]
+    known = [one for one in (metrics.get("step"), train.get("steps")) if one is not None]
+    steps = " of ".join(map(str, known)) or None
+    combined = provenance.get("combined")
+    members = combined.get("adapters") if isinstance(combined, dict) else None
     lines = {
+        "combined": _members(members),
         "data": _phrase(
             (", ".join(map(str, data.get("files") or ())), "{}"),
             (data.get("examples"), "{:,} examples"),
             (data.get("format"), "written {}"),
         ),
         "training": _phrase(
-            (metrics.get("step"), "{:,} steps"),
-            (train.get("steps"), "of {:,}"),
+            (steps, "{} steps"),
             (train.get("lr"), "lr {:.3g}"),
         ),
         "loss": _phrase(
@@ -312,8 +316,15 @@ def _in_short(provenance: Mapping[str, Any]) -> dict[str, str]:
     }
     lines = {name: text for name, text in lines.items() if text}
     more = [name for name in provenance if name not in told]
-    lines["more"] = ", ".join([*more, "with --all"]) if more else "with --all"
+    lines["more"] = f"{', '.join(more)}: see --all" if more else "see --all"
     return lines
+
+
+def _members(members: Any) -> str:
+    """``0.7·a + 0.3·b``; nothing where a file says it otherwise."""
+    if not isinstance(members, list) or not all(isinstance(one, dict) for one in members):
+        return ""
+    return " + ".join(f"{one.get('weight')}·{one.get('name')}" for one in members)
 
 
 def _phrase(*parts: tuple[Any, str]) -> str:

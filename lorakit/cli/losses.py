@@ -52,9 +52,10 @@ def kind_of(path: str) -> str:
 
 
 def span_of_ranks(before: Mapping[str, int], after: Adapter) -> str:
-    """``"16 → 8"``, of all sites."""
+    """``"16 → 8"``, of all sites; ``"16"`` where it stayed."""
     left = [after.low_rank[path].rank if path in after.low_rank else 0 for path in before]
-    return f"{_span(list(before.values()) or [0])} → {_span(left or [0])}"
+    was, now = _span(list(before.values()) or [0]), _span(left or [0])
+    return now if was == now else f"{was} → {now}"
 
 
 def ranks_of(*adapters: Adapter) -> dict[str, int]:

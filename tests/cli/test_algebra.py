@@ -63,7 +63,7 @@ def test_a_rounded_sum_says_so_and_what_rounds_nothing(folder, capfd):
     given = [f"{folder / 'a'}=0.7", str(folder / "b"), "--out", str(folder / "mix")]
     assert main(["combine", *given]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert "rank 8 → 8" in lines[0]
+    assert ", rank 8, " in lines[0]
     assert "rounded to float32 by" in lines[0]
     assert "--dtype exact" in lines[0]
     assert [line.split()[:2] for line in lines[2:]] == [["q_proj", "2"], ["up_proj", "2"]]

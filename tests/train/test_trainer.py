@@ -164,6 +164,13 @@ def test_without_validation_the_last_is_kept_and_said(shop):
     assert kept.provenance["metrics"]["step"] == 12
 
 
+def test_too_few_rows_to_hold_some_out_says_how_many_and_what_to_do(shop):
+    base = shop.base()
+    few = shop.data(base, tiny.write_rows(shop.out / "few.jsonl", tiny.rows(20)))
+    [note] = [n for n in shop.trainer(base=base, data=few).notes if "no validation" in n]
+    assert all(word in note for word in ("40", "20", "--valid F", "--validation-fraction"))
+
+
 def test_a_validation_file(shop):
     base = shop.base()
     path = tiny.write_rows(shop.out / "valid.jsonl", tiny.rows(9, seed=5))
