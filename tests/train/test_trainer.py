@@ -273,6 +273,7 @@ def test_settings_of_the_default_run_are_all_said(shop):
     said = " ".join(trainer.notes)
     for name in ("steps", "lr", "micro_batch_tokens", "eval_every", "eval_rows"):
         assert f"{name} is " in said
-    assert trainer.settings.warmup == 0 and "warmup" not in said  # under 20 steps there is none
+    assert trainer.settings.warmup == 0  # as always under 20 steps
+    assert "warmup" not in said
     longer = Trainer(base, SPEC, shop.data(base), TrainSettings(steps=40), shop.out / "longer")
     assert "warmup is 2: " in " ".join(longer.notes)
