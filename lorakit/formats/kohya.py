@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -46,6 +47,13 @@ from lorakit.formats.picture_names import (
 DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
 FILE = "lora.safetensors"
 _TRAINING = ("ss_", "sshs_", "modelspec.")
+
+#: modules outside the classes in which sd-scripts builds its own; it skips their keys in a file
+_UNSEEN = re.compile(
+    r"unet\.(conv_in|conv_out|(time|add)_embedding\.linear_[12])"
+    r"|text_encoder_2\.text_projection"
+    r"|transformer\.(proj_out|norm_out\.linear)"
+)
 
 #: a module's tensors by the rest of their names → its site, or what is wrong with it
 SiteOf = Callable[[Mapping[str, Tensor]], LowRank | str]
@@ -266,13 +274,24 @@ def _plan(adapter: Adapter, hints: Hints) -> _Plan:
             )
         _add(name, list(there), joined, plan)
     _add_alphas(plan)
+    unseen = sorted(path for path in plan.stored if _UNSEEN.fullmatch(path))
+    if unseen:
+        plan.notes.append(
+            f"sd-scripts skips {len(unseen)} of the sites without a word, because it looks at no "
+            f"module outside the blocks: {', '.join(unseen)}. ComfyUI has names for them; for "
+            "sd-scripts, merge the adapter into its base (`lorakit merge`)"
+        )
     return plan
 
 
 def _add_alphas(plan: _Plan) -> None:
-    """None at all where every scaling is 1: then diffusers is exact for mixed ranks too."""
+    """None at all where every scaling is 1: then diffusers is exact for mixed ranks too.
+
+    Of Flux, diffusers is exact with them, and sd-scripts stops at a module without one.
+    """
     ranks = {name: plan.tensors[f"{name}.{DOWN}"].shape[0] for name in plan.alphas}
-    if all(plan.alphas[name] == rank for name, rank in ranks.items()):
+    folded = all(plan.alphas[name] == rank for name, rank in ranks.items())
+    if folded and plan.family != "flux":
         return
     plan.tensors |= {f"{name}.{ALPHA}": _number(alpha) for name, alpha in plan.alphas.items()}
     if plan.family != "flux" and (

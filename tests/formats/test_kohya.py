@@ -121,6 +121,39 @@ def test_scale(tmp_path, alpha, scaling):
     assert reading.adapter.low_rank[Q_PATH].scaling == scaling
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "flux"])
+def test_what_sd_scripts_skips_is_named(modules, family):
+    """Its loader builds modules in blocks and encoders only, and drops all other keys."""
+    inside = {
+        "sd1": "unet.mid_block.resnets.0.time_emb_proj",
+        "sdxl": "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
+        "flux": "transformer.x_embedder",
+    }[family]
+    outside = {
+        "sd1": ["unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1"],
+        "sdxl": ["text_encoder_2.text_projection", "unet.add_embedding.linear_2", "unet.conv_in"],
+        "flux": ["transformer.norm_out.linear", "transformer.proj_out"],
+    }[family]
+    generator = torch.Generator().manual_seed(0)
+    sites = {
+        path: site_for(modules[family][path], 2, 1.0, generator) for path in [inside, *outside]
+    }
+    said = [n for n in FORMAT.write(Adapter(sites), Hints(family=family)).notes if "skips" in n]
+    assert f"skips {len(outside)} of the sites" in said[0]
+    assert ": " + ", ".join(outside) + "." in said[0]
+    only = FORMAT.write(Adapter({inside: sites[inside]}), Hints(family=family))
+    assert not any("skips" in note for note in only.notes)
+
+
+def test_flux_always_has_alphas(modules, tmp_path):
+    """sd-scripts' Flux network ends in a KeyError without one."""
+    generator = torch.Generator().manual_seed(0)
+    path = "transformer.transformer_blocks.0.ff.net.2"
+    adapter = Adapter({path: site_for(modules["flux"][path], 3, 1.0, generator)})
+    tensors = safetensors.torch.load_file(write(FORMAT.write(adapter, Hints()), tmp_path))
+    assert tensors["lora_unet_double_blocks_0_img_mlp_2.alpha"].item() == 3
+
+
 def test_joined_projections_come_apart(tmp_path):
     """Against the slices of the dense change, not against our own join."""
     name = "lora_unet_single_blocks_0_linear1"
