@@ -85,20 +85,6 @@ class GgufBase:
         return _CLASSES.get(self.architecture, ())
 
 
-def lost_by_transformers(base: GgufBase) -> str | None:
-    """What of such a file transformers' own reader leaves out without a word; ``None`` if nothing.
-
-    llama.cpp reads all of it. Seen in transformers 5.23.
-    """
-    if "rope_freqs.weight" in base.tensors:
-        return "the factors of a Llama 3's rotation"
-    if f"{base.architecture}.rope.scaling.type" in base.fields:
-        return "the scaling of the rotation"
-    if base.architecture == "llama" and any(name.endswith(".bias") for name in base.tensors):
-        return "a Llama's biases"
-    return None
-
-
 def from_gguf(path: Path, name: str) -> GgufBase:
     """The parts of a GGUF file; tensors stay in the file.
 

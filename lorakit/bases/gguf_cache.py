@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.bases.gguf_file import GgufHeader, read_header
+from lorakit.bases.gguf_left import take_over
 from lorakit.bases.gguf_tokenizer import PROBE, gguf_tokenizer
 from lorakit.bases.quiet import quiet_transformers
 from lorakit.core.files import atomic_folder, cache_dir, clear_disk_errors, write_atomic
@@ -144,10 +145,12 @@ def write_model(gguf: Path, header: GgufHeader, folder: Path) -> list[str]:
     with quiet_transformers(stderr=True), torch.random.fork_rng(devices=[]):
         try:
             model = dequantised(gguf)
+            notes += take_over(gguf, model)
             model.save_pretrained(folder)
             del model
             if header.has_tokenizer:
-                tokenizer, notes = gguf_tokenizer(gguf, header)
+                tokenizer, of_tokenizer = gguf_tokenizer(gguf, header)
+                notes += of_tokenizer
                 tokenizer.save_pretrained(folder)
                 _check_tokenizer(tokenizer, folder, gguf)
         except (ValueError, NotImplementedError, KeyError, RuntimeError, MemoryError) as error:
@@ -155,7 +158,7 @@ def write_model(gguf: Path, header: GgufHeader, folder: Path) -> list[str]:
                 raise
             raise BaseError(_reason(gguf, header, error)) from error
     if not header.has_tokenizer:
-        notes = [f"{gguf.name} holds no tokenizer"]
+        notes.append(f"{gguf.name} holds no tokenizer")
     return notes
 
 

@@ -185,13 +185,13 @@ def _rope(
     if kind == "llama3":
         heads = int(config["num_attention_heads"])
         head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-        return fields, _llama3_factors(rope, theta, head_dim), notes
+        return fields, llama3_factors(rope, theta, head_dim), notes
     raise BaseError(
         f"{folder} scales its rotation by {kind!r}, which is not written here. {_WAY_OUT}"
     )
 
 
-def _llama3_factors(rope: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
+def llama3_factors(rope: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
     """What llama.cpp divides each frequency by, float32 [head_dim / 2] (Llama 3.1's scaling:
     long waves by the factor, short ones not, those between smoothly)."""
     factor, old = float(rope["factor"]), float(rope["original_max_position_embeddings"])

@@ -53,7 +53,7 @@ def write(
 
     def check(path: Path, parts: GgufBase) -> None:
         if options.verify:
-            found["text"] = _on_text(options, pairs, path, parts, compare)
+            found["text"] = _on_text(options, pairs, path, compare)
 
     with meter() as tell:
         merged = merge_to_gguf(
@@ -80,22 +80,16 @@ def _on_text(
     options: argparse.Namespace,
     pairs: list[Any],
     path: Path,
-    parts: GgufBase,
     compare: Callable[[argparse.Namespace, list[Any], Path], Any],
 ) -> Any:
     """What transformers makes of the file, on text; ``None``, with the reason said, if nothing."""
     import shutil
     import tempfile
 
-    from lorakit.bases.gguf_base import lost_by_transformers
     from lorakit.bases.gguf_cache import write_model
     from lorakit.bases.gguf_file import read_header
     from lorakit.workflows.merge_check import available_bytes
 
-    lost = lost_by_transformers(parts)
-    if lost:
-        say(f"note: not compared on text: transformers leaves out {lost}, which llama.cpp reads")
-        return None
     try:
         header = read_header(path)
     except BaseError as error:

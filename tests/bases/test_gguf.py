@@ -89,6 +89,15 @@ def test_quantised_weights_are_dequantised(tmp_path: Path, kind: str) -> None:
     assert torch.equal(found, torch.from_numpy(expected))
 
 
+def test_a_scaling_that_cannot_be_taken_over(tmp_path: Path) -> None:
+    extra = {"llama.rope.scaling.type": "yarn"}
+    path = tiny.write_gguf(tmp_path / "yarn.gguf", extra=extra)
+    with pytest.raises(BaseError, match=r"(?s)llama\.rope\.scaling\.type: 'yarn'.*safetensors"):
+        load_base(path, device="cpu")
+    extra = {"llama.rope.scaling.type": "none"}
+    load_base(tiny.write_gguf(tmp_path / "none.gguf", extra=extra), device="cpu")
+
+
 def test_without_a_tokenizer(tmp_path: Path) -> None:
     path = tiny.write_gguf(tmp_path / "bare.gguf", with_tokenizer=False)
     base = load_base(path, device="cpu")
