@@ -58,7 +58,8 @@ def _why_not_dense(module: Any) -> str | None:
 def dense_weight(module: Any) -> Tensor:
     """The stored weight, or the numbers that its packed ones mean, in float32."""
     packed = packed_weight(module)
-    return _stored(module).detach() if packed is None else packed.dense(torch.float32)
+    weight: Tensor = module.weight
+    return weight.detach() if packed is None else packed.dense(torch.float32)
 
 
 def weight_lengths(module: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -95,8 +96,8 @@ class Magnitude:
         if torch.compiler.is_compiling():
             return self._ratio(self._lengths(module, A, B, scaling, own))
         frozen = not (A.requires_grad or B.requires_grad or self.value.requires_grad)
-        stored = _stored(module) if own is None else own
-        key = tuple(_state(t) for t in (stored, A, B, self.value)) if frozen else None
+        stored = _stored(module) if own is None else [own]
+        key = tuple(_state(t) for t in (*stored, A, B, self.value)) if frozen else None
         if key is not None and self._factor is not None and self._factor[0] == key:
             return self._factor[1]
         # outside of inference mode, so that what is kept may take part in a later backward
@@ -135,15 +136,16 @@ class Magnitude:
         """‖W‖², kept: it is the largest sum of a step, and the base does not change."""
         if own is not None or torch.compiler.is_compiling():
             return _squares(rows, dtype)
-        key = (_state(_stored(module)), dtype)
+        key = (tuple(_state(t) for t in _stored(module)), dtype)
         if self._squares is None or self._squares[0] != key:
             self._squares = (key, _squares(rows, dtype))
         return self._squares[1]
 
 
-def _stored(module: Any) -> Tensor:
-    weight: Tensor = module.weight
-    return weight
+def _stored(module: Any) -> list[Tensor]:
+    """The tensors that hold the weight's numbers."""
+    packed = packed_weight(module)
+    return [module.weight] if packed is None else list(packed.tensors().values())
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:

@@ -54,6 +54,8 @@ def attach(
         what: a spec makes a new adapter whose first forward is the base's (bit for bit, but for
             initialisations that begin inside of the base's weight, where it is up to rounding); an
             :class:`Adapter` brings its values, and so does an :class:`Initial`, of a new one.
+            What is trained is a copy of them; a frozen adapter shares their memory where device
+            and dtype agree.
         name: how the handle knows it. The first adapter of a model is active at once.
         trainable: whether it receives gradients; by default a new one does and a given one
             does not.
@@ -427,8 +429,8 @@ class Handle:
             for key, tensor in site.tensors().items():
                 key = _NAMES[key] if isinstance(site, LowRank) else key
                 full = f"{path}.{key}" if key else path
-                # a copy: what happens to it here must not reach the value
-                tensors[full] = tensor.detach().to(device=device, dtype=target, copy=True)
+                # nobody writes into a value; what is trained is a copy of it
+                tensors[full] = tensor.detach().to(device=device, dtype=target, copy=trainable)
             if subtract and isinstance(site, LowRank):
                 fixed[f"{path}.start_A"] = tensors[f"{path}.lora_A"].clone()
                 fixed[f"{path}.start_B"] = tensors[f"{path}.lora_B"].clone()

@@ -173,7 +173,7 @@ class Undo:
                 records.pop()
                 if records:
                     records[-1] = (records[-1][0], _version(tensor))
-        if model is not None and not any(_merges.get(t) for t in model.parameters()):
+        if model is not None and not any(_merges.get(_held(p)) for p in model.parameters()):
             _identities.pop(model, None)
         self._close()
 
@@ -429,6 +429,12 @@ def _check_bases(
 def _plain(tensor: Tensor) -> Tensor:
     """The tensor without the class of a library's parameter."""
     return tensor.data if isinstance(tensor, nn.Parameter) else tensor
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """What is written to in a merge: torchao's tensors hold others."""
+    found: Tensor = getattr(parameter, "qdata", parameter)
+    return found
 
 
 def _version(tensor: Tensor) -> int | None:

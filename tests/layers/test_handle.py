@@ -392,14 +392,17 @@ def test_a_part_with_adapters_is_not_attached_around():
     assert all(p.requires_grad for p in inner.parameters())
 
 
-def test_a_frozen_adapter_is_a_copy_of_its_value():
+def test_a_trainable_adapter_is_a_copy_and_a_frozen_one_takes_no_memory_of_its_own():
     model = models.llama()
     handle = attach(model, LoRASpec(rank=2))
     models.randomize(handle)
     adapter = handle.snapshot()
-    handle.add(adapter, "again")
+    handle.add(adapter, "frozen")
+    handle.add(adapter, "trained", trainable=True)
+    value = {t.data_ptr() for site in adapter.low_rank.values() for t in site.tensors().values()}
+    assert {p.data_ptr() for p in handle.parameters("frozen")} == value
     with torch.no_grad():
-        for p in handle.parameters("again"):
+        for p in handle.parameters("trained"):
             p.zero_()
     assert all(site.A.abs().sum() > 0 for site in adapter.low_rank.values())
 
