@@ -109,6 +109,9 @@ class EvalMetrics:
     """Whether it is the lowest so far, step 0 included; that adapter is kept."""
     seconds: float | None = None
     """Wall time of the evaluation."""
+    examples: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
+    """Each example's summed loss (float64) and supervised tokens (int64), as arrays, in the order
+    of the validation part; not part of the row."""
 
     def to_row(self) -> dict[str, Any]:
         """Plain data, as ``metrics.jsonl`` holds it."""
@@ -141,7 +144,8 @@ class RunResult:
 
 
 def _to_row(kind: str, event: StepMetrics | EvalMetrics) -> dict[str, Any]:
-    values = dataclasses.asdict(event)
+    values = {one.name: getattr(event, one.name) for one in dataclasses.fields(event)}
+    values.pop("examples", None)
     return {"kind": kind, **{name: v for name, v in values.items() if v is not None}}
 
 

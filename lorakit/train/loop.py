@@ -409,6 +409,7 @@ class Loop:
             perplexity=result.perplexity,
             best=job.observe(result.loss),
             seconds=time.perf_counter() - started,
+            examples=(result.sums, result.counts),
         )
         self._row(metrics.to_row())
         if not math.isfinite(result.loss):

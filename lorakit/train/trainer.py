@@ -138,6 +138,11 @@ class Trainer:
         """The settings with every choice made."""
         return self._settings
 
+    @property
+    def validation(self) -> tuple[TokenData, Sequence[int]] | None:
+        """The data that is evaluated on, and which of it; ``None`` if there is none."""
+        return self._validation
+
     # --- choices ---------------------------------------------------------------------------
 
     @property
