@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from lorakit.core.adapter import Adapter
+from lorakit.formats.folder import adapter_in
 from lorakit.formats.hub import upload
 from lorakit.formats.load import load_adapter
 from lorakit.formats.peft.write import write_peft
@@ -53,8 +54,8 @@ def push_adapter(
     """Upload an adapter to the hub.
 
     Args:
-        adapter: an adapter, or the folder of one, which is read first, so that nothing broken is
-            uploaded.
+        adapter: an adapter, or the folder of one or of its run, which is read first, so that
+            nothing broken is uploaded.
         repo_id: ``owner/name``; made if it is not there.
         private: of a repository that is made now.
         revision: a branch; made if it is not there.
@@ -67,7 +68,7 @@ def push_adapter(
         FormatError: the adapter cannot be used, or the hub refuses or cannot be reached.
         MissingDependencyError: huggingface_hub is not installed.
     """
-    path = None if isinstance(adapter, Adapter) else Path(adapter).expanduser()
+    path = None if isinstance(adapter, Adapter) else adapter_in(Path(adapter).expanduser())
     loaded = adapter if isinstance(adapter, Adapter) else load_adapter(Path(adapter))
     if path is None or not path.is_dir():
         with tempfile.TemporaryDirectory() as parent:

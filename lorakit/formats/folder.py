@@ -10,12 +10,16 @@ between these renames, so that it is never taken for a whole adapter while it is
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lorakit.core.files import atomic_file, atomic_folder, clear_disk_errors, flush
 from lorakit.errors import FormatError
 from lorakit.formats.tokenizer_files import is_tokenizer_file
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -27,6 +31,16 @@ CARD_MARK = "<!-- written by lorakit -->"
 
 #: a file's content, or what writes it to a path
 Content = bytes | Callable[[Path], None]
+
+
+def adapter_in(path: Path) -> Path:
+    """The adapter of a run folder, ``runs/mine/adapter`` of ``runs/mine``; else the path itself."""
+    inner = path / "adapter"
+    # os.path, because a Path raises where a name is too long
+    if not os.path.exists(path / CONFIG) and os.path.exists(inner / CONFIG):
+        logger.info("%s is a run folder; its adapter is %s", path, inner)
+        return inner
+    return path
 
 
 def write_folder(folder: Path, files: Mapping[str, Content]) -> None:

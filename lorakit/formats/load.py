@@ -13,7 +13,7 @@ import torch
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.errors import FormatError
-from lorakit.formats.folder import CONFIG, PICKLED, WEIGHTS
+from lorakit.formats.folder import CONFIG, PICKLED, WEIGHTS, adapter_in
 from lorakit.formats.format import Hints
 from lorakit.formats.hub import download, is_hub_id
 from lorakit.formats.peft.read import read_peft
@@ -31,8 +31,9 @@ def load_adapter(
     """The adapter in a folder, in a file, or on the hub; its format is detected.
 
     Args:
-        ref: a PEFT folder, a file or folder of another format (``lorakit.formats.registry``), or,
-            where no such path exists, a hub id, with its revision as ``owner/name@revision``.
+        ref: a PEFT folder, a run's folder with the adapter in it, a file or folder of another
+            format (``lorakit.formats.registry``), or, where no such path exists, a hub id, with
+            its revision as ``owner/name@revision``.
         revision: branch, tag or commit on the hub.
         dtype: cast every tensor; by default they stay as stored.
         keep_base_weights: PEFT stores the base's own embedding beside an adapted one, which is
@@ -51,7 +52,7 @@ def load_adapter(
         raise FormatError(
             f"revision {revision!r} is given, but {path} is a path; revisions exist on the hub"
         )
-    adapter = _read(path, keep_base_weights=keep_base_weights)
+    adapter = _read(adapter_in(path), keep_base_weights=keep_base_weights)
     return adapter if dtype is None else cast(adapter, dtype)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import FormatError
-from lorakit.formats.folder import CONFIG, PICKLED, WEIGHTS
+from lorakit.formats.folder import CONFIG, PICKLED, WEIGHTS, adapter_in
 from lorakit.formats.format import Source
 from lorakit.formats.peft.read import read_json
 
@@ -32,7 +32,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         FormatError: nothing is there, it is no file of tensors, or a folder holds several and
             does not say which is meant.
     """
-    path = Path(os.path.expanduser(path))
+    path = adapter_in(Path(os.path.expanduser(path)))
     if not os.path.exists(path):  # where a name is too long, a Path raises
         raise FormatError(missing(path))
     if path.is_dir():

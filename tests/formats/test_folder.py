@@ -16,7 +16,7 @@ import torch
 from lorakit.core.sites import LowRank
 from lorakit.errors import FormatError, InputError, TrainingError
 from lorakit.formats import folder as folder_module
-from lorakit.formats import load_adapter, save_adapter
+from lorakit.formats import load_adapter, registry, save_adapter
 
 from .adapters import assert_equal
 from .small import contents, small_adapter
@@ -45,6 +45,18 @@ def test_saving_again_replaces(tmp_path):
         folder = save_adapter(version(number), tmp_path / "a")
         assert check_whole(load_adapter(folder)) == number
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_a_run_folder_is_read_as_its_adapter(tmp_path, caplog):
+    folder = save_adapter(version(1), tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    with caplog.at_level("INFO", "lorakit"):
+        assert check_whole(load_adapter(tmp_path / "run")) == 1
+    assert f"its adapter is {folder}" in caplog.text
+    assert registry.read(str(tmp_path / "run")).adapter.provenance["number"] == 1
+    # what is an adapter itself is not looked into
+    save_adapter(version(2), tmp_path / "run")
+    assert check_whole(load_adapter(tmp_path / "run")) == 2
 
 
 def test_only_the_changed_file_is_written(tmp_path):

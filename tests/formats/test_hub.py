@@ -22,7 +22,9 @@ from .fake_hub import FakeHub
 #: one process for all, because a client reads the hub's address when it is imported
 SCRIPT = """
 import contextlib, io, json, os, sys
-from lorakit import load_adapter, LorakitError
+from lorakit import load_adapter, push_adapter, LorakitError
+from lorakit.bases.fetch import fetch
+from lorakit.bases.source import Source
 from lorakit.cli.main import main
 
 def command(*arguments):
@@ -40,9 +42,13 @@ def sites(ref):
 folder = sys.argv[1]
 answers = {
     "main": command("push", folder, "me/mine", "--private", "--json"),
+    "run": push_adapter(os.path.dirname(folder), "me/run"),
     "branch": command("push", folder, "me/mine", "--revision", "v2", "--message", "second"),
     "loaded": [sites(r) for r in ("me/mine", "me/mine@v2", "me/mine@v9", "me/none")],
 }
+said = []
+found = fetch(Source("hub", "me/base", "me/base"), said.append)
+answers["base"] = [sorted(os.listdir(found)), said]
 os.environ["HF_TOKEN"] = "hf_bad"
 answers["refused"] = command("push", folder, "me/other")
 print(json.dumps(answers))
@@ -61,9 +67,10 @@ def adapter() -> Adapter:
 def told(tmp_path_factory):
     """What a client says that knows one hub, on this machine; and that hub."""
     home = tmp_path_factory.mktemp("home")
-    folder = save_adapter(adapter(), home / "adapter")
+    folder = save_adapter(adapter(), home / "run" / "adapter")
     (folder / "optimizer.pt").write_bytes(b"not for the hub")
-    with FakeHub() as hub:
+    model = dict.fromkeys(("config.json", "model.safetensors", "pytorch_model.bin"), b"{}")
+    with FakeHub({"me/base": {"main": model}}) as hub:
         environment = {
             **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_good",
             "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -106,6 +113,11 @@ def test_upload(told):
     ]  # fmt: skip
 
 
+def test_a_run_gives_its_adapter(told):
+    _, hub = told
+    assert hub.repos["me/run"]["main"] == hub.repos["me/mine"]["main"]
+
+
 def test_upload_to_a_branch(told):
     answers, hub = told
     code, out, _ = answers["branch"]
@@ -119,6 +131,12 @@ def test_download(told):
     assert "no such revision" in no_revision
     assert "There is no path me/none here" in nothing
     assert "no such repository" in nothing
+
+
+def test_a_base_comes_without_other_copies_of_its_weights(told):
+    files, said = told[0]["base"]
+    assert files == ["config.json", "model.safetensors"]
+    assert "fetching me/base" in said[0]
 
 
 def test_refused_upload_names_the_next_step(told):

@@ -322,10 +322,10 @@ def test_missing(tmp_path):
         load_adapter(tmp_path / "adaptor")
 
 
-def test_a_run_folder_names_its_adapter(tmp_path):
-    save_adapter(small_adapter(), tmp_path / "run" / "adapter")
-    with pytest.raises(FormatError, match=r"Give one of: .*run/adapter"):
-        load_adapter(tmp_path / "run")
+def test_a_folder_of_adapters_names_them(tmp_path):
+    save_adapter(small_adapter(), tmp_path / "runs" / "one" / "adapter")
+    with pytest.raises(FormatError, match=r"Give one of: .*one/adapter"):
+        load_adapter(tmp_path / "runs")
 
 
 def test_a_whole_model(tmp_path):
