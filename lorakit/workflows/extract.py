@@ -25,17 +25,15 @@ from lorakit.algebra.extract import (
     extract_sites,
     pair_tensors,
 )
-from lorakit.bases.failures import explained
+from lorakit.bases.fetch import fetch
 from lorakit.bases.load import Located, locate
 from lorakit.bases.source import Source, find_source
 from lorakit.core.adapter import Adapter
 from lorakit.core.checkpoint import Checkpoint, open_checkpoint
 from lorakit.core.sites import LowRank
 from lorakit.core.spec import LoRASpec
-from lorakit.errors import BaseError
 from lorakit.formats.tokenizer_files import tokenizer_files_in
 from lorakit.layers.targets import compact_targets, matching_paths
-from lorakit.optional import require
 from lorakit.workflows.skeleton import identity_of, skeleton_of, stored_names, weights_of
 
 logger = logging.getLogger(__name__)
@@ -166,7 +164,7 @@ def _opened(
     located = locate(source, say)
     folder = Path(located.location)
     if source.kind == "hub":
-        folder = _download(source)
+        folder = fetch(source, say)
     return source, located, open_checkpoint(folder)
 
 
@@ -187,19 +185,6 @@ def _has_weights(folder: Path) -> bool:
     names = ("model", "diffusion_pytorch_model", "pytorch_model")
     ends = (".safetensors", ".safetensors.index.json")
     return any((folder / (name + end)).exists() for name in names for end in ends)
-
-
-def _download(source: Source) -> Path:
-    hub = require("huggingface_hub", extra="train", purpose="reading a checkpoint from the hub")
-    with explained(source.location, "the checkpoint", how_to_get=source.how_to_get):
-        folder = hub.snapshot_download(
-            source.location,
-            revision=source.revision,
-            allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja"],
-        )
-    if not folder:
-        raise BaseError(f"{source.location} was not downloaded; give a folder.")
-    return Path(folder)
 
 
 def _words(value: str | Sequence[str] | None) -> tuple[str, ...] | None:

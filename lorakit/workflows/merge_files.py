@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import lorakit
-from lorakit.bases.failures import explained
+from lorakit.bases.fetch import fetch
 from lorakit.bases.identity import check_base
 from lorakit.bases.load import Located, locate
 from lorakit.bases.source import Source, find_source
@@ -34,7 +34,6 @@ from lorakit.core.safetensors_io import read_entry, read_rows, write_streamed
 from lorakit.errors import BaseError, FormatError, InputError, TrainingError, collected
 from lorakit.formats.tokenizer_files import is_tokenizer_file
 from lorakit.layers.merge_plan import Change, MergeLike, Weighted, plan_merge, weighted
-from lorakit.optional import require
 from lorakit.workflows.skeleton import identity_of, skeleton_of, stored_names
 
 Say = Callable[[str], None]
@@ -166,20 +165,8 @@ def open_base(
     """A reference as a checkpoint on this machine."""
     source = find_source(base, revision)
     located = locate(source, say)
-    folder = _download(source) if source.kind == "hub" else Path(located.location)
+    folder = fetch(source, say) if source.kind == "hub" else Path(located.location)
     return source, located, open_checkpoint(folder)
-
-
-def _download(source: Source) -> Path:
-    hub = require("huggingface_hub", extra="train", purpose="reading a model from the hub")
-    with explained(source.location, "the model", how_to_get=source.how_to_get):
-        return Path(
-            hub.snapshot_download(
-                source.location,
-                revision=source.revision,
-                ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"],
-            )
-        )
 
 
 def _check_bases(

@@ -150,18 +150,13 @@ def open_base(base: str | os.PathLike[str], revision: str | None, say: Say) -> G
     source = find_source(base, revision)
     if source.kind == "gguf":
         return from_gguf(Path(source.location), source.name)
+    from lorakit.bases.fetch import fetch
     from lorakit.bases.gguf_convert import from_folder
     from lorakit.bases.tokenizers import read_tokenizer
 
     location = source.location
     if source.kind == "hub":
-        from lorakit.bases.failures import explained
-        from lorakit.optional import require
-
-        hub = require("huggingface_hub", extra="train", purpose="downloading a base")
-        say(f"fetching {location} from the hub")
-        with explained(source.name, "the model", how_to_get=source.how_to_get):
-            location = hub.snapshot_download(location, revision=source.revision)
+        location = str(fetch(source, say))
     tokenizer, notes = read_tokenizer(location)
     parts = from_folder(Path(location), source.name, tokenizer)
     return GgufBase(**{**vars(parts), "notes": (*notes, *parts.notes)})

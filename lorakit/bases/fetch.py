@@ -1,0 +1,36 @@
+"""A base on the hub becomes a folder on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lorakit.bases.failures import explained
+from lorakit.bases.source import Source
+from lorakit.errors import BaseError
+from lorakit.optional import require
+
+#: other copies of the weights; everything else belongs to the model
+_COPIES = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
+
+
+def fetch(source: Source, say: Callable[[str], None]) -> Path:
+    """The folder of a base on the hub, with its safetensors; what is cached is not loaded again.
+
+    Args:
+        source: of the kind ``"hub"``.
+        say: called before.
+
+    Raises:
+        BaseError: no such repository or revision, no permission, or no connection.
+        MissingDependencyError: huggingface_hub is not installed.
+    """
+    hub = require("huggingface_hub", extra="train", purpose="reading a model from the hub")
+    say(f"fetching {source.location} from the hub, where it is not cached")
+    with explained(source.location, "the model", how_to_get=source.how_to_get):
+        folder = hub.snapshot_download(
+            source.location, revision=source.revision, ignore_patterns=_COPIES
+        )
+    if not folder:
+        raise BaseError(f"{source.location} was not downloaded; give a folder.")
+    return Path(folder)
