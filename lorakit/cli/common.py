@@ -37,7 +37,10 @@ BASE_NAME = "base"
 ADAPTER_HELP = "a run, an adapter folder, a file or a hub id (id@revision)"
 
 #: folder and file names that say nothing about an adapter; it is called after what holds them
-_ANONYMOUS = ("adapter", "adapter_model", "adapters", "checkpoint", "best", "final", "latest")
+_ANONYMOUS = (
+    *("adapter", "adapter_model", "adapters", "model"),
+    *("checkpoint", "best", "final", "latest"),
+)
 
 
 # --- numbers -----------------------------------------------------------------------------------
@@ -128,9 +131,10 @@ def add_base_arguments(
     )
     group.add_argument(
         "--quantize",
-        choices=("nf4", "int8", "bf16"),
-        help="store the base's linears in 4 or 8 bits (bitsandbytes), or as bfloat16 while all is "
-        "computed in --dtype",
+        choices=("nf4", "int8", "int4-torchao", "int8-torchao", "bf16"),
+        help="store the base's linears in fewer bits: nf4 or int8 (bitsandbytes; nf4 is the "
+        "smallest), int4-torchao or int8-torchao (torchao; scaled integers, their products exact "
+        "where int8's own kernel rounds the inputs too), or bf16. All is computed in --dtype",
     )
     group.add_argument(
         "--allow-other-base",
@@ -265,15 +269,23 @@ def data_spec(options: argparse.Namespace, path: Sequence[str] | None = None) ->
 
 
 def as_learnt(
-    spec: DataSpec, options: argparse.Namespace, adapters: Mapping[str, Adapter]
+    spec: DataSpec,
+    options: argparse.Namespace,
+    adapters: Mapping[str, Adapter],
+    models: Mapping[str, Any] | None = None,
 ) -> DataSpec:
     """The rows written as all of these adapters learnt them, where no flag says how; says so.
 
     Where they learnt differently, that is said too, and nothing is chosen.
+
+    Args:
+        models: name → what a fully trained model says of its data, as an adapter's provenance
+            does; empty or ``None`` if it says nothing.
     """
     from lorakit.data.load import kind_of_rows
 
     histories = {name: adapter.provenance.get("data") for name, adapter in adapters.items()}
+    histories |= models or {}
     facts = {
         name: told
         for name, told in histories.items()
@@ -351,6 +363,8 @@ class AdapterArgument:
     name: str
     weight: float | None = None
     """``None`` where no weight was given; it then acts with weight 1."""
+    flag: str = "--adapter"
+    """By which it came, for messages."""
 
 
 def parse_adapter(text: str) -> tuple[str, float | None]:
@@ -420,15 +434,16 @@ def check_names(adapters: Sequence[AdapterArgument]) -> None:
     problems = []
     for name, times in Counter(a.name for a in adapters).items():
         refs = [a.ref for a in adapters if a.name == name]
+        flag = next(a.flag for a in reversed(adapters) if a.name == name)
         if times > 1:
             problems.append(
                 f"{name}: {' and '.join(refs)} have this name; give one of them another, "
-                f"as in --adapter other:{refs[-1]}"
+                f"as in {flag} other:{refs[-1]}"
             )
         if name == BASE_NAME:
             problems.append(
                 f"{name}: {refs[0]} has the name that stands for the bare base; give it another, "
-                f"as in --adapter mine:{refs[0]}"
+                f"as in {flag} mine:{refs[0]}"
             )
     if problems:
         raise InputError(collected("The names of these adapters clash", problems))

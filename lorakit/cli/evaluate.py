@@ -1,4 +1,4 @@
-"""Judge a base and its adapters on the same data, side by side.
+"""Judge a base, its adapters and fully fine-tuned models on the same data, side by side.
 
 Rows are written as the adapters learnt them, where lorakit trained them and no flag says how.
 Loss and perplexity are over the supervised tokens. With --metrics, each prompt is also answered
@@ -9,20 +9,33 @@ item with several references.
   lorakit eval --base smollm2 --adapter runs/mine --data test.csv --map prompt=mr,completion=ref \\
       --metrics bleu,rouge --limit 100
   lorakit eval --base B --adapter a=0.7 --adapter b=0.3 --blend --data F --metrics json --json
+  lorakit eval --base B --adapter runs/mine --full runs/full --data F --forgetting
 
 metrics, from 0 to 100: bleu, chrf (sacrebleu), rouge (ROUGE-L), exact (equal to a reference),
 json (json_valid: the whole answer is JSON; json_fields: fields right; json_record: all right).
+
+size is what the weights take on the disk. Models of --full are loaded one after the other, when
+the base is gone from memory.
+
+forgetting is the loss on general text less the base's, ± its standard error over passages. Within
+two standard errors of 0 nothing can be told from it; +0.05 is 5% more perplexity; a few tenths
+say that the model has become worse at text that is not the task. Below 0 it writes more like this
+text than before. The text that ships is 62 short passages of everyday knowledge, talk, lists and
+code, mostly English; give your own where that is what must not suffer.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.common import (
     BASE_NAME,
+    adapter_path,
     add_adapter_arguments,
     add_base_arguments,
     add_data_arguments,
@@ -31,7 +44,6 @@ from lorakit.cli.common import (
     attach_adapters,
     check_names,
     comma_list,
-    console,
     count,
     data_spec,
     emit_json,
@@ -39,12 +51,19 @@ from lorakit.cli.common import (
     load_base_from,
     mixes_of,
     plain,
-    plural,
     positive_int,
-    printable_stdout,
     say,
     use_tokenizer,
 )
+from lorakit.cli.full_models import (
+    FullModel,
+    check_lengths,
+    check_tokenizers,
+    find_full_models,
+    full_argument,
+    load_full_model,
+)
+from lorakit.cli.judged import Judged, print_judged
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,16 +72,28 @@ if TYPE_CHECKING:
     from lorakit.bases import Base
     from lorakit.core.adapter import Adapter
     from lorakit.data import PromptItem, TokenData
-    from lorakit.evaluate import Judgement
+    from lorakit.evaluate import Contestant, GeneralText, Judgement, LossResult
 
 #: repeated here, for the help must not import what computes them; a test compares the two
 METRICS = ("bleu", "chrf", "rouge", "exact", "json")
+
+#: what --forgetting holds where no file was given; no path is empty
+SHIPPED_TEXT = ""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     add_base_arguments(parser)
     add_adapter_arguments(parser)
+    parser.add_argument(
+        "--full",
+        action="append",
+        default=[],
+        type=full_argument,
+        metavar="M",
+        help="a fully fine-tuned model: a folder, a run, a .gguf file or a hub id; again for "
+        "several; name: before it gives it another name",
+    )
     parser.add_argument("--no-base", action="store_true", help="leave the bare base out")
     parser.add_argument(
         "--blend", action="store_true", help="judge the adapters, at their weights, as one"
@@ -78,6 +109,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="M,…",
         help=f"out of {','.join(METRICS)}; default: none, which answers nothing and is fast",
+    )
+    judging.add_argument(
+        "--forgetting",
+        nargs="?",
+        const=SHIPPED_TEXT,
+        metavar="FILE",
+        help="also the loss on general text, against the base's: of FILE (text, whose passages "
+        "are separated by empty lines, or rows with a column text), or text that ships",
     )
     judging.add_argument(
         "--max-new-tokens",
@@ -97,71 +136,197 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
 
 
+@dataclass
+class _Question:
+    """What every model is asked."""
+
+    data: TokenData
+    items: Sequence[PromptItem] | None
+    indices: Sequence[int] | None
+    general: GeneralText | None
+    generate: bool
+    length: int | None
+
+
 def run(options: argparse.Namespace) -> int:
     """Load, judge, print."""
-    check_names(options.adapter)
+    check_names([*options.adapter, *options.full])
     mixes = mixes_of(options.adapter, blend=options.blend)
-    if options.no_base and not mixes:
-        raise InputError("--no-base leaves nothing to judge; give an --adapter too")
+    if options.no_base and not mixes and not options.full:
+        raise InputError("--no-base leaves nothing to judge; give an --adapter or a --full too")
     if options.save is not None:
-        _check_save(options.save, options.data)
-    from lorakit.bases import context_length
-    from lorakit.data import items as items_of
-    from lorakit.data import load_data
-    from lorakit.evaluate import Contestant, answer_length, compare
-    from lorakit.infer import PackedModel
-
-    spec = data_spec(options)
+        given = [*options.data, *([options.forgetting] if options.forgetting else [])]
+        _check_save(options.save, given)
+    models = find_full_models(options.full, trust_remote_code=options.trust_remote_code)
     adapters = load_adapters(options.adapter)
     base = load_base_from(options)
     use_tokenizer(base, adapters)
-    spec = as_learnt(spec, options, adapters)
-    data = load_data(spec, base.require_tokenizer(), context_length=context_length(base.model))
+    check_tokenizers(base, models, trust_remote_code=options.trust_remote_code)
+    asked = _question(options, base, adapters, models)
+    judged = _judge(options, base, adapters, mixes, asked, models)
+    _say_not_finite(judged, asked)
+    if options.save is not None and asked.items is not None:
+        _save(Path(options.save), judged, asked.items)
+    if options.json:
+        emit_json(_result(options, base.ref, asked, judged))
+    else:
+        column = None if options.template else asked.data.report.columns.get("prompt")
+        print_judged(judged, asked.items, asked.general, options.show, column)
+    return 0
+
+
+def _question(
+    options: argparse.Namespace,
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    models: Sequence[FullModel],
+) -> _Question:
+    """Read the data, and say how it is read."""
+    from lorakit.bases import context_length
+    from lorakit.data import items as items_of
+    from lorakit.data import load_data
+    from lorakit.evaluate import answer_length, general_text
+
+    learnt = {one.name: one.learnt for one in models}
+    spec = as_learnt(data_spec(options), options, adapters, learnt)
+    context = context_length(base.model)
+    data = load_data(spec, base.require_tokenizer(), context_length=context)
     for line in data.report.lines():
         say(line)
     for name, adapter in adapters.items():
-        _compare_provenance(name, adapter, data)
-    handle = attach_adapters(base, adapters, allow_other=options.allow_other_base)
-    generate = bool(options.metrics or options.save)
-    items, indices = None, None
-    if data.report.kind != "text" or generate:
-        items = items_of(data)[: options.limit]
+        _compare_provenance(f"Adapter {name}", adapter.provenance.get("data"), data)
+    for one in models:
+        _compare_provenance(f"Full model {one.name}", one.learnt, data)
+    general = None
+    if options.forgetting is not None:
+        path = options.forgetting or None
+        general = general_text(base.require_tokenizer(), path, context_length=context)
+        say(general.line())
+    check_lengths(models, [data, *([general.data] if general else [])])
+    asked = _Question(data, None, None, general, bool(options.metrics or options.save), None)
+    if data.report.kind != "text" or asked.generate:
+        asked.items = items_of(data)[: options.limit]
     else:
-        indices = list(range(len(data)))[: options.limit]
-    length = options.max_new_tokens
-    if generate and items:
-        length = length or answer_length(data, items)
-        say(f"Answers of at most {length} tokens, greedy")
-    packed = PackedModel(base.model, handle)
-    for note in packed.notes:
-        say(f"note: {note}")
+        asked.indices = list(range(len(data)))[: options.limit]
+    asked.length = options.max_new_tokens
+    if asked.generate and asked.items:
+        asked.length = asked.length or answer_length(data, asked.items)
+        say(f"Answers of at most {asked.length} tokens, greedy")
+    return asked
+
+
+def _judge(
+    options: argparse.Namespace,
+    base: Base,
+    adapters: dict[str, Adapter],
+    mixes: Mapping[str, Any],
+    asked: _Question,
+    models: Sequence[FullModel],
+) -> list[Judged]:
+    """The base and its adapters in one memory, then each full model in the place of them."""
+    from lorakit.evaluate import Contestant, forgetting
+    from lorakit.evaluate.weights import adapter_bytes
+
     contestants = [Contestant(name, mix) for name, mix in mixes.items()]
     if not options.no_base:
         contestants.insert(0, Contestant(BASE_NAME, None))
+    found, before = _judge_loaded(options, base, adapters, contestants, asked)
+    refs = {one.name: one.ref for one in options.adapter}
+    judged: list[Judged] = []
+    for one in found:
+        parts = _parts(mixes.get(one.name), refs)
+        sizes = [adapter_bytes(adapter_path(part["ref"])) for part in parts]
+        judged.append(Judged(one, parts, None, _total(sizes or [_size_of(options.base)])))
+    if models:
+        adapters.clear()
+        _forget_model(base)
+    for model in models:
+        loaded = load_full_model(model, options, base)
+        [one], _ = _judge_loaded(options, loaded, {}, [Contestant(model.name, None)], asked)
+        judged.append(Judged(one, [], model.ref, _size_of(model.place)))
+        _forget_model(loaded)
+    if asked.general is not None and before is not None:
+        for line in judged:
+            after = line.judgement.general
+            assert after is not None
+            line.forgetting = forgetting(before, after, asked.general.passage_of)
+    return judged
+
+
+def _judge_loaded(
+    options: argparse.Namespace,
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    contestants: Sequence[Contestant],
+    asked: _Question,
+) -> tuple[list[Judgement], LossResult | None]:
+    """Judge what one model in memory can be; the second is its own loss on general text."""
+    from lorakit.evaluate import compare, loss
+    from lorakit.infer import PackedModel
+
+    handle = attach_adapters(base, adapters, allow_other=options.allow_other_base)
+    packed = PackedModel(base.model, handle)
+    for note in packed.notes:
+        say(f"note: {note}")
+    general = None if asked.general is None else asked.general.data
+    unchanged = {one.name: one.mix is None for one in contestants}
     with _meter() as tell:
         judged = compare(
             base,
             handle,
             contestants,
-            data,
-            items=items,
-            indices=indices,
+            asked.data,
+            items=asked.items,
+            indices=asked.indices,
             metrics=options.metrics,
-            generate=generate,
-            max_new_tokens=length,
+            generate=asked.generate,
+            general=general,
+            max_new_tokens=asked.length,
             batch_size=options.parallel,
             packed=packed,
             on_progress=lambda p: tell(f"{p.contestant}: {p.stage}", p.done, p.total),
+            on_judged=_say_judged if options.full else None,
         )
-    _say_not_finite(judged, data, items, indices)
-    if options.save is not None and items is not None:
-        _save(Path(options.save), judged, items)
-    if options.json:
-        emit_json(_result(options, base, data, items, indices, judged, mixes))
-    else:
-        column = None if options.template else data.report.columns.get("prompt")
-        _print(judged, items, options.show, column)
-    return 0
+        bare = next((one.general for one in judged if unchanged[one.name]), None)
+        if general is not None and bare is None:
+            bare = loss(
+                base.model,
+                handle,
+                None,
+                general,
+                packed=packed,
+                on_batch=lambda done, total: tell(f"{BASE_NAME}: general text", done, total),
+            )
+    return judged, bare
+
+
+def _say_judged(one: Judgement) -> None:
+    """So that what is known stays known, should a later model not load."""
+    scores = "".join(f", {name} {value:.1f}" for name, value in one.metrics.items())
+    say(f"{one.name}: loss {one.loss.loss:.4f}, perplexity {one.loss.perplexity:.4g}{scores}")
+
+
+def _forget_model(base: Base) -> None:
+    """Give its memory back; the rest of ``base`` stays."""
+    from torch import cuda, nn
+
+    base.model = nn.Module()
+    gc.collect()  # a model and the handle on it hold each other
+    if cuda.is_available():
+        cuda.empty_cache()
+
+
+def _size_of(ref: str) -> int | None:
+    from lorakit.bases.source import find_source
+    from lorakit.evaluate.weights import model_bytes
+
+    source = find_source(ref)
+    return model_bytes(source.location, source.revision)
+
+
+def _total(sizes: Sequence[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
 def _check_save(target: str, data: Sequence[str]) -> None:
@@ -199,22 +364,21 @@ def _meter() -> Any:
     return meter()
 
 
-def _compare_provenance(name: str, adapter: Adapter, data: TokenData) -> None:
-    """Say where this data is, or is written, otherwise than what the adapter learnt from."""
-    learnt = adapter.provenance.get("data")
+def _compare_provenance(who: str, learnt: Any, data: TokenData) -> None:
+    """Say where this data is, or is written, otherwise than what ``who`` learnt from."""
     if not isinstance(learnt, dict):
         return
     if learnt.get("digest") == data.digest:
-        say(f"Adapter {name}: this is the very data that it was trained on")
+        say(f"{who}: this is the very data that it was trained on")
     written = learnt.get("format")
     if written in ("chat", "plain") and written != data.report.format:
         say(
-            f"Adapter {name}: it learnt from prompts written as {written}; these are written as "
+            f"{who}: it learnt from prompts written as {written}; these are written as "
             f"{data.report.format}. --format {written} writes them as it knows them"
         )
     template = learnt.get("template")
     if isinstance(template, str) and template != data.report.template:
-        say(f"Adapter {name}: it learnt from prompts of this form: --template {template!r}")
+        say(f"{who}: it learnt from prompts of this form: --template {template!r}")
 
 
 def _rows_of(items: Sequence[PromptItem] | None, indices: Sequence[int] | None) -> list[int]:
@@ -223,23 +387,18 @@ def _rows_of(items: Sequence[PromptItem] | None, indices: Sequence[int] | None) 
     return [i for item in items for i in item.indices]
 
 
-def _say_not_finite(
-    judged: Sequence[Judgement],
-    data: TokenData,
-    items: Sequence[PromptItem] | None,
-    indices: Sequence[int] | None,
-) -> None:
-    rows = _rows_of(items, indices)
+def _say_not_finite(judged: Sequence[Judged], asked: _Question) -> None:
+    rows = _rows_of(asked.items, asked.indices)
     for one in judged:
-        bad = one.loss.not_finite
+        bad = one.judgement.loss.not_finite
         if len(bad):
             say(
-                f"{one.name}: the loss of {len(bad)} of {len(rows)} rows is not a finite number, "
-                f"first at {data.where(rows[bad[0]])}"
+                f"{one.judgement.name}: the loss of {len(bad)} of {len(rows)} rows is not a finite "
+                f"number, first at {asked.data.where(rows[bad[0]])}"
             )
 
 
-def _save(path: Path, judged: Sequence[Judgement], items: Sequence[PromptItem]) -> None:
+def _save(path: Path, judged: Sequence[Judged], items: Sequence[PromptItem]) -> None:
     """One line an item: prompt, references, its row, and each one's answer and loss."""
     import json
 
@@ -260,7 +419,7 @@ def _save(path: Path, judged: Sequence[Judgement], items: Sequence[PromptItem]) 
                     "finish": one.answers[i].finish,
                     "loss": one.loss.sums[mine].sum() / max(1, one.loss.counts[mine].sum()),
                 }
-                for one in judged
+                for one in (line.judgement for line in judged)
             ],
         }
         lines.append(json.dumps(plain(entry), ensure_ascii=True, allow_nan=False))
@@ -273,36 +432,41 @@ def _save(path: Path, judged: Sequence[Judgement], items: Sequence[PromptItem]) 
 
 
 def _result(
-    options: argparse.Namespace,
-    base: Base,
-    data: TokenData,
-    items: Sequence[PromptItem] | None,
-    indices: Sequence[int] | None,
-    judged: Sequence[Judgement],
-    mixes: Mapping[str, Any],
+    options: argparse.Namespace, base: str, asked: _Question, judged: Sequence[Judged]
 ) -> dict[str, Any]:
-    refs = {one.name: one.ref for one in options.adapter}
-    return {
-        "models": [
-            {
-                "name": one.name,
-                "loss": one.loss.loss,
-                "perplexity": one.loss.perplexity,
-                "metrics": one.metrics,
-                "adapters": _parts(mixes.get(one.name), refs),
-            }
-            for one in judged
-        ],
-        "base": base.ref,
+    result: dict[str, Any] = {
+        "models": [_line(one) for one in judged],
+        "base": base,
         "data": {
-            "files": data.report.files,
-            "digest": data.digest,
-            "format": data.report.format,
-            "items": None if items is None else len(items),
-            "rows": len(_rows_of(items, indices)),
-            "supervised_tokens": judged[0].loss.tokens,
+            "files": asked.data.report.files,
+            "digest": asked.data.digest,
+            "format": asked.data.report.format,
+            "items": None if asked.items is None else len(asked.items),
+            "rows": len(_rows_of(asked.items, asked.indices)),
+            "supervised_tokens": judged[0].judgement.loss.tokens,
         },
     }
+    if asked.general is not None:
+        result["general_text"] = {
+            "file": options.forgetting or None,
+            "digest": asked.general.data.digest,
+            "passages": asked.general.passages,
+            "tokens": int(asked.general.data.supervised_counts.sum()),
+        }
+    return result
+
+
+def _line(one: Judged) -> dict[str, Any]:
+    found = {
+        "name": one.judgement.name,
+        "loss": one.judgement.loss.loss,
+        "perplexity": one.judgement.loss.perplexity,
+        "metrics": one.judgement.metrics,
+        "adapters": one.adapters,
+        "full": one.full,
+        "size_bytes": one.size,
+    }
+    return found if one.forgetting is None else {**found, "forgetting": one.forgetting}
 
 
 def _parts(mix: Any, refs: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -311,73 +475,3 @@ def _parts(mix: Any, refs: Mapping[str, str]) -> list[dict[str, Any]]:
         return []
     weights = {mix: 1.0} if isinstance(mix, str) else mix
     return [{"ref": refs[name], "weight": weight} for name, weight in weights.items()]
-
-
-# --- the table -------------------------------------------------------------------------------
-
-
-def _print(
-    judged: Sequence[Judgement],
-    items: Sequence[PromptItem] | None,
-    show: int,
-    prompt_column: str | None,
-) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    printable_stdout()
-    out = console(stdout=True)
-    table = Table("model", box=None, header_style="bold", pad_edge=False)
-    names = ["loss", "perplexity", *judged[0].metrics]
-    for name in names:
-        table.add_column(name, justify="right")
-    columns = [[one.loss.loss, one.loss.perplexity, *one.metrics.values()] for one in judged]
-    for one, values in zip(judged, columns, strict=True):
-        cells = [
-            _cell(value, [row[i] for row in columns], lower=i < 2, digits=3 if i < 1 else 1)
-            for i, value in enumerate(values)
-        ]
-        table.add_row(escape(one.name), *cells)
-    out.print(table)
-    tokens = judged[0].loss.tokens
-    what = "" if items is None else f"{plural(len(items), 'item')}, "
-    out.print(f"[dim]{what}{tokens:,} supervised tokens; loss in nats a token[/dim]")
-    for i in range(min(show, len(items or ()))):
-        assert items is not None
-        if judged[0].answers:
-            _print_answers(out, judged, items[i], i, prompt_column)
-
-
-def _cell(value: float, column: Sequence[float], *, lower: bool, digits: int) -> str:
-    """A number; bold where it is the best of several."""
-    text = f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
-    best = min(column) if lower else max(column)
-    return f"[bold green]{text}[/]" if len(column) > 1 and value == best else text
-
-
-def _print_answers(
-    out: Any, judged: Sequence[Judgement], item: PromptItem, i: int, prompt_column: str | None
-) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    # as it stands in the data, where one column holds it; else with the template around it
-    prompt = item.fields.get(prompt_column) if prompt_column else None
-    table.add_row("prompt", Text(_short(str(prompt or item.prompt))))
-    more = len(item.references) - 1
-    table.add_row(
-        "reference", Text(_short(item.references[0]) + (f"  (and {more} more)" if more else ""))
-    )
-    for one in judged:
-        table.add_row(Text(one.name, style="bold"), Text(_short(one.answers[i].text)))
-    out.print()
-    out.print(table)
-
-
-def _short(text: str, limit: int = 400) -> str:
-    """On one line, the middle left out where it is long."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else f"{line[: limit // 2]} … {line[-limit // 2 :]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +38,8 @@ class Judgement:
     metrics: dict[str, float] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list, repr=False)
     """One an item; empty if none were generated."""
+    general: LossResult | None = None
+    """The loss on general text, where that was asked; see :mod:`lorakit.evaluate.forgetting`."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Progress:
 
     contestant: str
     stage: str
-    """``"loss"`` or ``"answers"``."""
+    """``"loss"``, ``"general text"`` or ``"answers"``."""
     done: int
     total: int
 
@@ -60,6 +63,7 @@ def compare(
     indices: Sequence[int] | None = None,
     metrics: Sequence[str] = (),
     generate: bool = False,
+    general: TokenData | None = None,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
     token_budget: int | None = None,
@@ -76,6 +80,7 @@ def compare(
         indices: rows for the loss where there are no items (plain text); ``None`` is all.
         metrics: names out of ``METRICS``; without any, nothing is generated …
         generate: … unless this asks for it.
+        general: general text, of which each one's loss is taken too.
         max_new_tokens: longest answer; ``None`` is :func:`answer_length`.
         on_progress: called often.
         on_judged: called as each contestant is done.
@@ -92,28 +97,24 @@ def compare(
     if metrics and items:  # what cannot be judged is known before anything is generated
         text_metrics(["" for _ in items], [item.references for item in items], metrics)
     packed = packed or PackedModel(base.model, handle)
+    of = functools.partial(loss, base.model, handle, token_budget=token_budget, packed=packed)
     judged = []
     for one in contestants:
         tell = _teller(on_progress, one.name)
-        result = loss(
-            base.model,
-            handle,
-            one.mix,
-            data,
-            indices,
-            token_budget=token_budget,
-            packed=packed,
-            on_batch=tell("loss"),
-        )
-        judgement = Judgement(one.name, result)
+        result = of(one.mix, data, indices, on_batch=tell("loss"))
+        elsewhere = None
+        if general is not None:
+            elsewhere = of(one.mix, general, on_batch=tell("general text"))
+        found: list[Answer] = []
+        scores: dict[str, float] = {}
         if generate and items:
             found = _answered(
                 base, handle, one, data, items, max_new_tokens, batch_size, tell("answers")
             )
-            texts = [answer.text for answer in found]
             references = [item.references for item in items]
-            scores = text_metrics(texts, references, metrics) if metrics else {}
-            judgement = Judgement(one.name, result, scores, found)
+            if metrics:
+                scores = text_metrics([answer.text for answer in found], references, metrics)
+        judgement = Judgement(one.name, result, scores, found, elsewhere)
         judged.append(judgement)
         if on_judged is not None:
             on_judged(judgement)

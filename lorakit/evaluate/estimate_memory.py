@@ -34,8 +34,15 @@ from lorakit.evaluate.estimate_shape import AdapterShape, ModelShape
 Recompute = Literal["none", "mlp", "layers", "offload"]
 
 #: bytes of a packed weight: NF4's 4 bits and, for 64 of them, one byte of scale that has a float32
-#: scale of its own for every 256; int8's byte (its float32 per output is added)
-_PACKED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "bf16": 2.0}
+#: scale of its own for every 256; int8's byte (its float32 per output is added); torchao's 4 bits
+#: (a scale and a zero for 64 of them, in the dtype of the computation, are added)
+_PACKED_BYTES = {
+    "nf4": 0.5 + 1 / 64 + 4 / (64 * 256),
+    "int8": 1.0,
+    "int8-torchao": 1.0,
+    "int4-torchao": 0.5,
+    "bf16": 2.0,
+}
 #: bytes of what an optimizer keeps of each parameter; of eight bits, with a scale for every 256
 _STATE_BYTES = {
     "adamw": 8.0,
@@ -169,8 +176,10 @@ def weight_bytes(model: ModelShape, setting: Setting) -> int:
     if setting.quantize is None:
         return model.num_parameters * setting.itemsize
     packed = model.num_linear * _PACKED_BYTES[setting.quantize]
-    if setting.quantize == "int8":
+    if setting.quantize in ("int8", "int8-torchao"):
         packed += 4 * sum(one.d_out for one in model.linears)
+    elif setting.quantize == "int4-torchao":
+        packed += model.num_linear * 2 * setting.itemsize / 64
     return int(packed) + (model.num_parameters - model.num_linear) * setting.itemsize
 
 

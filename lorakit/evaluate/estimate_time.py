@@ -166,7 +166,7 @@ def _unpacking(model: ModelShape, setting: Setting, again: float, rates: Rates) 
         return 0.0
     uses = 2 + again + (0.5 if setting.recompute == "mlp" else 0.0)
     # int8: read a byte, write and scale a float; bf16: read two bytes, write four
-    by_elementwise = {"int8": 16, "bf16": 6}
+    by_elementwise = {"int8": 16, "int8-torchao": 16, "bf16": 6}
     known = by_elementwise.get(setting.quantize)
     rate = rates.unpack if known is None else rates.elementwise / known
     return uses * model.num_linear / rate

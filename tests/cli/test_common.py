@@ -54,7 +54,7 @@ def test_foreign_values_become_plain_data():
         "scalar": 0.5,
         "tensor": 3,
         "set": ["a", "b"],
-        "argument": {"ref": "runs/x", "name": "x", "weight": None},
+        "argument": {"ref": "runs/x", "name": "x", "weight": None, "flag": "--adapter"},
     }
 
 
