@@ -111,14 +111,9 @@ class _Draft:
 
 class _Planner:
     def __init__(self, model: nn.Module, *, untie: bool) -> None:
-        self._model = model
         self._untie = untie
         self._places = Places(model)
-        self._first = {id(m): p for p, m in model.named_modules()}
-        self._owners: dict[int, set[str]] = {}  # id of a parameter → the modules that hold it
-        for path, module in model.named_modules():
-            for key, parameter in module.named_parameters(recurse=False):
-                self._owners.setdefault(id(parameter), set()).add(f"{path}.{key}".lstrip("."))
+        self._holders = self._places.holders()
         self._drafts: dict[tuple[int, str], _Draft] = {}
         self._problems: list[str] = []
 
@@ -145,10 +140,10 @@ class _Planner:
     def _problem(self, path: str, text: str) -> None:
         self._problems.append(f"{path}: {text}")
 
-    def _draft(self, module: nn.Module, key: str) -> _Draft:
+    def _draft(self, path: str, module: nn.Module, key: str) -> _Draft:
         draft = self._drafts.get((id(module), key))
         if draft is None:
-            draft = _Draft(module, key, self._first[id(module)])
+            draft = _Draft(module, key, self._places.first_path(path))
             self._drafts[id(module), key] = draft
         return draft
 
@@ -171,7 +166,7 @@ class _Planner:
                 "the adapter attached instead",
             )  # fmt: skip
         factor = weight * site.scaling
-        draft = self._draft(owner, "weight")
+        draft = self._draft(owner_path, owner, "weight")
         draft.terms.append(_term(site, factor, groups=shape.groups, transposed=_transposed(owner)))
         draft.touched.add(number)
         if site.magnitude is not None:
@@ -182,21 +177,23 @@ class _Planner:
                 )  # fmt: skip
             draft.magnitude, draft.owner = site.magnitude, number
         if site.bias is not None:
-            self._bias(path, owner, site.bias, factor, number)
+            self._bias(path, owner_path, owner, site.bias, factor, number)
         return None
 
-    def _bias(self, path: str, owner: Any, bias: Tensor, factor: float, number: int) -> None:
+    def _bias(
+        self, path: str, owner_path: str, owner: Any, bias: Tensor, factor: float, number: int
+    ) -> None:
         one = torch.ones(1, 1, dtype=bias.dtype)
         if isinstance(owner, nn.Embedding):  # every row gets it
             rows = one.expand(owner.num_embeddings, 1)
-            self._draft(owner, "weight").terms.append(Term(rows, bias[None, :], factor))
+            self._draft(owner_path, owner, "weight").terms.append(Term(rows, bias[None, :], factor))
         elif getattr(owner, "bias", None) is None:
             self._problem(
                 path, "it has a bias (lora_bias), and the module has none to add it to; keep the "
                 "adapter attached, or give the module a bias of zeros first",
             )  # fmt: skip
         else:
-            draft = self._draft(owner, "bias")
+            draft = self._draft(owner_path, owner, "bias")
             draft.terms.append(Term(bias[:, None], one, factor))
             draft.touched.add(number)
 
@@ -211,7 +208,8 @@ class _Planner:
         for key, value in site.tensors_by_name.items():
             # under the path of a parameter, what remains of it behind the module's path
             inner, _, own = (key or path.rpartition(".")[2]).rpartition(".")
-            draft = self._draft(owner.get_submodule(inner), own)
+            whole = ".".join(part for part in (owner_path, inner) if part)
+            draft = self._draft(whole, owner.get_submodule(inner), own)
             if draft.value is not None:
                 self._problem(path, "two of the adapters trained it whole; merge one of them")
             draft.value, draft.owner = value, number
@@ -240,7 +238,7 @@ class _Planner:
             self._problem(name, str(error))
         if packed is not None and draft.value is not None:
             self._problem(name, "it was trained whole and is quantised here; use a dense base")
-        others = sorted(self._owners.get(id(parameter), {name}) - {name})
+        others = sorted(self._holders.get(id(parameter), {name}) - {name})
         if others and not self._untie:
             self._problem(
                 name, f"it is tied to {', '.join(others)}, which would change with it although "

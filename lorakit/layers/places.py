@@ -34,13 +34,34 @@ class Places:
     """The modules and parameters of a bare model, by path."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if p}
-        first = {id(m): p for p, m in model.named_modules()}
-        #: path → the first path of the same module
-        self._first_path = {p: first[id(m)] for p, m in self._modules.items()}
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._modules = {path: module for path, module in modules.items() if path}
+        first: dict[int, str] = {}
+        for path, module in modules.items():
+            first.setdefault(id(module), path)
+        #: path → the first path of the same module; not by module, for a copied model has others
+        self._first_path = {path: first[id(module)] for path, module in modules.items()}
+        self._parameters = {
+            f"{path}.{key}" if path else key: parameter
+            for path, module in modules.items()
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        }
         self._shapes: dict[str, Shape | None] = {}
         self._homes: dict[str, tuple[torch.device, torch.dtype]] = {}
+
+    def first_path(self, path: str) -> str:
+        """The first path of the module at ``path``, which may have several."""
+        return self._first_path[path]
+
+    def holders(self) -> dict[int, set[str]]:
+        """Id of a parameter → its paths; several where modules share it."""
+        found: dict[int, set[str]] = {}
+        for path, parameter in self._parameters.items():
+            holder, _, key = path.rpartition(".")
+            first = self.first_path(holder)
+            found.setdefault(id(parameter), set()).add(f"{first}.{key}" if first else key)
+        return found
 
     def home(self, path: str) -> tuple[torch.device, torch.dtype]:
         """:func:`home_of` the module at ``path``, remembered."""
