@@ -21,6 +21,7 @@ from torch import Tensor
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Site
 from lorakit.errors import FormatError
+from lorakit.formats import phi3
 from lorakit.formats.carried import adapter_of
 from lorakit.formats.format import Hints, Reading, Source, Written
 from lorakit.formats.loralib import LITGPT
@@ -34,7 +35,7 @@ _MODULES = {
     "mlp.proj": "mlp.down_proj",
 }
 _PARTS = ("q_proj", "k_proj", "v_proj")
-_KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+_KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", phi3.MODEL_TYPE)
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ class _Litgpt:
                     problems += [f"{path}: {problem}" for problem in sites[path].problems()]
             except ValueError as error:
                 problems.append(f"{name}: {error}")
+        sites, said = phi3.joined(sites, hints.base, problems)
         refuse(f"{source.path} cannot be used as an adapter", problems)
-        return Reading(adapter_of(sites, {}, {}), tuple(sorted(notes)))
+        return Reading(adapter_of(sites, {}, {}), (*sorted(notes), *said))
 
     def write(self, adapter: Adapter, hints: Hints) -> Written:
         """Refused."""

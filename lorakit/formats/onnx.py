@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from lorakit.core.adapter import Adapter
+from lorakit.core.sites import LowRank
 from lorakit.errors import FormatError, collected
+from lorakit.formats import phi3
 from lorakit.formats.format import Hints, Reading, Source, Written
 from lorakit.formats.pairs import left_behind
 from lorakit.formats.portable import fold_sites, plain_sites
@@ -57,7 +59,14 @@ class _Onnx:
 
     def write(self, adapter: Adapter, hints: Hints) -> Written:
         """The file, in float32, as the builder's graphs for the CPU take it."""
-        kept, lost = plain_sites(adapter)
+        plain, lost = plain_sites(adapter)
+        kept: dict[str, LowRank] = {}
+        for path, site in plain.items():
+            parts = phi3.apart(path, site, hints.base)
+            if isinstance(parts, str):
+                lost[path] = parts
+            else:
+                kept |= parts
         names = {path: _input_of(path) for path in kept}
         for path, name in names.items():
             if name is None:

@@ -17,6 +17,7 @@ from lorakit.core import gguf_names
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Site
 from lorakit.errors import FormatError
+from lorakit.formats import phi3
 from lorakit.formats.carried import adapter_of
 from lorakit.formats.format import Hints, Reading, Source, Written
 from lorakit.formats.pairs import by_module, missing_parts, refuse
@@ -34,7 +35,7 @@ _MODULES = {
 }
 #: model types whose torchtune model rotates neighbours, and those whose rotates halves
 _INTERLEAVED = ("llama", "mistral", "gemma", "gemma2")
-_PLAIN = ("qwen2", "qwen3")
+_PLAIN = ("qwen2", "qwen3", phi3.MODEL_TYPE)
 
 
 class _Torchtune:
@@ -79,8 +80,9 @@ class _Torchtune:
             A = own["lora_a"]
             sites[path] = LowRank(A, B, alpha / A.shape[0], magnitude=magnitude)
             problems += [f"{path}: {problem}" for problem in sites[path].problems()]
+        sites, notes = phi3.joined(sites, hints.base, problems)
         refuse(f"{source.path} cannot be used as an adapter", problems)
-        return Reading(adapter_of(sites, {}, {}))
+        return Reading(adapter_of(sites, {}, {}), tuple(notes))
 
     def write(self, adapter: Adapter, hints: Hints) -> Written:
         """Refused."""

@@ -33,6 +33,14 @@ from tests.formats.language_models import (
 )
 from tests.formats.small import contents
 
+PHI3 = {
+    "model_type": "phi3",
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+}
+
 #: rounding of float32, of a value and of a product: what folding a scale costs
 FLOAT32 = 2.0**-22
 
@@ -408,6 +416,86 @@ def test_litgpt_that_leaves_its_parts_open(tmp_path):
         read(tmp_path, hints=Hints(alpha=2, base=LLAMA))
     found = read(tmp_path, hints=Hints(alpha=2, base=LLAMA, enabled=(False, False, True)))
     assert set(found.adapter.sites) == {"model.layers.0.self_attn.v_proj"}
+
+
+# --- Phi-3, whose joined projections some keep apart ---------------------------------------------
+
+
+def phi3_parts(sizes):
+    """A and B of each part, in float64."""
+    return [(torch.randn(2, 16).double(), torch.randn(size, 2).double()) for size in sizes]
+
+
+def test_phi3_of_torchtune_is_joined(tmp_path):
+    parts = phi3_parts([16, 8, 8, 24, 24])
+    names = ["attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.w1", "mlp.w3"]
+    state = {}
+    for name, (A, B) in zip(names, parts, strict=True):
+        state[f"layers.1.{name}.lora_a.weight"] = A
+        state[f"layers.1.{name}.lora_b.weight"] = B
+    torch.save(state, tmp_path / "adapter_0.pt")
+    reading = read(tmp_path / "adapter_0.pt", hints=Hints(alpha=4, base=PHI3))
+    found = deltas(reading.adapter)
+    block = "model.layers.1."
+    assert set(found) == {f"{block}self_attn.qkv_proj", f"{block}mlp.gate_up_proj"}
+    rows = [2.0 * B @ A for A, B in parts]
+    assert torch.equal(found[f"{block}self_attn.qkv_proj"], torch.cat(rows[:3]))
+    assert torch.equal(found[f"{block}mlp.gate_up_proj"], torch.cat(rows[3:]))
+    assert "2 sites are joined" in reading.notes[0]
+    hints = Hints(alpha=4, base=PHI3 | {"num_attention_heads": 8, "head_dim": 4})
+    with pytest.raises(FormatError, match=r"16 outputs; expected 32"):
+        read(tmp_path / "adapter_0.pt", hints=hints)
+
+
+def test_phi3_of_litgpt_is_joined(tmp_path):
+    """Query and value alone were trained; gate and up are two modules there."""
+    (q, v, gate, up) = phi3_parts([16, 8, 24, 24])
+    block = "transformer.h.0."
+    state = {
+        f"{block}attn.qkv.lora_A": torch.cat([q[0], v[0]]),
+        f"{block}attn.qkv.lora_B": torch.cat([q[1], v[1]]),
+        f"{block}mlp.fc_1.lora_A": gate[0],
+        f"{block}mlp.fc_1.lora_B": gate[1],
+        f"{block}mlp.fc_2.lora_A": up[0],
+        f"{block}mlp.fc_2.lora_B": up[1],
+    }
+    torch.save(state, tmp_path / "lit_model.pth.lora")
+    hints = Hints(alpha=2, base=PHI3, enabled=(True, False, True))
+    found = deltas(read(tmp_path, hints=hints).adapter)
+    block = "model.layers.0."
+    assert set(found) == {f"{block}self_attn.qkv_proj", f"{block}mlp.gate_up_proj"}
+    expected = torch.cat([q[1] @ q[0], torch.zeros(8, 16).double(), v[1] @ v[0]])
+    assert torch.equal(found[f"{block}self_attn.qkv_proj"], expected)
+    expected = torch.cat([gate[1] @ gate[0], up[1] @ up[0]])
+    assert torch.equal(found[f"{block}mlp.gate_up_proj"], expected)
+
+
+def test_phi3_for_onnx_comes_apart():
+    """The builder's graph has a query, key and value of the joined site's rank."""
+    block = "model.layers.0."
+    (qkv, gate_up) = phi3_parts([32, 48])
+    sites = {
+        f"{block}self_attn.qkv_proj": LowRank(qkv[0].float(), qkv[1].float(), 0.5),
+        f"{block}mlp.gate_up_proj": LowRank(gate_up[0].float(), gate_up[1].float(), 1.0),
+    }
+    original = adapter().with_(sites=sites)
+    result = get("onnx").write(original, Hints(base=PHI3))
+    assert result.lost == {}
+    tensors = onnx_tensors(result.files["adapter.onnx_adapter"])
+    whole = deltas(original)
+    for path, names in {
+        "self_attn.qkv_proj": ["attn.q_proj", "attn.k_proj", "attn.v_proj"],
+        "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+    }.items():
+        got = []
+        for name in names:
+            a, b = (tensors[f"{block}{name}.lora_{x}.MatMul.weight"].double() for x in "AB")
+            assert a.shape == (16, 2)
+            got.append((a @ b).T)
+        torch.testing.assert_close(torch.cat(got), whole[block + path], rtol=0, atol=1e-5)
+    lost = get("onnx").write(original, Hints()).lost
+    assert list(lost) == [f"{block}self_attn.qkv_proj"]
+    assert "--base" in lost[f"{block}self_attn.qkv_proj"]
 
 
 # --- ONNX Runtime --------------------------------------------------------------------------------
