@@ -1,7 +1,7 @@
 """``make interop``: run the checks, each in its runtime's environment, and write the table.
 
 Exit code: 0 all ran and passed; 1 a case failed or a check broke; 3 all that ran passed, but
-something was not run (a runtime that could not be installed).
+something was not run (a runtime that could not be installed or downloaded).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.interop.runtimes import environments, table
+from tests.interop.runtimes.cases import NOT_RUN
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
@@ -32,7 +33,7 @@ class Result:
 
     name: str
     status: str = "ran"
-    """``"ran"``, ``"not run"`` (its runtime is not to be had) or ``"broke"``."""
+    """``"ran"``, ``"not run"`` (its runtime cannot be had) or ``"broke"``."""
     why: str = ""
     requires: tuple[str, ...] = ()
     megabytes: int = 0
@@ -104,6 +105,9 @@ def run(name: str, root: Path) -> Result:
             continue
         code, cases = _script(interpreter, step, root, log)
         result.cases += cases
+        if code == NOT_RUN:
+            result.status, result.why = "not run", _reason(log)
+            break
         if code or (not cases and step == script):
             result.status = "broke"
             result.why = f"{step.name} ended with {code} after {len(cases)} cases; see {log.name}"
@@ -146,6 +150,12 @@ def _script(python: Path, script: Path, root: Path, log: Path) -> tuple[int, lis
         finally:
             watch.cancel()
     return process.wait(), cases
+
+
+def _reason(log: Path) -> str:
+    """Why a check says that it could not be made."""
+    lines = [line for line in log.read_text().splitlines() if line.startswith('{"not run"')]
+    return str(json.loads(lines[-1])["not run"]) if lines else f"see {log.name}"
 
 
 def _told(case: dict[str, Any]) -> str:

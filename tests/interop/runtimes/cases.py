@@ -9,12 +9,14 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 #: a negative must miss the bar by this factor, so that it is no matter of rounding
 FAR = 30.0
+#: exit code of a check that could not be made
+NOT_RUN = 77
 
 
 class Work:
@@ -88,6 +90,12 @@ class Work:
             "note": note,
         }
         print(json.dumps(line), flush=True)
+
+
+def not_run(why: str) -> NoReturn:
+    """End a check that cannot get what it is about: it says nothing, for or against."""
+    print(json.dumps({"not run": why}), flush=True)
+    sys.exit(NOT_RUN)
 
 
 def largest_difference(got: Any, expected: Any) -> float:
