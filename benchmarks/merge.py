@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import hashlib
 import json
@@ -59,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
         dtype = torch.float32 if storage == "nf4" else getattr(torch, storage)
         loaded = load_base(options.base, device="cpu", dtype=dtype, **quantize).model
         report["logits"][storage] = _logits(loaded, adapter, texts)
+        if storage == "float32":
+            report["logits"][storage] |= _exact_logits(loaded, adapter, texts)
         print(json.dumps(report["logits"][storage]), file=sys.stderr, flush=True)
     text = json.dumps(report, indent=1)
     print(text)
@@ -282,6 +285,36 @@ def _logits(model: Any, adapter: Any, texts: list[Any]) -> dict[str, Any]:
         "perplexity_base": _perplexity(bare, texts),
         "undo_restores_logits": all(torch.equal(a, b) for a, b in zip(bare, again, strict=True)),
         "requantisation_error": [round(min(errors), 4), round(max(errors), 4)] if errors else None,
+    }
+
+
+def _exact_logits(model: Any, adapter: Any, texts: list[Any]) -> dict[str, float]:
+    """Weights merged in float32 with activations in float64, which leaves the merge's own error;
+    and how far float32 activations alone move the bare base. The model is float64 afterwards."""
+    import torch
+
+    from lorakit import attach, merge
+
+    @torch.no_grad()
+    def logits() -> list[Any]:
+        return [model(ids).logits[0].double() for ids in texts]
+
+    def largest(one: list[Any], other: list[Any]) -> float:
+        return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+    rounded = logits()
+    undo = merge(model, adapter, allow_other_base=True)
+    merged = copy.deepcopy(model.state_dict())
+    undo()
+    model.double()
+    bare = logits()
+    handle = attach(model, adapter, allow_other_base=True)
+    attached = logits()
+    handle.detach()
+    model.load_state_dict(merged)
+    return {
+        "largest_difference_run_in_float64": largest(attached, logits()),
+        "base_in_float32_from_float64": largest(rounded, bare),
     }
 
 

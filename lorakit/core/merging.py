@@ -21,6 +21,21 @@ from torch import Tensor
 BLOCK_BYTES = 1 << 22
 
 
+class Scratch:
+    """One piece of memory for all blocks of a merge; fresh pages for each cost more than its sums."""
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    def take(self, like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """[rows, columns of ``like``] in ``dtype``, on the device of ``like``; until the next call."""
+        size = rows * like.shape[1]
+        flat = self._flat
+        if flat is None or flat.numel() < size or (flat.dtype, flat.device) != (dtype, like.device):
+            self._flat = flat = like.new_empty(size, dtype=dtype)
+        return flat[:size].view(rows, like.shape[1])
+
+
 @dataclass(frozen=True, eq=False)
 class Term:
     """``factor · left @ right``: one adapter's change of one weight."""
@@ -116,6 +131,7 @@ def merge_(
     *,
     write: bool = True,
     check: bool = True,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Merge into a dense weight, in place: one pass, added in one dtype, cast once.
 
@@ -124,6 +140,7 @@ def merge_(
         asked: the dtype to add in.
         write: ``False`` computes, checks and leaves the weight alone.
         check: ``False`` does not look, where a bound has proven it already.
+        scratch: shared by merges that follow one another.
 
     Returns:
         A boolean scalar on the weight's device: whether every value is finite after the cast.
@@ -140,7 +157,7 @@ def merge_(
     rows = rows_of_a_block(matrix, dtype) if recipe.by_rows else len(matrix)
     buffer = None
     if not write or dtype != weight.dtype:
-        buffer = matrix.new_empty((min(rows, len(matrix)), matrix.shape[1]), dtype=dtype)
+        buffer = (scratch or Scratch()).take(matrix, min(rows, len(matrix)), dtype)
     fine = []
     for begin in range(0, len(matrix), rows):
         block, source = matrix[begin : begin + rows], start[begin : begin + rows]

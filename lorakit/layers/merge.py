@@ -32,6 +32,7 @@ from lorakit.bases.identity import check_base, identify
 from lorakit.core.files import clear_disk_errors
 from lorakit.core.identity import BaseIdentity
 from lorakit.core.merging import (
+    Scratch,
     compute_dtype_for,
     doubtful,
     exact_products,
@@ -200,7 +201,7 @@ class Undo:
             with clear_disk_errors(self._store.path or Path(tempfile.gettempdir())):
                 self._steps = [_Step.of(change) for change in self._changes]
                 self.bytes = self._store.keep_all(self._steps)
-            fine = []
+            fine, scratch = [], Scratch()
             with exact_products({step.change.parameter.device.type for step in self._steps}):
                 for step in self._steps:
                     self._store.keep(step)
@@ -208,7 +209,7 @@ class Undo:
                     step.separate()
                     # without originals, it was proven or tried before anything was touched
                     check = self.where is not None
-                    ok, error = _rewrite_(step.change, compute_dtype, check=check)
+                    ok, error = _rewrite_(step.change, compute_dtype, scratch, check=check)
                     fine.append((step.change, ok))
                     if error is not None:
                         self.errors[step.name] = error
@@ -343,12 +344,18 @@ class _Store:
 
 
 def _rewrite_(
-    change: Change, asked: torch.dtype, *, write: bool = True, check: bool = True
+    change: Change,
+    asked: torch.dtype,
+    scratch: Scratch,
+    *,
+    write: bool = True,
+    check: bool = True,
 ) -> tuple[Tensor, float | None]:
     """Merge one weight; whether it is finite, and what quantising it again added."""
     if change.packed is None:
         weight = change.parameter.detach()
-        return merge_(weight, change.recipe, asked, write=write, check=check), None
+        fine = merge_(weight, change.recipe, asked, write=write, check=check, scratch=scratch)
+        return fine, None
     dtype = compute_dtype_for(torch.float32, asked)
     total = change.packed.dense(dtype)
     finish_(total, change.recipe.to(change.parameter.device, dtype), 0)
@@ -366,8 +373,9 @@ def _check_results(changes: Sequence[Change], asked: torch.dtype) -> None:
     doubts = doubtful([c.recipe for c in plain], [c.parameter.dtype for c in plain])
     open_ = [c for c, doubt in zip(plain, doubts, strict=True) if doubt]
     open_ += [c for c in changes if c.packed is not None]
+    scratch = Scratch()
     with exact_products({c.parameter.device.type for c in open_}):
-        _check_finite([(c, _rewrite_(c, asked, write=False)[0]) for c in open_])
+        _check_finite([(c, _rewrite_(c, asked, scratch, write=False)[0]) for c in open_])
 
 
 def _check_finite(results: Sequence[tuple[Change, Tensor]]) -> None:
