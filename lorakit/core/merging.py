@@ -22,13 +22,13 @@ BLOCK_BYTES = 1 << 22
 
 
 class Scratch:
-    """One piece of memory for all blocks of a merge; fresh pages for each cost more than its sums."""
+    """One piece of memory for all blocks: fresh pages for each would cost more than its sums."""
 
     def __init__(self) -> None:
         self._flat: Tensor | None = None
 
     def take(self, like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-        """[rows, columns of ``like``] in ``dtype``, on the device of ``like``; until the next call."""
+        """[rows, columns of ``like``], on its device, in ``dtype``; valid until the next call."""
         size = rows * like.shape[1]
         flat = self._flat
         if flat is None or flat.numel() < size or (flat.dtype, flat.device) != (dtype, like.device):
