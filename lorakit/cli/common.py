@@ -78,6 +78,7 @@ def comma_list(*allowed: str) -> Callable[[str], tuple[str, ...]]:
 
     def parse(text: str) -> tuple[str, ...]:
         names = [part.strip() for part in text.split(",") if part.strip()]
+        names = [name if name in allowed else name.lower() for name in names]
         unknown = [name for name in names if name not in allowed]
         if unknown or not names:
             what = ", ".join(unknown) or repr(text)

@@ -62,6 +62,7 @@ from lorakit.cli.full_models import (
     find_full_models,
     full_argument,
     load_full_model,
+    refuse_models,
 )
 from lorakit.cli.judged import Judged, print_judged
 from lorakit.errors import InputError
@@ -157,6 +158,7 @@ def run(options: argparse.Namespace) -> int:
     if options.save is not None:
         given = [*options.data, *([options.forgetting] if options.forgetting else [])]
         _check_save(options.save, given)
+    refuse_models(options.adapter)
     models = find_full_models(options.full, trust_remote_code=options.trust_remote_code)
     adapters = load_adapters(options.adapter)
     base = load_base_from(options)
@@ -200,9 +202,10 @@ def _question(
     general = None
     if options.forgetting is not None:
         path = options.forgetting or None
-        general = general_text(base.require_tokenizer(), path, context_length=context)
+        fits = min((c for c in [context, *(m.context for m in models)] if c), default=None)
+        general = general_text(base.require_tokenizer(), path, context_length=fits)
         say(general.line())
-    check_lengths(models, [data, *([general.data] if general else [])])
+    check_lengths(models, data)
     asked = _Question(data, None, None, general, bool(options.metrics or options.save), None)
     if data.report.kind != "text" or asked.generate:
         asked.items = items_of(data)[: options.limit]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: where a run that trained all weights keeps its model, as others keep ``adapter/``
 _INNER = "model"
+#: by what a folder of a model is known
+_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,22 @@ def full_argument(text: str) -> AdapterArgument:
     return dataclasses.replace(one, name=name, flag="--full")
 
 
+def refuse_models(arguments: Sequence[AdapterArgument]) -> None:
+    """Say which flag takes a whole model, where one was given as an adapter.
+
+    Raises:
+        InputError: one or several were; all are listed.
+    """
+    problems = [
+        f"{one.ref} is a whole model; give it as --full {one.ref}"
+        for one in arguments
+        if not os.path.exists(os.path.join(adapter_path(one.ref), "adapter_config.json"))
+        and os.path.exists(os.path.join(_model_in(one.ref), _CONFIG))
+    ]
+    if problems:
+        raise InputError(collected("--adapter takes adapters", problems))
+
+
 def find_full_models(
     arguments: Sequence[AdapterArgument], *, trust_remote_code: bool = False
 ) -> list[FullModel]:
@@ -73,19 +91,27 @@ def find_full_models(
 def _find(one: AdapterArgument, trust_remote_code: bool) -> FullModel:
     from lorakit.bases import base_config, context_length
     from lorakit.bases.source import find_source
+    from lorakit.core.checkpoint import open_checkpoint
 
-    folder = Path(os.path.expanduser(one.ref))
-    inner = folder / _INNER
-    place = one.ref
-    if not os.path.exists(folder / "config.json") and os.path.exists(inner / "config.json"):
-        place = str(inner)
+    place = _model_in(one.ref)
+    if place != one.ref:
         say(f"{one.ref} is a run folder; its model is {place}")
     elif adapter_path(one.ref) != one.ref:
         raise BaseError(f"this run trained an adapter. Give it as --adapter {one.ref}")
-    find_source(place)
+    source = find_source(place)
+    if source.kind == "folder" and any(Path(source.location).glob("model*.safetensors*")):
+        open_checkpoint(Path(source.location))  # a shard that is missing or cut off shows here
     config = base_config(place, trust_remote_code=trust_remote_code)
     run = Path(os.path.expanduser(place)).absolute().parent
     return FullModel(one.name, one.ref, place, context_length(config), _learnt(run))
+
+
+def _model_in(ref: str) -> str:
+    """The model inside of a run folder, where the run folder itself was given."""
+    folder = os.path.expanduser(ref)
+    inner = os.path.join(folder, _INNER)
+    is_run = not os.path.exists(os.path.join(folder, _CONFIG))
+    return inner if is_run and os.path.exists(os.path.join(inner, _CONFIG)) else ref
 
 
 def _learnt(run: Path) -> Mapping[str, Any]:
@@ -143,13 +169,13 @@ def check_tokenizers(base: Base, models: Sequence[FullModel], *, trust_remote_co
         )
 
 
-def check_lengths(models: Sequence[FullModel], datas: Sequence[TokenData]) -> None:
+def check_lengths(models: Sequence[FullModel], data: TokenData) -> None:
     """Refuse examples that a model cannot take.
 
     Raises:
         InputError: names the model and what to do.
     """
-    longest = max(int(data.lengths.max(initial=0)) for data in datas)
+    longest = int(data.lengths.max(initial=0))
     for one in models:
         if one.context is not None and longest > one.context:
             raise InputError(

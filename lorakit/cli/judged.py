@@ -65,7 +65,7 @@ def print_judged(
         out.print(
             f"[dim]general: loss on {plural(general.passages, 'passage')} of general text, "
             f"{int(general.data.supervised_counts.sum()):,} tokens; forgetting: that less the "
-            "base's, ± its standard error[/dim]"
+            "base's" + (", ± its standard error" if general.passages > 1 else "") + "[/dim]"
         )
     for i in range(min(show, len(items or ()))):
         assert items is not None
@@ -84,7 +84,8 @@ def _columns(judged: Sequence[Judged]) -> dict[str, list[str]]:
         found[name] = _cells([one.judgement.metrics[name] for one in judged], lower=False)
     if all(one.forgetting for one in judged):
         found["general"] = [f"{one.forgetting.loss:.3f}" for one in judged if one.forgetting]
-        found["forgetting"] = [_change(one) for one in judged]
+        if any(one.adapters or one.full for one in judged):
+            found["forgetting"] = [_change(one) for one in judged]
     if any(one.size is not None for one in judged):
         found["size"] = [_size(one.size) for one in judged]
     return found

@@ -229,8 +229,14 @@ def _recognised(present: Sequence[str], where: str) -> tuple[Kind, dict[str, str
             f"{where} has the columns {_listed(present)}: pairs of preferences. lorakit learns "
             "from one answer each; give --map prompt=prompt,completion=chosen."
         )
-    lower = {column.lower().strip() for column in present}
-    hint = closest("completion", present) if "prompt" in lower else ""
+    others = [column for column in present if column.lower().strip() != "prompt"]
+    if present and not others:
+        raise DataError(
+            f"{where} has the column {present[0]} alone: prompts without answers. Training and "
+            "judging need the right answers, as a column completion; lorakit generate --prompts "
+            "answers prompts that have none."
+        )
+    hint = closest("completion", others) if len(others) < len(present) else ""
     raise DataError(
         f"{where} has the columns {_listed(present)}, which is no kind of rows known here; "
         "expected prompt and completion, instruction and output, messages, or text.{} Say "

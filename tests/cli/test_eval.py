@@ -83,7 +83,7 @@ def by_hand(world):
 def test_json_as_the_design_pins_it(run, by_hand):
     base, handle, data = by_hand
     code, out, err = run(
-        "--adapter", "one", "--adapter", "two=0.5", "--metrics", "bleu,exact", "--json",
+        "--adapter", "one", "--adapter", "two=0.5", "--metrics", "BLEU,exact", "--json",
     )  # fmt: skip
     assert code == 0
     result = json.loads(out)
@@ -339,6 +339,9 @@ def test_base_adapter_and_full_model_against_float64_models(world, run, tmp_path
 
 def test_the_table_of_all_three(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
+    _, out, _ = run("--forgetting")
+    assert "general" in out
+    assert "± 0" not in out  # the base beside itself
     own_model(tmp_path / "whole")
     code, out, err = run("--adapter", "one", "--full", str(tmp_path / "whole"), "--forgetting")
     assert code == 0, err
@@ -437,6 +440,10 @@ def test_what_is_odd_about_a_full_model_is_said(run, tmp_path, changes, tokenize
     ("flags", "message"),
     [
         (["--full", "one"], "is an adapter, not a model"),
+        (["--adapter", "x:base"], "base is a whole model; give it as --full base"),
+        (["--adapter", "whole-run"], "whole-run is a whole model; give it as --full whole-run"),
+        (["--full", "cut"], "model.safetensors"),
+        (["--data", "prompts.jsonl"], "lorakit generate --prompts"),
         (["--full", "nowhere/at/all"], "nowhere/at/all"),
         (["--full", "base"], "the name that stands for the bare base"),
         (["--full", "x:base=0.5"], "has no weight"),
@@ -460,6 +467,11 @@ def test_mistakes_with_full_models_and_general_text(world, run, flags, message):
         own_model(world / "short", max_position_embeddings=4)
         (world / "run").mkdir()
         shutil.copytree(world / "one", world / "run/adapter")
+        as_full_run(world / "whole-run", {})
+        own_model(world / "cut")
+        content = (world / "cut/model.safetensors").read_bytes()
+        (world / "cut/model.safetensors").write_bytes(content[:-9])
+        write(world / "prompts.jsonl", [{"prompt": "w1"}])
     code, out, err = run(*flags)
     assert code == 2
     assert message in err.replace("\n", " ")
