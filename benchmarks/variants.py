@@ -32,6 +32,8 @@ VARIANTS: dict[str, list[str]] = {
     "loftq": ["--quantize", "nf4", "--init", "loftq"],
     "dora": ["--variant", "dora"],
     "lora-plus": ["--lora-plus-ratio", "16"],
+    "layer-rates": ["--lr-pattern", "q_proj=0.5", "k_proj=0.5"],
+    "adamw8bit": ["--optimizer", "adamw8bit"],
 }
 
 
