@@ -42,6 +42,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+#: of the format too, but nothing can be computed with them here
+_TINY_FLOATS = ("F8_", "F6_", "F4")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _NEXT = "The file is damaged or no safetensors file; copy or download it again."
@@ -257,6 +259,13 @@ def _entries(header: Mapping[str, Any], data_size: int, path: Path) -> dict[str,
             entries[name] = _entry(raw)
         except (ValueError, TypeError, KeyError) as error:
             problems.append(f"{name}: {error}")
+    tiny = [name for name, raw in header.items() if _is_tiny(raw)]
+    if tiny and len(tiny) == len(problems):
+        raise FormatError(
+            collected(f"{path} holds floats of 8 bits or less, which are not read here", problems)
+            + "\nSave it with 16 bits first: load_file, tensor.half(), save_file of "
+            "safetensors.torch. The values stay what they are."
+        )
     if problems:
         _damaged(path, *problems)
     position = 0
@@ -272,6 +281,11 @@ def _entries(header: Mapping[str, Any], data_size: int, path: Path) -> dict[str,
     if problems:
         _damaged(path, *problems)
     return ordered
+
+
+def _is_tiny(raw: Any) -> bool:
+    dtype = raw.get("dtype") if isinstance(raw, dict) else None
+    return isinstance(dtype, str) and dtype.startswith(_TINY_FLOATS)
 
 
 def _entry(raw: Any) -> Entry:

@@ -50,7 +50,27 @@ _PARTS = {
     ".lora_linear_layer.down.weight": "A",
     ".lora_linear_layer.up.weight": "B",
     ".lora_linear_layer.up.bias": "bias",
+    ".dora_scale": "dora_scale",
     ".alpha": "alpha",
+}
+#: where a training script left PEFT's name of the adapter in the keys
+_NAMED = re.compile(r"(.+\.lora_(?:A|B|magnitude_vector))\.[^.]+\.(weight|bias)")
+#: first names of paths in a component, for files without it
+_ROOTS = {
+    **dict.fromkeys(
+        ("down_blocks", "mid_block", "up_blocks", "time_embedding", "add_embedding"), "unet"
+    ),
+    **dict.fromkeys(
+        (
+            "transformer_blocks",
+            "single_transformer_blocks",
+            "time_text_embed",
+            "x_embedder",
+            "context_embedder",
+            "norm_out",
+        ),
+        "transformer",
+    ),
 }
 _PROCESSOR = re.compile(r"(.+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 
@@ -62,9 +82,11 @@ def _place(key: str) -> tuple[str, str, str] | None:
     """Component, path and part of a key; ``None`` if it is not one of the format's."""
     component, _, rest = key.partition(".")
     if component not in COMPONENTS:
-        if ".processor." not in key:
+        if component not in _ROOTS:
             return None
-        component, rest = "unet", key  # the oldest files are of a UNet alone
+        component, rest = _ROOTS[component], key
+    if named := _NAMED.fullmatch(rest):
+        rest = f"{named[1]}.{named[2]}"
     rest = rest.replace(".processor.", ".")
     if old := _PROCESSOR.fullmatch(rest):
         path, which, side = old.groups()
@@ -132,8 +154,12 @@ def _scalings(
         found = found if spec is None else scalings(spec, modules)
     for path, parts in modules.items():
         rank = parts["A"].shape[0] if "A" in parts and parts["A"].ndim else 0
-        if rank and "alpha" in parts and parts["alpha"].numel() == 1:
-            found[path] = float(parts["alpha"].item()) / rank
+        alpha = parts.get("alpha")
+        if alpha is not None and alpha.numel() != 1:
+            shape = tuple(alpha.shape)
+            problems.append(f"{component}.{path}: its alpha has shape {shape}; expected one number")
+        elif rank and alpha is not None:
+            found[path] = float(alpha.item()) / rank
     return found
 
 
@@ -142,7 +168,12 @@ def _site(parts: Mapping[str, Tensor], scaling: float) -> LowRank | str:
     missing = [f"lora_{x}" for x in ("A", "B") if x not in parts]
     if missing:
         return f"lacks {' and '.join(missing)}"
-    magnitude = parts.get("magnitude")
+    magnitude = parts.get("magnitude", parts.get("dora_scale"))
+    if "dora_scale" in parts and parts["dora_scale"].shape[:1] != parts["B"].shape[:1]:
+        return (
+            f"its dora_scale has shape {tuple(parts['dora_scale'].shape)}; expected one value an "
+            f"output, ({parts['B'].shape[0]}, 1). By input, merge it where it was made"
+        )
     kind: Any = "linear" if parts["A"].ndim == 2 else "conv"
     site = LowRank(
         parts["A"],
@@ -182,14 +213,36 @@ def read_diffusers(source: Source) -> Reading:
             + "\nNothing of it was loaded."
         )
     facts = {"diffusers": {"metadata": configs}} if configs else {}
-    notes = [
-        f"{c}: the file says no alpha, so it is the rank, and the scaling 1"
-        for c, modules in components.items()
-        if c not in configs
-        and not any("alpha" in parts for parts in modules.values())
-        and read_header(source.metadata) is None
-    ]
+    notes = _notes(source, components, configs)
     return Reading(adapter_of(sites, source.metadata, facts), tuple(notes), lost)
+
+
+def _notes(
+    source: Source,
+    components: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
+    configs: Mapping[str, Any],
+) -> list[str]:
+    """What was assumed where the file does not tell."""
+    notes = []
+    bare = {key.partition(".")[0] for key in source.shapes} & set(_ROOTS)
+    if bare:
+        whose = " and ".join(sorted({_ROOTS[name] for name in bare}))
+        notes.append(f"names without a component in front are taken as those of the {whose}")
+    if any(_NAMED.fullmatch(key) for key in source.shapes):
+        notes.append("the adapter's name in the keys, behind lora_A and lora_B, is left out")
+    if read_header(source.metadata) is not None:
+        return notes
+    for component, modules in components.items():
+        silent = [path for path, parts in modules.items() if "alpha" not in parts]
+        if component in configs or not silent:
+            continue
+        where = (
+            component
+            if len(silent) == len(modules)
+            else f"{len(silent)} of {len(modules)} modules of {component} ({silent[0]}, …)"
+        )
+        notes.append(f"{where}: the file says no alpha, so it is the rank, and the scaling 1")
+    return notes
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -331,6 +384,10 @@ class Diffusers:
 
     def recognises(self, source: Source) -> bool:
         """By names such as ``unet.….lora_A.weight``."""
+        if "peft_type" in source.config and not any(
+            k.startswith(COMPONENTS) for k in source.shapes
+        ):
+            return False  # PEFT's, of one component; its scale is in that config
         places = [place for place in map(_place, source.shapes) if place is not None]
         return any(part in ("A", "B") for _, _, part in places)
 

@@ -48,6 +48,15 @@ DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_sca
 FILE = "lora.safetensors"
 _TRAINING = ("ss_", "sshs_", "modelspec.")
 
+#: names with dots, under which ComfyUI and Black Forest Labs store the same modules
+_DOTTED = re.compile(
+    r"(?:diffusion_model\.(.+)|((?:double|single|input|output)_blocks\.\d.+|middle_block\.\d.+))"
+    r"\.(lora_A\.weight|lora_B\.weight|lora_down\.weight|lora_up\.weight|alpha|dora_scale)"
+)
+_DOTTED_PARTS = {
+    "lora_A.weight": DOWN, "lora_B.weight": UP, DOWN: DOWN, UP: UP, ALPHA: ALPHA, DORA: DORA,
+}  # fmt: skip
+
 #: modules outside the classes in which sd-scripts builds its own; it skips their keys in a file
 _UNSEEN = re.compile(
     r"unet\.(conv_in|conv_out|(time|add)_embedding\.linear_[12])"
@@ -75,12 +84,20 @@ class Sorted:
 
 
 def by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Name up to the first dot → the rest of each name → tensor."""
+    """Name up to the first dot → the rest of each name → tensor; dotted names made kohya's."""
     modules: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
-        name, _, part = key.partition(".")
+        name, _, part = flat_key(key).partition(".")
         modules.setdefault(name, {})[part] = tensors[key]
     return modules
+
+
+def flat_key(key: str) -> str:
+    """kohya's key of a dotted one (ComfyUI's, Black Forest Labs'); any other key itself."""
+    if (dotted := _DOTTED.fullmatch(key)) is None:
+        return key
+    name = (dotted[1] or dotted[2]).replace(".", "_")
+    return f"lora_unet_{name}.{_DOTTED_PARTS[dotted[3]]}"
 
 
 def sort_modules(modules: Mapping[str, Mapping[str, Tensor]], site_of: SiteOf) -> Sorted:
@@ -106,6 +123,13 @@ def sort_modules(modules: Mapping[str, Mapping[str, Tensor]], site_of: SiteOf) -
         result.problems += [f"{name}: {problem}" for problem in wrong]
         if not wrong:
             _place(name, site, named, result)
+    known = {name: parts for name, parts in modules.items() if read_name(name) is not None}
+    silent = [name for name, parts in known.items() if ALPHA not in parts]
+    if 0 < len(silent) < len(known):
+        result.notes.append(
+            f"{len(silent)} of {len(known)} modules say no alpha, such as {silent[0]}; their "
+            "scaling is 1, as sd-scripts has it"
+        )
     return result
 
 
@@ -205,17 +229,21 @@ def finished(
         FormatError: anything is malformed, or nothing has a known name.
     """
     problems = result.problems
+    named = {flat_key(key): key for key in source.shapes}
+    lost = {named.get(key, key): why for key, why in sorted(result.lost.items())}
     if not problems and not result.sites:
-        problems = [f"{key}: {why}" for key, why in result.lost.items()] or ["it holds no tensor"]
+        problems = [f"{key}: {why}" for key, why in lost.items()] or ["it holds no tensor"]
     if problems:
         raise FormatError(
             collected(f"{source.weights} cannot be used as an adapter", problems)
             + "\nNothing of it was loaded."
         )
+    if any(flat_key(key) != key for key in source.shapes):
+        result.notes.append("names with dots are taken as kohya's with underscores")
     metadata = {k: v for k, v in source.metadata.items() if k.startswith(_TRAINING)}
     provenance = {tool: {"metadata": metadata, "names": _names_used(result), **(facts or {})}}
     adapter = adapter_of(result.sites, source.metadata, provenance)
-    return Reading(adapter, tuple(result.notes), dict(sorted(result.lost.items())))
+    return Reading(adapter, tuple(result.notes), lost)
 
 
 def _names_used(result: Sorted) -> str:
@@ -425,7 +453,7 @@ class Kohya:
 
     def recognises(self, source: Source) -> bool:
         """By names such as ``lora_unet_….lora_down.weight``, and no parts of LyCORIS."""
-        names = [key for key in source.shapes if key.startswith(PREFIXES)]
+        names = [key for key in map(flat_key, source.shapes) if key.startswith(PREFIXES)]
         parts = {key.partition(".")[2] for key in names}
         own = any(map(is_lycoris_part, parts)) or any(n.startswith("lycoris_") for n in names)
         return DOWN in parts and not own

@@ -106,13 +106,53 @@ TE = "encoder.layers.0.self_attn"
         ),
         (f"text_encoder_2.{TE}.q_proj.lora_A.weight", f"text_encoder_2.text_model.{TE}.q_proj"),
         ("transformer.proj_out.lora_A.weight", "transformer.proj_out"),
+        (f"unet.{Q}.to_q.lora_A.default_0.weight", f"unet.{Q}.to_q"),
+        (f"{Q}.to_q.lora_A.weight", f"unet.{Q}.to_q"),
+        (f"{Q}.to_k.lora.down.weight", f"unet.{Q}.to_k"),
+        (
+            "single_transformer_blocks.3.attn.to_q.lora_A.weight",
+            "transformer.single_transformer_blocks.3.attn.to_q",
+        ),
     ],
 )
 def test_names_of_every_age(tmp_path, key, path):
     up = key.replace("lora_A", "lora_B").replace("down.weight", "up.weight")
-    reading = read(FORMAT, file_of(tmp_path, {key: torch.randn(2, 3), up: torch.randn(4, 2)}))
+    tensors = {key: torch.randn(2, 3), up: torch.randn(4, 2)}
+    reading = read(FORMAT, file_of(tmp_path, tensors))
     assert list(reading.adapter.sites) == [path]
-    assert "says no alpha" in reading.notes[0]
+    assert torch.equal(reading.adapter.low_rank[path].A, tensors[key])
+    assert torch.equal(reading.adapter.low_rank[path].B, tensors[up])
+    assert "says no alpha" in reading.notes[-1]
+    bare = key.partition(".")[0] != path.partition(".")[0]
+    assert bare == any("without a component in front" in note for note in reading.notes)
+
+
+def test_peft_folders_of_one_component_are_pefts(tmp_path):
+    """Their scale is in the config beside, which this format does not look into."""
+    path = file_of(tmp_path, pair(f"{Q}.to_q"))
+    assert FORMAT.recognises(Source(path, path))
+    assert not FORMAT.recognises(Source(path, path, {"peft_type": "LORA"}))
+
+
+def test_alphas_of_some_modules(tmp_path):
+    tensors = pair() | pair("unet.a.to_k") | {"unet.a.to_q.alpha": torch.tensor(4.0)}
+    reading = read(FORMAT, file_of(tmp_path, tensors))
+    assert reading.adapter.low_rank["unet.a.to_q"].scaling == 2.0
+    assert reading.adapter.low_rank["unet.a.to_k"].scaling == 1.0
+    assert "1 of 2 modules of unet (a.to_k, …)" in reading.notes[0]
+    tensors["unet.a.to_q.alpha"] = torch.ones(2)
+    with pytest.raises(FormatError, match=r"unet\.a\.to_q: its alpha has shape \(2,\)"):
+        read(FORMAT, file_of(tmp_path, tensors))
+
+
+def test_dora_under_kohyas_name(tmp_path):
+    scale = torch.rand(4, 1)
+    tensors = pair() | {"unet.a.to_q.dora_scale": scale}
+    site = read(FORMAT, file_of(tmp_path, tensors)).adapter.low_rank["unet.a.to_q"]
+    assert torch.equal(site.magnitude, scale.flatten())
+    tensors["unet.a.to_q.dora_scale"] = scale.T.contiguous()
+    with pytest.raises(FormatError, match=r"its dora_scale has shape \(1, 4\)"):
+        read(FORMAT, file_of(tmp_path, tensors))
 
 
 def pair(path="unet.a.to_q", rank=2):

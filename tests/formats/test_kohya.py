@@ -18,6 +18,7 @@ from lorakit.core.safetensors_io import read_safetensors, write_safetensors
 from lorakit.core.sites import LowRank, Replace
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError
+from lorakit.formats import registry
 from lorakit.formats.format import Hints, Source
 from lorakit.formats.kohya import FORMAT
 
@@ -152,6 +153,41 @@ def test_flux_always_has_alphas(modules, tmp_path):
     adapter = Adapter({path: site_for(modules["flux"][path], 3, 1.0, generator)})
     tensors = safetensors.torch.load_file(write(FORMAT.write(adapter, Hints()), tmp_path))
     assert tensors["lora_unet_double_blocks_0_img_mlp_2.alpha"].item() == 3
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+@pytest.mark.parametrize("parts", [("lora_A", "lora_B"), ("lora_down", "lora_up")])
+def test_names_with_dots(tmp_path, prefix, parts):
+    """ComfyUI's and Black Forest Labs': the same modules, the same joined projections."""
+    A, B = torch.randn(2, 8), torch.randn(24, 2)
+    name = f"{prefix}double_blocks.3.img_attn.qkv"
+    tensors = {f"{name}.{parts[0]}.weight": A, f"{name}.{parts[1]}.weight": B}
+    path = file_of(tmp_path, tensors | {f"{name}.alpha": torch.tensor(4.0)})
+    reading = registry.read(path)
+    dense = 2 * B.double() @ A.double()
+    for i, part in enumerate(["to_q", "to_k", "to_v"]):
+        site = reading.adapter.low_rank[f"transformer.transformer_blocks.3.attn.{part}"]
+        torch.testing.assert_close(delta(site), dense[8 * i : 8 * i + 8])
+    assert any("names with dots" in note for note in reading.notes)
+    other = {f"diffusion_model.blocks.0.q.{part}.weight": torch.ones(2, 2) for part in parts}
+    with pytest.raises(
+        FormatError, match=rf"diffusion_model\.blocks\.0\.q\.{parts[0]}\.weight: no"
+    ):
+        registry.read(file_of(tmp_path, other))
+
+
+def test_modules_without_an_alpha_beside_others_are_said(tmp_path):
+    encoders = (
+        linear("lora_te1_text_model_encoder_layers_0_mlp_fc1", alpha=torch.tensor(4.0))
+        | linear("lora_te2_text_model_encoder_layers_1_self_attn_q_proj", rank=1)
+    )  # fmt: skip
+    reading = read(FORMAT, file_of(tmp_path, linear(alpha=torch.tensor(1)) | encoders))
+    assert {path: site.scaling for path, site in reading.adapter.low_rank.items()} == {
+        "text_encoder.encoder.layers.0.mlp.fc1": 2.0,
+        "text_encoder_2.text_model.encoder.layers.1.self_attn.q_proj": 1.0,
+        Q_PATH: 0.5,
+    }
+    assert "1 of 3 modules say no alpha, such as lora_te2_" in reading.notes[0]
 
 
 def test_joined_projections_come_apart(tmp_path):

@@ -322,6 +322,24 @@ def test_missing(tmp_path):
         load_adapter(tmp_path / "adaptor")
 
 
+def test_a_doubled_prefix(folder, caplog):
+    """Of a PeftModel inside of another: PEFT warns and loads nothing."""
+    expected = load_adapter(folder)
+    rename("base_model.model.", "base_model.model.base_model.model.")(folder)
+    assert load_adapter(folder).sites.keys() == expected.sites.keys()
+    assert "one 'base_model.model.' is left out" in caplog.text
+
+
+def test_floats_of_eight_bits(folder):
+    def small(tensors):
+        key = next(iter(tensors))
+        tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+
+    change_tensors(folder, small)
+    with pytest.raises(FormatError, match=r"(?s)floats of 8 bits.*lora_A.*F8_E4M3.*16 bits first"):
+        load_adapter(folder)
+
+
 def test_a_folder_of_adapters_names_them(tmp_path):
     save_adapter(small_adapter(), tmp_path / "runs" / "one" / "adapter")
     with pytest.raises(FormatError, match=r"Give one of: .*one/adapter"):

@@ -84,6 +84,11 @@ def sort_keys(tensors: Mapping[str, Tensor], reading: Reading) -> Found:
             f"none of its {len(tensors)} keys is PEFT's; these are {describe_keys(strangers)}"
         )
         return found
+    twice = 2 * PREFIX
+    if reading.replaced is None and all(key.startswith(twice) for key in tensors):
+        # a PeftModel inside of another; PEFT itself loads nothing of it, with a warning
+        found.notes.append(f"every key begins with {twice!r}; one {PREFIX!r} is left out")
+        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     found.problems += [f"{key}: does not begin with {PREFIX!r}" for key in sorted(strangers)]
     for key in sorted(set(tensors) - set(strangers)):
         _sort_key(key.removeprefix(PREFIX), tensors[key], reading, found)
