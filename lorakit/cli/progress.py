@@ -312,6 +312,7 @@ def summary(view: View, result: RunResult) -> str:
         "finished": "Finished",
         "early stop": "Stopped early, validation no longer improved,",
         "interrupted": "Interrupted",
+        "left": "Left",
     }[result.ending]
     text = f"{ending} after {plural(result.steps, 'step')} in {duration(result.seconds)}"
     if result.best_loss is not None and result.base_loss is not None:

@@ -5,7 +5,7 @@ Legend: ``S`` supervised positions, ``d`` hidden size, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,29 +16,49 @@ Head = Callable[[Tensor], Tensor]
 
 
 def summed_loss(hidden: Tensor, labels: Tensor, head: Head, *, chunk: int) -> Tensor:
-    """Sum over positions of ``-log p(label)``, with a gradient.
-
-    The gradients of a chunk are computed in the forward, where its logits are at hand, so that
-    the head runs once and at most ``chunk`` rows of logits exist. They reach ``hidden`` and
-    whatever trainable tensors the head uses: none if it is frozen, the factors of an adapted
-    head, the weights of one that is trained whole.
-
-    Args:
-        hidden: [S, d].
-        labels: [S], int64.
-        head: maps rows of hidden states to rows of logits, each row on its own.
-        chunk: positions at a time.
+    """Sum over positions of ``-log p(label)``, with a gradient; as :func:`group_losses`.
 
     Returns:
         A scalar, float32 or wider.
     """
+    return group_losses(hidden, labels, head, (len(labels),), chunk=chunk)[0]
+
+
+def group_losses(
+    hidden: Tensor, labels: Tensor, head: Head, groups: Sequence[int], *, chunk: int
+) -> Tensor:
+    """Sums of ``-log p(label)`` over groups of positions, with a gradient.
+
+    The gradients of a chunk are computed in the forward, where its logits are at hand, so that
+    the head runs once and at most ``chunk`` rows of logits exist. They reach ``hidden`` and
+    whatever trainable tensors the head uses: none if it is frozen, the factors of an adapted
+    head, the weights of one that is trained whole. A position's gradient is multiplied by that of
+    its own group's sum alone, so what is not finite in one group stays there.
+
+    Args:
+        hidden: [S, d].
+        labels: [S], int64.
+        head: maps rows of hidden states to rows of logits, each row on its own. With several
+            groups it uses no trainable tensors.
+        groups: positions of each group, one group behind the other; they sum to S.
+        chunk: positions at a time.
+
+    Returns:
+        [G], float32 or wider.
+    """
     leaves = _trainable_leaves(head, hidden) if torch.is_grad_enabled() else []
     if torch.is_grad_enabled() and (hidden.requires_grad or leaves):
-        loss: Tensor = _Summed.apply(  # type: ignore[no-untyped-call]
-            hidden, labels, head, chunk, *leaves
+        assert not leaves or len(groups) == 1
+        losses: Tensor = _Summed.apply(  # type: ignore[no-untyped-call]
+            hidden, labels, head, chunk, tuple(groups), *leaves
         )
-        return loss
-    return position_losses(hidden, labels, head, chunk=chunk).sum()
+        return losses
+    return _sums(position_losses(hidden, labels, head, chunk=chunk), groups)
+
+
+def _sums(losses: Tensor, groups: Sequence[int]) -> Tensor:
+    """Sums over stretches of ``losses [S]``, [G]."""
+    return torch.stack([part.sum() for part in torch.split(losses, list(groups))])
 
 
 @torch.no_grad()
@@ -78,10 +98,16 @@ def _trainable_leaves(head: Head, hidden: Tensor) -> list[Tensor]:
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, head: Head, chunk: int, *leaves: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        head: Head,
+        chunk: int,
+        groups: tuple[int, ...],
+        *leaves: Tensor,
     ) -> Tensor:
         precision = torch.promote_types(torch.float32, hidden.dtype)
-        total = torch.zeros((), dtype=precision, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=precision, device=hidden.device)
         for_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         for_leaves: list[Tensor | None] = [None] * len(leaves)
         buffer: Tensor | None = None
@@ -99,7 +125,7 @@ class _Summed(torch.autograd.Function):
                 )
             p = buffer[: len(target)]
             torch.log_softmax(logits.detach().to(p.dtype), -1, out=p)
-            total -= p.gather(1, target).sum()
+            losses[rows] = p.gather(1, target)[:, 0].neg_()
             p.exp_()  # d loss / d logits = softmax - one-hot
             p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
             wanted = [*([h] if hidden.requires_grad else []), *leaves]
@@ -112,12 +138,19 @@ class _Summed(torch.autograd.Function):
                     for_leaves[i] = so_far if grad is None else grad
                 else:
                     for_leaves[i] = so_far + grad
-        ctx.gradients = (for_hidden, for_leaves)
-        return total
+        ctx.gradients, ctx.groups = (for_hidden, for_leaves), groups
+        return _sums(losses, groups)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
         for_hidden, for_leaves = ctx.gradients
-        scaled = [None if g is None else g * outer.to(g.dtype) for g in (for_hidden, *for_leaves)]
-        return scaled[0], None, None, None, *scaled[1:]
+        if len(ctx.groups) == 1:
+            each = outer
+        else:
+            counts = torch.tensor(ctx.groups, device=outer.device)
+            each = outer.repeat_interleave(counts)[:, None]
+        if for_hidden is not None:
+            for_hidden = for_hidden * each.to(for_hidden.dtype)
+        scaled = [None if g is None else g * outer.to(g.dtype) for g in for_leaves]
+        return for_hidden, None, None, None, None, *scaled

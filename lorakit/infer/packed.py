@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import BaseError, RoutingError
 from lorakit.infer import segments
-from lorakit.infer.chunked_loss import Head, position_losses, summed_loss
+from lorakit.infer.chunked_loss import Head, group_losses, position_losses
 from lorakit.infer.fused.family import DoesNotFit
 from lorakit.infer.fused.layer import Recompute
 from lorakit.infer.fused.running import FusedBody
@@ -155,9 +156,30 @@ class PackedModel:
         count = len(batch.labels)
         if not count:
             return torch.zeros((), device=self.device), 0
-        losses = [self._with_head(part, routing, self._summed) for part in self._forwards(batch)]
-        total = torch.stack(losses).sum()
+        total = self.group_losses(batch, routing, (len(batch.lengths),))[0]
         return (total / count if reduction == "mean" else total), count
+
+    def group_losses(
+        self, batch: PackedBatch, routing: Routing | None, groups: Sequence[int]
+    ) -> Tensor:
+        """Negative log-likelihood of the supervised tokens by group of examples, with a gradient.
+
+        Nothing of one group reaches another's sum or gradient, NaN included.
+
+        Args:
+            groups: examples of each group, one group behind the other.
+
+        Returns:
+            The sums, [G], float32 or wider.
+        """
+        group_of = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
+        found = [torch.zeros(len(groups), device=self.device)]
+        for part in self._forwards(batch):
+            mine = group_of[part.example : part.example + len(part.lengths)]
+            counts = torch.bincount(mine[_example_of(part)], minlength=len(groups)).tolist()
+            sums = self._with_head(part, routing, partial(self._summed, groups=counts))
+            found.append(sums)
+        return found[-1] if len(found) == 2 else torch.stack(found).sum(0)
 
     @torch.no_grad()
     def position_losses(self, batch: PackedBatch, routing: Routing | None = None) -> Tensor:
@@ -175,8 +197,15 @@ class PackedModel:
         counts = torch.bincount(where, minlength=len(batch.lengths))
         return sums, counts
 
-    def _summed(self, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
-        return summed_loss(hidden, labels.to(hidden.device), head, chunk=self.chunk)
+    def _summed(
+        self, hidden: Tensor, labels: Tensor, head: Head, *, groups: Sequence[int]
+    ) -> Tensor:
+        labels = labels.to(hidden.device)
+        used = [i for i, count in enumerate(groups) if count]
+        sums = group_losses(hidden, labels, head, [groups[i] for i in used], chunk=self.chunk)
+        if len(used) == len(groups):
+            return sums
+        return sums.new_zeros(len(groups)).index_copy(0, torch.tensor(used).to(sums.device), sums)
 
     def _each(self, hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
         return position_losses(hidden, labels.to(hidden.device), head, chunk=self.chunk)
@@ -458,6 +487,8 @@ class _Input:
     labels: Tensor
     first: int = 0
     """Where the stretch begins in the batch."""
+    example: int = 0
+    """Its first example, counted in the batch."""
 
     @classmethod
     def of(cls, sequences: Sequence[Tensor]) -> _Input:
@@ -476,7 +507,7 @@ class _Input:
     def examples(self) -> list[_Input]:
         """Each example as an input of its own."""
         parts = []
-        for begin, length in self.spans():
+        for number, (begin, length) in enumerate(self.spans()):
             start, end = begin - self.first, begin - self.first + length
             mine = (self.supervised >= start) & (self.supervised < end)
             parts.append(
@@ -487,6 +518,7 @@ class _Input:
                     self.supervised[mine] - start,
                     self.labels[mine],
                     begin,
+                    self.example + number,
                 )
             )
         return parts
@@ -539,7 +571,7 @@ def _needs_all_tokens(head: Any, routing: Routing | None) -> bool:
     return bool(mine) and (routing.axis != "uniform" or (dropped and keyed))
 
 
-def _example_of(batch: PackedBatch) -> Tensor:
+def _example_of(batch: PackedBatch | _Input) -> Tensor:
     """The example, counted from 0, that each supervised position belongs to; [S]."""
     ends = torch.tensor(batch.lengths).cumsum(0)
     return torch.bucketize(batch.supervised.cpu(), ends, right=True)

@@ -1,4 +1,4 @@
-"""Training: one adapter on one frozen base, from settings to a run folder.
+"""Training: adapters on one frozen base, one or many at once, from settings to run folders.
 
 ::
 
@@ -7,10 +7,12 @@
     result = Trainer(base, LoRASpec(rank=16), data, TrainSettings(steps=200), "runs/mine").run()
     result.adapter                              # runs/mine/adapter, the best, in PEFT's format
     Trainer.resume("runs/mine")                 # after a kill: goes on exactly
+    train_together([Trainer(…), Trainer(…)])    # each as if alone, in shared forwards
 
 Read in this order: ``settings`` (how a run trains), ``job`` (all that belongs to one adapter),
-``loop`` (forwards, evaluations, checkpoints), ``trainer`` (from the first check to the result);
-then ``checkpoint`` and ``folder`` (what is on disk), ``callbacks`` (who is told).
+``run`` (a job with its folder), ``loop`` (forwards of the runs on one model), ``trainer`` (from the
+first check to the result), ``together`` (who joins, who leaves, and when all are saved); then
+``checkpoint`` and ``folder`` (what is on disk), ``callbacks`` (who is told).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ _HOME = {
     "TrainSettings": "settings",
     "Trainer": "trainer",
     "finished_run": "trainer",
+    "train_together": "together",
     "write_report": "report",
 }
 
@@ -41,6 +44,7 @@ __all__ = [
     "TrainSettings",
     "Trainer",
     "finished_run",
+    "train_together",
     "write_report",
 ]
 
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from lorakit.train.origin import Origin
     from lorakit.train.report import write_report
     from lorakit.train.settings import TrainSettings
+    from lorakit.train.together import train_together
     from lorakit.train.trainer import Trainer, finished_run
 
 

@@ -31,7 +31,7 @@ from lorakit.errors import InputError, LorakitError, TrainingError, collected
 
 logger = logging.getLogger(__name__)
 
-Ending = Literal["finished", "early stop", "interrupted"]
+Ending = Literal["finished", "early stop", "interrupted", "left"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class RunResult:
     steps: int
     """Optimizer steps made, those before a resume included."""
     ending: Ending = "finished"
-    """Why it ended."""
+    """Why it ended; ``"left"`` where somebody took it out, and it can be resumed."""
     last_loss: float | None = None
     """Training loss of the last step."""
     base_loss: float | None = None

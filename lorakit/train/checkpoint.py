@@ -73,8 +73,13 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path
     return path
 
 
-def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def latest_checkpoint(
+    folder: Path, *, until: int | None = None
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that can be read, and a sentence on each that could not.
+
+    Args:
+        until: the last step whose checkpoint is wanted.
 
     Returns:
         ``None`` in place of a checkpoint where there is none yet.
@@ -84,6 +89,8 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """
     notes: list[str] = []
     paths = list_checkpoints(folder)
+    if until is not None:
+        paths = [path for path in paths if path <= checkpoint_path(folder, until)]
     for path in reversed(paths):
         try:
             return read_checkpoint(path), notes
@@ -118,6 +125,87 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(int(content["step"]), tensors, content["state"])
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise TrainingError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+# --- the best weights ------------------------------------------------------------------------
+
+
+def best_path(folder: Path, step: int) -> Path:
+    """Where the weights lie that were the best after a step."""
+    return folder / f"best-{step:08d}.safetensors"
+
+
+def write_best(folder: Path, step: int, flat: Tensor) -> None:
+    """Keep weights [P] for checkpoints that name them as the best so far.
+
+    Raises:
+        TrainingError: the disk is full.
+        InputError: the folder cannot be written to.
+    """
+    tensors = {"best": flat.detach().cpu().contiguous()}
+    digest = _digest({"step": step}, tensors)
+    with atomic_file(best_path(folder, step)) as temporary:
+        _save(tensors, temporary, {"lorakit_best": digest})
+
+
+def read_best(folder: Path, step: int) -> Tensor:
+    """The weights that :func:`write_best` kept, [P].
+
+    Raises:
+        TrainingError: the file is missing or damaged.
+    """
+    path = best_path(folder, step)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {"best": file.get_tensor("best")}
+            if (file.metadata() or {})["lorakit_best"] != _digest({"step": step}, tensors):
+                raise ValueError("its content does not fit its digest")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise TrainingError(
+            f"{path}, the best weights of this run so far, cannot be read: "
+            f"{type(error).__name__}: {error}. Put the file back; or delete {folder}, and the run "
+            "begins again from its first step."
+        ) from error
+    best: Tensor = tensors["best"]
+    return best
+
+
+def forget_bests(folder: Path, best: int | None) -> None:
+    """Delete the best weights that no checkpoint names, but for those of step ``best``."""
+    jobs = [_state_of(path).get("job") or {} for path in list_checkpoints(folder)]
+    named = {best, *((job.get("best") or {}).get("step") for job in jobs)}
+    kept = {best_path(folder, step) for step in named if step is not None}
+    for path in folder.glob("best-*.safetensors"):
+        if path not in kept:
+            path.unlink(missing_ok=True)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Delete checkpoints of later steps: a run goes on from this one."""
+    for path in list_checkpoints(folder):
+        if path > checkpoint_path(folder, step):
+            path.unlink(missing_ok=True)
+
+
+def moments(folder: Path) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Moments at which several runs saved together: name → (step, folders), oldest first."""
+    found = {}
+    for path in list_checkpoints(folder):
+        together = _state_of(path).get("together")
+        if together:
+            step = int(path.name.removeprefix("step-").removesuffix(".safetensors"))
+            found[together["moment"]] = (step, tuple(together["members"]))
+    return found
+
+
+def _state_of(path: Path) -> dict[str, Any]:
+    """A checkpoint's JSON data; nothing of one that cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["lorakit_checkpoint"])["state"]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def _digest(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

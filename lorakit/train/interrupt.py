@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -15,10 +15,23 @@ _SIGNALS = [
 ]
 
 
+#: what is told when the first signal comes, while a run is under way
+STOPPING = "stopping after this forward; again to stop now"
+
+_tell: list[Callable[[str], None]] = []
+
+
 @contextlib.contextmanager
-def signals_as_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does, where nobody cares yet."""
+def signals_as_interrupts(tell: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does, where nobody cares yet.
+
+    Args:
+        tell: called at once with a sentence when a :class:`StopRequest` notes a signal; from a
+            signal handler, so it had better not write through a buffer.
+    """
     previous = {}
+    if tell is not None:
+        _tell.append(tell)
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             if signal.getsignal(number) == signal.SIG_DFL:
@@ -26,6 +39,8 @@ def signals_as_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
+        if tell is not None:
+            _tell.remove(tell)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -64,3 +79,5 @@ class StopRequest:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        for tell in _tell:
+            tell(STOPPING)

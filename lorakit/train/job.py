@@ -52,12 +52,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Best:
-    """The lowest validation loss so far, and the weights that reached it."""
+    """The lowest validation loss so far."""
 
     step: int
     loss: float
-    flat: Tensor
-    """[P], on the CPU."""
 
 
 class Job:
@@ -110,7 +108,12 @@ class Job:
         self._indices = np.asarray(indices, dtype=np.int64)
         stretches = handle.arrange(name, rate_factors(handle.snapshot(name), settings))
         self._flat = handle.flat(name)
+        self._parameters = handle.parameters(name)
+        self._gradient: Tensor | None = None
         self._optimizer = _make_optimizer(self._flat, settings, stretches)
+        self._stretches = list(stretches.values())
+        self._flat.grad = None
+        self.clear_gradient()
 
     # --- what comes next -------------------------------------------------------------------
 
@@ -132,6 +135,11 @@ class Job:
     @property
     def done(self) -> bool:
         return self.step >= self.total_steps or self.stopped_early
+
+    @property
+    def usual_tokens(self) -> float:
+        """Tokens of a batch, on the average."""
+        return float(self._data.lengths[self._indices].mean()) * self.settings.batch_size
 
     def window(self) -> Window:
         """The next step's examples; asking twice gives the same."""
@@ -200,35 +208,71 @@ class Job:
     def routing(self, batch: Batch) -> Routing:
         """This adapter for the whole batch, with keys for its dropout."""
         routing = Routing.uniform(self.name)
-        if not self._dropout:
-            return routing
-        lengths = torch.tensor(batch.lengths)
-        example = torch.repeat_interleave(batch.example_ids.cpu(), lengths)
-        position = batch.position_ids.cpu().reshape(-1)
-        keys = token_keys(self.settings.seed, self.step, example, position)
-        return routing.with_dropout_keys(keys.reshape(batch.input_ids.shape))
+        keys = self.dropout_keys(batch.example_ids, batch.lengths)
+        return routing if keys is None else routing.with_dropout_keys(keys[None])
 
-    # --- a step ----------------------------------------------------------------------------
+    def dropout_keys(self, ids: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        """One key for each token of these examples, [n]; ``None`` without dropout.
+
+        Args:
+            ids: int64 [B], the examples' places in the data.
+        """
+        if not self._dropout:
+            return None
+        example = torch.repeat_interleave(ids.cpu(), torch.tensor(lengths))
+        position = torch.cat([torch.arange(length) for length in lengths])
+        return token_keys(self.settings.seed, self.step, example, position)
+
+    # --- the gradient ----------------------------------------------------------------------
 
     def clear_gradient(self) -> None:
         """Forget what was accumulated."""
-        assert self._flat.grad is not None
-        self._flat.grad.zero_()
+        self._gradient = None
+        for parameter in self._parameters:
+            parameter.grad = None
+        for group in self._optimizer.param_groups:
+            group["params"][0].grad = None
 
-    @property
-    def gradient(self) -> Tensor:
-        """What was accumulated, [P]; the buffer itself."""
-        assert self._flat.grad is not None
-        return self._flat.grad
+    def collect_gradient(self, buffer: Tensor | None = None) -> Tensor:
+        """What was accumulated, [P], laid out as the weights.
+
+        Between two steps an adapter has no gradient. A backward leaves one tensor at each of its
+        parameters, made when the activations behind it are let go, so that together they need
+        little memory of their own; here they become one, for the moment of the step.
+
+        Args:
+            buffer: [P or more], to be written to; a new one is made where it does not fit.
+        """
+        if self._gradient is not None:
+            return self._gradient
+        flat = self._flat.detach()
+        fits = buffer is not None and buffer.dtype == flat.dtype and buffer.device == flat.device
+        if buffer is None or not fits or len(buffer) < len(flat):
+            buffer = torch.empty_like(flat)
+        gradient = buffer[: len(flat)]
+        offset = 0
+        for parameter in self._parameters:
+            mine = gradient[offset : offset + parameter.numel()]
+            if parameter.grad is None:
+                mine.zero_()
+            else:
+                mine.copy_(parameter.grad.reshape(-1))
+                parameter.grad = None
+            offset += parameter.numel()
+        for group, (begin, end) in zip(self._optimizer.param_groups, self._stretches, strict=True):
+            group["params"][0].grad = gradient[begin:end]
+        self._gradient = gradient
+        return gradient
 
     def gradient_norm(self) -> float:
         """L2 norm of the accumulated gradient; not finite if any of its values is."""
-        assert self._flat.grad is not None
-        return float(torch.linalg.vector_norm(self._flat.grad))
+        return float(torch.linalg.vector_norm(self.collect_gradient()))
+
+    # --- a step ----------------------------------------------------------------------------
 
     @torch.no_grad()
     def take_step(self, loss: float, norm: float) -> float:
-        """Clip, move the weights, count the step.
+        """Clip, move the weights, count the step; the gradient is used up.
 
         Args:
             loss: mean over the window's supervised tokens.
@@ -238,28 +282,67 @@ class Job:
             The learning rate that was used.
 
         Raises:
-            FloatingPointError: a weight would not be finite; all is as it was before the step.
+            FloatingPointError: a number would not be finite; all is as it was before the step.
         """
         assert math.isfinite(loss)
         assert math.isfinite(norm)
-        before = {name: tensor.clone() for name, tensor in self._moving().items()}
-        clip = self.settings.clip
-        if clip:
-            total = torch.tensor(norm, dtype=self._flat.dtype)
-            torch.nn.utils.clip_grads_with_norm_([self._flat], clip, total)
+        gradient = self.collect_gradient()
         rate = rate_at(self.step, self.settings)
+        scale = self._clipped(norm)
+        if scale is not None:
+            gradient.mul_(scale)
+            norm = min(norm, self.settings.clip)
+        before: dict[str, Tensor] | None = None
+        if not self._stays_finite(rate, norm):
+            before = {name: tensor.clone() for name, tensor in self._moving().items()}
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         possible = rate <= torch.finfo(self._flat.dtype).max  # sgd could not even convert it
         if possible:
             self._optimizer.step()
-        if not possible or not self._flat.isfinite().all():
+        if before is not None and not (possible and self._is_finite()):
             self._go_back(before)
             raise FloatingPointError(f"a step of learning rate {rate:g} makes weights not finite")
+        self.clear_gradient()
         self.step += 1
         self.weights_step = self.step
         self.last_loss = loss
         return rate
+
+    def _clipped(self, norm: float) -> Tensor | None:
+        """What the gradient is multiplied by; ``None`` where it is not too long."""
+        if not self.settings.clip:
+            return None
+        scale = self.settings.clip / (torch.tensor(norm, dtype=self._flat.dtype) + 1e-6)
+        return scale.to(self._flat.device) if scale < 1 else None
+
+    def _stays_finite(self, rate: float, norm: float) -> bool:
+        """Whether a step can be told beforehand to leave every number finite, so that nothing
+        need be copied to go back to.
+
+        sgd moves a weight by at most rate · norm. AdamW's ratio of averages is at most
+        1 / √((1 − β₂)(1 − β₁²/β₂)), by Cauchy-Schwarz over the gradients that both are made of.
+        Averages of 8 bits are rounded, so nothing is known of theirs.
+        """
+        settings = self.settings
+        if settings.optimizer in EIGHT_BIT:
+            return False
+        largest = _largest(self._flat)
+        rate = rate * max(group["factor"] for group in self._optimizer.param_groups)
+        limit = torch.finfo(self._flat.dtype).max / 16
+        if settings.optimizer == "sgd":
+            return rate < limit and largest + rate * norm < limit
+        beta1, beta2 = settings.betas
+        if not beta1**2 < beta2:
+            return False
+        ratio = 1 / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+        moved = largest * (1 + rate * settings.weight_decay) + rate * ratio
+        return rate < limit and moved < limit and norm < math.sqrt(limit)
+
+    def _is_finite(self) -> bool:
+        """Whether everything is that a step moves."""
+        tensors = [tensor for tensor in self._moving().values() if tensor.is_floating_point()]
+        return all(math.isfinite(_largest(tensor)) for tensor in tensors)
 
     # --- evaluations -----------------------------------------------------------------------
 
@@ -273,16 +356,17 @@ class Job:
         return self.step == self.total_steps or bool(every and self.step % every == 0)
 
     def observe(self, loss: float) -> bool:
-        """Take note of a validation loss at this step; keeps the weights if it is the lowest.
+        """Take note of a validation loss at this step.
 
         Returns:
-            Whether it is. A loss that is not finite never is.
+            Whether it is the lowest, so that the weights are to be kept. A loss that is not finite
+            never is.
         """
         self.evaluated = self.step
         if self.step == 0:
             self.start_loss = loss
         if math.isfinite(loss) and (self.best is None or loss < self.best.loss):
-            self.best = Best(self.step, loss, self._flat.detach().to("cpu", copy=True))
+            self.best = Best(self.step, loss)
             self.stale = 0
             return True
         self.stale += 1
@@ -294,19 +378,20 @@ class Job:
         """The adapter as it is now."""
         return self._handle.snapshot(self.name)
 
+    @property
+    def flat(self) -> Tensor:
+        """The weights, [P]; the buffer itself."""
+        return self._flat.detach()
+
     @torch.no_grad()
-    def restore_best(self) -> None:
-        """Go back to the weights of the best evaluation; without one the present ones stay."""
-        if self.best is not None:
-            self._flat.copy_(self.best.flat)
-            self.weights_step = self.best.step
+    def restore(self, flat: Tensor, step: int) -> None:
+        """Go back to the weights of an earlier step."""
+        self._flat.copy_(flat)
+        self.weights_step = step
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the job's state."""
-        tensors = self._moving()
-        if self.best is not None:
-            tensors["best"] = self.best.flat
-        return tensors
+        return self._moving()
 
     def _moving(self) -> dict[str, Tensor]:
         """What an optimizer step changes: the weights, and the optimizer's own tensors."""
@@ -354,10 +439,11 @@ class Job:
         self.last_loss = state["last_loss"]
         self.most_tokens = state.get("most_tokens", self.most_tokens)
         best = state["best"]
-        self.best = None if best is None else Best(int(best["step"]), best["loss"], tensors["best"])
+        self.best = None if best is None else Best(int(best["step"]), best["loss"])
 
     def _go_back(self, tensors: Mapping[str, Tensor]) -> None:
         """To what :meth:`_moving` gave."""
+        self.clear_gradient()
         self._flat.copy_(tensors["flat"])
         inner: dict[int, dict[str, Any]] = {}
         for full, tensor in tensors.items():
@@ -396,13 +482,15 @@ def _parameter_groups(
     """The optimizer's groups: stretches of ``flat`` by the factor on the learning rate."""
     if len(stretches) == 1:
         return [{"params": [flat], "factor": next(iter(stretches))}]
-    assert flat.grad is not None
-    groups = []
-    for factor, (begin, end) in stretches.items():
-        view = torch.nn.Parameter(flat.detach()[begin:end])
-        view.grad = flat.grad[begin:end]
-        groups.append({"params": [view], "factor": factor})
-    return groups
+    return [
+        {"params": [torch.nn.Parameter(flat.detach()[begin:end])], "factor": factor}
+        for factor, (begin, end) in stretches.items()
+    ]
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest size of its numbers, NaN where one is; makes no other tensor of its size."""
+    return float(torch.linalg.vector_norm(tensor.detach().reshape(-1), math.inf))
 
 
 def _make_optimizer(

@@ -1,15 +1,25 @@
-"""The loop: forwards and backwards of one job, its evaluations and its checkpoints.
+"""The loop: forwards and backwards of the runs on one model, and their evaluations.
 
-One step of it::
+Runs go through the model in rounds, and in a round every run makes one optimizer step::
 
-    window  = job.window()                      # the examples, one's share cut into forwards
-    forward and backward of each part           # losses divided by the window's tokens
-    sum over all processes                      # of the gradient, where there are several
-    loss and gradient finite?                   # before anything moves
-    job.take_step(…)                            # clip, optimizer, weights finite?, count
-    row, evaluation, checkpoint                 # as due
+    windows = each job's next examples, its share of them where there are several processes
+    forwards of the examples of all runs    # each example's loss / its own window's tokens
+    for each run:
+        sum over all processes              # of the gradient, where there are several
+        loss and gradient finite?           # before anything moves
+        run.step(…)                         # clip, optimizer, count, row
 
-Between two forwards it looks whether somebody asked to stop.
+A run alone is a round of one. Several runs put their examples behind one another, run by run, into
+forwards of a common number of tokens, and the routing tells which adapter each stretch uses. As no
+stretch reaches another's loss or gradient, each run's step is that which it would make alone, up to
+the rounding of the products. Between two rounds no run is in the middle of a batch: there runs
+join, leave, and are saved.
+
+Every run makes a step a round, whatever its batch: runs that are compared are at the same step,
+each goes at the pace that its settings say, and what a round is made of depends on the runs alone,
+so that a set of runs that was saved together goes on bit for bit.
+
+Between two forwards the loop looks whether somebody asked to stop.
 """
 
 from __future__ import annotations
@@ -21,28 +31,22 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.sites import LowRank
 from lorakit.data import Example, TokenData, pack
-from lorakit.errors import TrainingError, collected
+from lorakit.errors import TrainingError
 from lorakit.evaluate import LossResult, example_losses, mean_loss
 from lorakit.infer import PackedModel
 from lorakit.layers import Routing
-from lorakit.train.callbacks import Callback, EvalMetrics, StepMetrics
-from lorakit.train.checkpoint import Checkpoint, write_checkpoint
 from lorakit.train.distributed import PeerLost, World
-from lorakit.train.folder import MetricsFile, RunFolder
 from lorakit.train.interrupt import StopRequest
 from lorakit.train.job import Job, Window
-from lorakit.train.memory import peak_vram_mb, resident_mb
-from lorakit.train.origin import check_settings
-from lorakit.train.randomness import random_tensors, seeded, set_random_tensors
+from lorakit.train.mixing import needs_plain_layers, why_not_mixed
+from lorakit.train.randomness import seeded
 from lorakit.train.room import (
     MARGIN,
     PeakMemory,
@@ -52,120 +56,75 @@ from lorakit.train.room import (
     num_tokens,
     shortened,
 )
-
-#: seconds between two checkpoints where the steps between them are not given …
-CHECKPOINT_SECONDS = 60.0
-#: … and the share of the time that writing them may take
-CHECKPOINT_SHARE = 0.01
+from lorakit.train.run import Run
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """Somebody asked to stop; the job stands between two steps."""
+    """Somebody asked to stop; every run stands between two steps."""
+
+
+class Share(NamedTuple):
+    """One run's examples in a forward."""
+
+    run: Run
+    examples: Sequence[Example]
+    divisor: float
+    """What their summed loss is divided by: the supervised tokens of the run's window."""
+
+
+class _Failed(Exception):
+    """One run cannot go on."""
+
+    def __init__(self, run: Run, error: Exception) -> None:
+        self.run = run
+        self.error = error
 
 
 class Loop:
-    """Runs one job on one model.
+    """Runs on one model.
 
     Args:
-        packed: the model with the job's adapter attached.
-        continued: whether the adapter was there before the run, and so is not the base.
-        validation: data to evaluate on, and which of it; ``None`` for none.
-        events: who is told.
-        folder, metrics: where rows and checkpoints go; no metrics in a process that writes none.
+        packed: the model, with an adapter attached for each run.
         stop: asked between two forwards.
-        keep: saves the job's adapter; called at each new best.
-        decided: the settings that a checkpoint belongs to.
-        world: the processes that train together.
+        world: the processes that train together; where there are several, there is one run.
+        budget: tokens of a forward of several runs; by default the largest
+            ``micro_batch_tokens`` of those in it.
     """
 
     def __init__(
         self,
         packed: PackedModel,
-        job: Job,
         *,
         world: World,
-        continued: bool,
-        validation: tuple[TokenData, Sequence[int]] | None,
-        events: Callback,
-        folder: RunFolder,
-        metrics: MetricsFile | None,
         stop: StopRequest,
-        keep: Callable[[Job], None],
-        decided: Mapping[str, Any],
+        budget: int | None = None,
     ) -> None:
         self._packed = packed
         self._model = packed.model
-        self._job = job
         self._world = world
-        self._continued = continued
-        self._validation = validation
-        self._events = events
-        self._folder = folder
-        self._metrics = metrics
         self._stop = stop
-        self._keep = keep
-        self._decided = decided
-        self._adapted = [p for p, s in job.snapshot().sites.items() if isinstance(s, LowRank)]
-        self._seconds_before = 0.0
-        self._began = time.perf_counter()
-        self._saved_step: int | None = None
-        self._saved_at = self._began
-        self._writing_seconds = 0.0
+        self._wanted = budget
+        self._room = math.inf
+        """Tokens of a shared forward that the memory has room for, once that was felt."""
+        self._proven = 0
+        """Tokens of the largest forward that went through."""
+        self._apart: dict[Run, str | None] = {}
+        """Who takes part, and why its forwards are its own; ``None`` where they are not."""
+        self._plain: set[Run] = set()
+        """Those whose layers cannot run fused."""
+        self._buffer: Tensor | None = None
+        self.bytes_per_token = 0.0
+        """Of a forward and its backward, where it was measured."""
 
-    # --- state -----------------------------------------------------------------------------
+    # --- runs come and go ------------------------------------------------------------------
 
     @property
-    def seconds(self) -> float:
-        """Wall time of the run so far, that before a resume included."""
-        return self._seconds_before + time.perf_counter() - self._began
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            InputError: it was made with other settings.
-        """
-        check_settings(checkpoint.state["settings"], self._decided)
-        job = {
-            name.removeprefix("job."): tensor
-            for name, tensor in checkpoint.tensors.items()
-            if name.startswith("job.")
-        }
-        self._job.load(job, checkpoint.state["job"])
-        set_random_tensors(checkpoint.tensors)
-        self._seconds_before = float(checkpoint.state["seconds"])
-        self._saved_step = checkpoint.step
-
-    def save(self) -> Path | None:
-        """Write a checkpoint of this moment; ``None`` if the last one is of this step, or if it
-        is another process that writes."""
-        if self._metrics is None or self._saved_step == self._job.step:
-            return None
-        started = time.perf_counter()
-        self._metrics.sync()
-        checkpoint = Checkpoint(
-            step=self._job.step,
-            tensors={
-                **{f"job.{name}": tensor for name, tensor in self._job.tensors().items()},
-                **random_tensors(),
-            },
-            state={
-                "job": self._job.state(),
-                "metrics_length": self._metrics.length,
-                "seconds": self.seconds,
-                "settings": self._decided,
-            },
-        )
-        keep = self._job.settings.keep_checkpoints
-        path = write_checkpoint(self._folder.checkpoints, checkpoint, keep=keep)
-        self._saved_step = self._job.step
-        self._saved_at = time.perf_counter()
-        self._writing_seconds = self._saved_at - started
-        self._events.on_checkpoint(path)
-        return path
+    def runs(self) -> list[Run]:
+        """Those that take part, in the order in which they came."""
+        return list(self._apart)
 
     @property
     def layers(self) -> str | None:
@@ -173,46 +132,90 @@ class Loop:
         fused = self._packed.fused
         return None if fused is None else fused.summary()
 
-    def note(self, text: str, **facts: Any) -> None:
-        """Tell, and keep a row."""
-        self._row({"kind": "note", "text": text, **facts})
-        self._events.on_note(text)
-
-    def _row(self, row: Mapping[str, Any]) -> None:
-        if self._metrics is not None:
-            self._metrics.append(row)
-
-    # --- running ---------------------------------------------------------------------------
-
-    def run(self) -> None:
-        """Step until the job is done.
+    def enter(self, run: Run) -> None:
+        """Let a run take part.
 
         Raises:
-            Stopped: somebody asked; a checkpoint of the last whole step is on disk.
-            PeerLost: another process has ended; so it is then.
-            TrainingError: a loss or a gradient is not finite, the disk or the memory is full.
+            TrainingError: the memory has no room for one of its examples.
+            Stopped: somebody asked.
         """
-        job = self._job
+        self._apart[run] = why_not_mixed(self._packed, run.job)
+        if self._packed.fused is not None and needs_plain_layers(run.job):
+            self._plain.add(run)
+        if len(self._apart) > 1:
+            for one, reason in self._apart.items():
+                if reason is not None and (one is run or len(self._apart) == 2):
+                    one.note(f"its forwards are its own: {reason}")
         try:
-            if not job.done and not self._world.sharded:
-                self._try_largest()
-            self._evaluate_if_due()  # before the first step, or where a stop cut it off
-            while not job.done:
-                self._step()
-                self._evaluate_if_due()
-                if self._checkpoint_due():
-                    self.save()
-        except (Stopped, PeerLost):
-            job.clear_gradient()
-            self.save()
+            if not run.job.done and not self._world.sharded:
+                run.hold()
+                self._try_largest(run)
+        except _Failed as failed:
+            self.leave(run)
+            raise failed.error from None
+        except BaseException:
+            self.leave(run)
             raise
-        self.save()
 
-    def _evaluate_if_due(self) -> None:
-        if self._validation is not None and self._job.evaluation_due():
-            self.evaluate()
+    def leave(self, run: Run) -> None:
+        """It takes part no more."""
+        self._apart.pop(run, None)
+        self._plain.discard(run)
+        run.job.clear_gradient()
+        sizes = [one.job.num_parameters for one in self._apart]
+        if self._buffer is not None and len(self._buffer) > max(sizes, default=0):
+            self._buffer = None
 
-    def _look_for_stop(self) -> None:
+    # --- a round ---------------------------------------------------------------------------
+
+    def round(self) -> dict[Run, Exception]:
+        """Every run makes a step.
+
+        Returns:
+            Those that cannot go on, each with its reason; the weights are as they were before it.
+
+        Raises:
+            Stopped: somebody asked; no run has moved.
+        """
+        started = time.perf_counter()
+        failed: dict[Run, Exception] = {}
+        adapted = [path for run in self._apart for path in run.adapted]
+        with training_mode(self._model, adapted):
+            windows, losses = self._together(lambda: self._accumulate(failed))
+        for run, window in windows.items():
+            try:
+                self._finish_step(run, window, losses[run], started)
+            except PeerLost as error:
+                run.job.clear_gradient()
+                run.save()
+                failed[run] = error
+            except Exception as error:
+                run.job.clear_gradient()
+                failed[run] = error
+        return failed
+
+    def _finish_step(self, run: Run, window: Window, share: float, started: float) -> None:
+        job = run.job
+        loss = float(self._world.sum_(torch.tensor(share, dtype=torch.float64)))
+        self._world.sum_(job.collect_gradient(self._borrowed(job)))
+        norm = job.gradient_norm()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise run.not_finite(window, loss, norm, partial(self._problem_of, run))
+        run.step(window, loss, norm, started)
+
+    def _borrowed(self, job: Job) -> Tensor:
+        """Memory for a gradient; one after the other, all runs use the same."""
+        size = max(run.job.num_parameters for run in self._apart)
+        if self._buffer is None or len(self._buffer) < size or self._buffer.dtype != job.flat.dtype:
+            self._buffer = job.flat.new_empty(size)
+        return self._buffer
+
+    def look_for_stop(self) -> None:
+        """Between two forwards.
+
+        Raises:
+            Stopped: somebody asked.
+        """
         # with a sharded base the others could not go on without this process
         if self._stop.received is not None and not self._world.sharded:
             raise Stopped
@@ -232,125 +235,243 @@ class Loop:
             raise Stopped
         return made[0]
 
-    def _step(self) -> None:
-        job = self._job
-        started = time.perf_counter()
-        with training_mode(self._model, self._adapted):
-            window, share = self._together(lambda: self._accumulate(job.window()))
-            loss = float(self._world.sum_(torch.tensor(share, dtype=torch.float64)))
-            self._world.sum_(job.gradient)
-            norm = job.gradient_norm()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._not_finite(window, loss, norm)
-        try:
-            rate = job.take_step(loss, norm)
-        except FloatingPointError as error:
-            job.clear_gradient()
-            self.save()
-            raise TrainingError(
-                f"Stopped in step {window.step + 1}: {error}, so it was not made. The state after "
-                f"step {job.step} is saved in {self._folder.checkpoints}. Start a new run with a "
-                "lower --lr."
-            ) from error
-        seconds = time.perf_counter() - started
-        metrics = StepMetrics(
-            step=job.step,
-            loss=loss,
-            lr=rate,
-            grad_norm=norm,
-            tokens=window.num_tokens,
-            supervised=window.num_supervised,
-            seconds=seconds,
-            tokens_per_second=window.num_tokens / seconds,
-            rss_mb=resident_mb(),
-            vram_mb=peak_vram_mb(),
-        )
-        self._row(metrics.to_row())
-        self._events.on_step(metrics)
+    def _accumulate(
+        self, failed: dict[Run, Exception]
+    ) -> tuple[dict[Run, Window], dict[Run, float]]:
+        """Gradients of the windows' mean losses, as far as this process's share adds to them: the
+        windows as they were cut in the end, and that part of each loss.
 
-    def _accumulate(self, window: Window) -> tuple[Window, float]:
-        """Gradient of the window's mean loss, as far as this process's share adds to it: the
-        window as it was cut in the end, and that part of the loss.
-
-        Where the memory has no room for a part, the window is cut smaller and begun again.
-
-        Raises:
-            TrainingError: there is no room for one of its examples alone.
+        Where the memory has no room for a forward, or a run fails in one, the round is begun again
+        with smaller forwards or without it.
         """
         while True:
-            self._job.clear_gradient()
-            total = torch.zeros((), dtype=torch.float64)
-            for part in window.parts:
-                self._look_for_stop()
-                summed = self._with_room(part, window.num_supervised)
-                if summed is None:
-                    break
-                total += summed.cpu()
+            runs = [run for run in self._apart if run not in failed]
+            for run in runs:
+                run.job.clear_gradient()
+            windows = {run: run.job.window() for run in runs}
+            losses = dict.fromkeys(runs, 0.0)
+            try:
+                for shares in self._forwards(windows):
+                    self.look_for_stop()
+                    sums = self._attempted(shares)
+                    if sums is None:
+                        break
+                    for share, summed in zip(shares, sums, strict=True):
+                        losses[share.run] += summed
+                else:
+                    for run, window in windows.items():
+                        for _ in range(window.idle):  # with a weight of zero
+                            shortest = min(window.examples, key=lambda e: len(e.ids))
+                            self._backward([Share(run, [shortest], math.inf)])
+                    return windows, {
+                        run: loss / windows[run].num_supervised for run, loss in losses.items()
+                    }
+            except _Failed as failure:
+                failed[failure.run] = failure.error
+
+    def _forwards(self, windows: Mapping[Run, Window]) -> Iterator[list[Share]]:
+        """The windows' examples as forwards: those of a run stand together, in their order."""
+        queues: dict[Run, list[Example]] = {}
+        for run, window in windows.items():
+            if len(windows) == 1 or self._apart[run] is not None:
+                for part in window.parts:
+                    yield [Share(run, part, window.num_supervised)]
             else:
-                for _ in range(window.idle):  # with a weight of zero
-                    self._backward([min(window.examples, key=lambda e: len(e.ids))], math.inf)
-                return window, float(total) / window.num_supervised
-            window = self._job.window()
+                queues[run] = [example for part in window.parts for example in part][::-1]
+        fused = {run: queue for run, queue in queues.items() if run not in self._plain}
+        plain = {run: queue for run, queue in queues.items() if run in self._plain}
+        yield from self._filled(fused, windows)
+        yield from self._filled(plain, windows)
 
-    def _with_room(
-        self, part: Sequence[Example], num_supervised: int, *, cut: bool = True
-    ) -> Tensor | None:
-        """:meth:`_backward`; ``None`` if it does not fit and parts are to be smaller from now on.
+    def _filled(
+        self, queues: dict[Run, list[Example]], windows: Mapping[Run, Window]
+    ) -> Iterator[list[Share]]:
+        """Forwards of examples, which are taken off the ends of their queues."""
+        budget = self._budget(queues)
+        while queues:
+            shares: list[Share] = []
+            room = budget
+            for run, queue in list(queues.items()):
+                taken = _taken(queue, run.job, room, first=not shares)
+                if taken:
+                    room -= num_tokens(taken)
+                    shares.append(Share(run, taken, windows[run].num_supervised))
+                if not queue:
+                    del queues[run]
+            yield shares
 
-        Args:
-            cut: make parts smaller then.
+    def _budget(self, runs: Mapping[Run, Any]) -> float:
+        most = max((run.job.most_tokens or math.inf for run in runs), default=math.inf)
+        return min(self._wanted or most, self._room)
+
+    @property
+    def budget(self) -> float:
+        """Tokens of a forward that all runs share."""
+        return self._budget(self._apart)
+
+    def num_free(self) -> float:
+        """Tokens that a shared forward has room for, beside the usual batches of the runs."""
+        usual = sum(run.job.usual_tokens for run in self._apart)
+        return self._budget(self._apart) - usual
+
+    # --- one forward -----------------------------------------------------------------------
+
+    def _attempted(self, shares: Sequence[Share]) -> list[float] | None:
+        """:meth:`_with_room`; where a shared forward fails, each share is tried alone, and the
+        round is to be begun again.
 
         Raises:
-            TrainingError: the part is one example.
+            _Failed: one run's share fails.
         """
         try:
-            return self._backward(part, num_supervised)
+            return self._with_room(shares)
+        except (_Failed, PeerLost, Stopped):
+            raise
+        except Exception as error:
+            if len(shares) == 1:
+                raise _Failed(shares[0].run, error) from error
+            logger.debug("a shared forward failed", exc_info=True)
+            reason = f"a forward shared with others failed ({type(error).__name__}: {error})"
+        for share in shares:
+            share.run.job.clear_gradient()
+        for share in shares:
+            self._attempted([share])  # tells which of them it is
+        for share in shares:
+            self._apart[share.run] = reason
+            share.run.note(f"its forwards are its own: {reason}")
+        return None
+
+    def _with_room(self, shares: Sequence[Share], *, cut: bool = True) -> list[float] | None:
+        """:meth:`_backward`; ``None`` if it does not fit and forwards are to be smaller from now
+        on.
+
+        Args:
+            cut: make forwards smaller then.
+
+        Raises:
+            _Failed: it is one example.
+        """
+        try:
+            return self._backward(shares)
         except (RuntimeError, MemoryError) as error:
             if self._world.sharded or not is_memory_error(error):
                 raise  # sharded, the others are in the middle of this forward
             message = str(error).strip().split("\n")[0]
         # out here nothing refers any more to what the forward had made
-        self._job.clear_gradient()
+        for share in shares:
+            share.run.job.clear_gradient()
         give_back_memory()
         if cut:
-            self._cut_smaller(part, num_tokens(part) // 2, f"the memory was too small ({message})")
+            self._cut_smaller(shares, _tokens(shares) // 2, f"the memory was too small ({message})")
         return None
 
-    def _cut_smaller(self, part: Sequence[Example], tokens: int, why: str) -> None:
+    def _cut_smaller(self, shares: Sequence[Share], tokens: int, why: str) -> None:
         """Let no forward have more tokens than these, or tell that one example is too long.
 
         Raises:
-            TrainingError: the part is one example; the state before this step is saved.
+            _Failed: it is one example; the state before this step is saved.
         """
-        job = self._job
+        if len(shares) > 1:
+            before, self._room = self._budget(self._apart), max(1, tokens)
+            for share in shares:
+                self._say_cut(share.run, shares, int(self._room), before, why)
+            return
+        run, part, _ = shares[0]
+        job = run.job
         if len(part) == 1:
-            self.save()
-            raise TrainingError(f"Stopped in step {job.step + 1}: {_no_room(job, part[0], why)}")
-        before, job.most_tokens = job.most_tokens, max(1, tokens)
+            run.save()
+            told = f"Stopped in step {job.step + 1}: {_no_room(job, part[0], why)}"
+            raise _Failed(run, TrainingError(told))
+        before, job.most_tokens = job.most_tokens or math.inf, max(1, tokens)
+        self._say_cut(run, shares, job.most_tokens, before, why)
+
+    def _say_cut(
+        self, run: Run, shares: Sequence[Share], now: int, before: float, why: str
+    ) -> None:
+        step = run.job.step + 1
         text = (
-            f"{why}, for a forward of {num_tokens(part)} tokens; from step {job.step + 1} on it "
-            f"has at most {job.most_tokens} (before: {before}), so that a batch goes through in "
+            f"{why}, for a forward of {_tokens(shares)} tokens; from step {step} on it "
+            f"has at most {now} (before: {before:g}), so that a batch goes through in "
             "more parts, with the same result"
         )
-        self.note(text, step=job.step + 1, micro_batch_tokens=job.most_tokens)
+        run.note(text, step=step, micro_batch_tokens=now)
         if not self._world.first:
             logger.warning("process %d: %s", self._world.rank, text)
 
-    def _try_largest(self) -> None:
-        """Find out now whether the largest forward of the run fits; nothing is changed by it."""
-        job = self._job
-        with training_mode(self._model, self._adapted), seeded(job.settings.seed):
+    def _backward(self, shares: Sequence[Share]) -> list[float]:
+        """Add the gradient of each share's losses / its divisor; gives the sums, float64."""
+        batch = pack([example for share in shares for example in share.examples])
+        groups = [len(share.examples) for share in shares]
+        with torch.enable_grad():
+            sums = self._packed.group_losses(batch, self._routing(shares, batch), groups)
+            divisors = [share.divisor for share in shares]
+            each = sums / torch.tensor(divisors, dtype=sums.dtype, device=sums.device)
+            each.sum().backward()  # type: ignore[no-untyped-call]
+        self._proven = max(self._proven, batch.num_tokens)
+        found: list[float] = sums.detach().double().tolist()
+        return found
+
+    def _routing(self, shares: Sequence[Share], batch: Any) -> Routing:
+        """Each run's adapter for its own stretch, with the keys of its dropout."""
+        if len(shares) == 1:
+            return shares[0].run.job.routing(batch)
+        routing = Routing.tokens(
+            [(share.run.job.name, num_tokens(share.examples)) for share in shares]
+        )
+        keys, start = [], 0
+        for share in shares:
+            end = start + len(share.examples)
+            own = share.run.job.dropout_keys(batch.example_ids[start:end], batch.lengths[start:end])
+            keys.append((own, num_tokens(share.examples)))
+            start = end
+        if all(own is None for own, _ in keys):
+            return routing
+        # nothing asks for the keys of a run without dropout
+        row = torch.cat([torch.zeros(n, dtype=torch.long) if k is None else k for k, n in keys])
+        return routing.with_dropout_keys(row[None])
+
+    def _problem_of(self, run: Run, example: Example) -> str | None:
+        """What is not finite about an example alone."""
+        with training_mode(self._model, run.adapted):
+            run.job.clear_gradient()
+            (loss,) = self._backward([Share(run, [example], 1)])
+        norm = run.job.gradient_norm()
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+        return None if math.isfinite(norm) else f"gradient's norm is {norm}"
+
+    # --- whether the largest forward fits --------------------------------------------------
+
+    def _largest(self, run: Run) -> list[Share]:
+        """The largest forward with this run in it."""
+        own = run.job.largest_part()
+        shares, room = [Share(run, own, 1)], self._budget(self._apart) - num_tokens(own)
+        for other in self._apart if self._apart[run] is None else ():
+            together = (other in self._plain) == (run in self._plain)
+            if other is not run and together and self._apart[other] is None and room > 0:
+                queue = list(other.job.largest_part())[::-1]
+                taken = _taken(queue, other.job, room, first=False)
+                room -= num_tokens(taken)
+                shares += [Share(other, taken, 1)] if taken else []
+        return shares
+
+    def _try_largest(self, run: Run) -> None:
+        """Find out now whether the largest forward fits; nothing is changed by it."""
+        adapted = [path for one in self._apart for path in one.adapted]
+        with training_mode(self._model, adapted), seeded(run.job.settings.seed):
             try:
-                if self._packed.device.type == "cpu":
-                    self._compare_with_free()
-                else:
-                    while self._with_room(job.largest_part(), 1) is None:
-                        pass
+                while _tokens(shares := self._largest(run)) > self._proven:
+                    if self._packed.device.type == "cpu":
+                        self._compare_with_free(shares)
+                        break
+                    if self._with_room(shares) is not None:
+                        break
             finally:
-                job.clear_gradient()
+                for one in self._apart:
+                    one.job.clear_gradient()
                 give_back_memory(collect=False)
 
-    def _compare_with_free(self) -> None:
+    def _compare_with_free(self, shares: Sequence[Share]) -> None:
         """On a CPU the kernel ends a process that takes too much, so the need is told beforehand.
 
         It is measured on a shortened copy of the largest forward; if that leaves a doubt, on one
@@ -359,86 +480,71 @@ class Loop:
         free = available_bytes()
         if free is not None and self._world.size > 1:  # those of this machine share it
             free //= int(os.environ.get("LOCAL_WORLD_SIZE", self._world.size))
-        part = self._job.largest_part()
-        tokens = num_tokens(part)
-        small = shortened(part, 1 / 8)
+        tokens = _tokens(shares)
+        small = _shortened(shares, 1 / 8)
         needed = self._measured(small)
-        if free is None or needed is None or needed * tokens <= MARGIN * free * num_tokens(small):
+        if needed is not None:
+            self.bytes_per_token = max(self.bytes_per_token, needed / _tokens(small))
+        if free is None or needed is None or needed * tokens <= MARGIN * free * _tokens(small):
             return
-        larger, constant = shortened(part, 1 / 4), 0.0
-        each = needed / num_tokens(small)
-        if num_tokens(larger) > num_tokens(small) and 2 * needed < MARGIN * free:
+        larger, constant = _shortened(shares, 1 / 4), 0.0
+        each = needed / _tokens(small)
+        if _tokens(larger) > _tokens(small) and 2 * needed < MARGIN * free:
             more = (self._measured(larger) or 0) - needed
-            each = max(more, 0) / (num_tokens(larger) - num_tokens(small))
-            constant = max(0.0, needed - each * num_tokens(small))
+            each = max(more, 0) / (_tokens(larger) - _tokens(small))
+            constant = max(0.0, needed - each * _tokens(small))
         fit = int((MARGIN * free - constant) / each) if each else tokens
         if fit >= tokens:
             return
         fit = max(fit, 0)
         why = f"the memory that is free ({free / 2**20:,.0f} MB) has room for about {fit} tokens"
+        run, part, divisor = shares[0]
         longest = max(part, key=lambda example: len(example.ids))
-        self._cut_smaller([longest] if len(longest.ids) > fit else part, fit, why)
+        if len(longest.ids) > fit:
+            shares = [Share(run, [longest], divisor)]
+        self._cut_smaller(shares, fit, why)
 
-    def _measured(self, part: Sequence[Example]) -> int | None:
+    def _measured(self, shares: Sequence[Share]) -> int | None:
         """Bytes that a forward and its backward need at their peak; ``None``: not known."""
+        proven = self._proven
         with PeakMemory() as memory:
-            if self._with_room(part, 1, cut=False) is None:
+            if self._with_room(shares, cut=False) is None:
                 return None  # an allocator refuses, which the first step meets and handles
+        self._proven = proven
         return memory.grown
 
-    def _backward(self, part: Sequence[Example], num_supervised: float) -> Tensor:
-        """Add the gradient of a part's losses / ``num_supervised``; gives their sum, float64."""
-        batch = pack(part)
-        with torch.enable_grad():
-            summed, _ = self._packed.supervised_loss(batch, self._job.routing(batch))
-            (summed / num_supervised).backward()  # type: ignore[no-untyped-call]
-        return summed.detach().double()
+    # --- evaluations -----------------------------------------------------------------------
 
-    def evaluate(self) -> None:
-        """Evaluate on the validation part, tell, and keep the adapter if it is the best."""
-        assert self._validation is not None
-        job = self._job
+    def evaluate(self, run: Run) -> None:
+        """Evaluate one run on its validation part.
+
+        Raises:
+            Stopped: somebody asked.
+            LorakitError: as ``run.evaluated``; or its longest example does not fit.
+        """
+        job = run.job
+        run.hold()
         started = time.perf_counter()
-        result = self._loss_of(job.name)
-        if job.step == 0:
-            base = self._loss_of(None) if self._continued else result
-            job.base_loss = base.loss
-        metrics = EvalMetrics(
-            step=job.step,
-            loss=result.loss,
-            perplexity=result.perplexity,
-            best=job.observe(result.loss),
-            seconds=time.perf_counter() - started,
-            examples=(result.sums, result.counts),
-        )
-        self._row(metrics.to_row())
-        if not math.isfinite(result.loss):
-            self._say_not_finite(result)
-        if metrics.best and job.step:  # the first one changes nothing yet
-            self._keep(job)
-        self._events.on_eval(metrics)
+        try:
+            result = self._loss_of(run, job.name)
+            base = result
+            if job.step == 0 and run.continued:
+                base = self._loss_of(run, None)
+        except _Failed as failed:
+            raise failed.error from None
+        run.evaluated(result, base.loss, time.perf_counter() - started)
 
-    def _say_not_finite(self, result: LossResult) -> None:
-        assert self._validation is not None
-        data, indices = self._validation
-        rows = [data.where(indices[place]) for place in result.not_finite]
-        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-        self.note(
-            f"the validation loss after step {self._job.step} is {result.loss}, so it cannot be "
-            f"the best; the rows behind it: {', '.join(rows[:3])}{more}"
-        )
-
-    def _loss_of(self, adapter: str | None) -> LossResult:
+    def _loss_of(self, run: Run, adapter: str | None) -> LossResult:
         """The validation loss. Each process takes a share of the examples, unless all are
         needed for every forward."""
-        assert self._validation is not None
-        data, indices = self._validation
+        assert run.validation is not None
+        data, indices = run.validation
         world = self._world
         mine = slice(None) if world.sharded else slice(world.rank, None, world.size)
 
         def losses() -> tuple[np.ndarray, np.ndarray]:
             while True:
-                found = self._losses_with_room(adapter, data, indices[mine])
+                found = self._losses_with_room(run, adapter, data, indices[mine])
                 if found is not None:
                     return found
 
@@ -449,14 +555,14 @@ class Loop:
         return mean_loss(both[0], both[1].astype(np.int64))
 
     def _losses_with_room(
-        self, adapter: str | None, data: TokenData, indices: Sequence[int]
+        self, run: Run, adapter: str | None, data: TokenData, indices: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Each example's loss; ``None`` if it does not fit and forwards are smaller from now on.
 
         Raises:
-            TrainingError: the longest example alone does not fit.
+            _Failed: the longest example alone does not fit.
         """
-        job = self._job
+        job = run.job
         try:
             return example_losses(
                 self._model,
@@ -466,7 +572,7 @@ class Loop:
                 indices,
                 token_budget=job.most_tokens,
                 packed=self._packed,
-                on_batch=lambda *_: self._look_for_stop(),
+                on_batch=lambda *_: self.look_for_stop(),
             )
         except (RuntimeError, MemoryError) as error:
             if self._world.sharded or not is_memory_error(error):
@@ -477,53 +583,36 @@ class Loop:
         alone = len(examples[0].ids) >= (job.most_tokens or math.inf)
         part = examples[:1] if alone else examples
         tokens = min(num_tokens(part), job.most_tokens or num_tokens(part)) // 2
-        self._cut_smaller(part, tokens, f"the memory was too small in an evaluation ({message})")
+        why = f"the memory was too small in an evaluation ({message})"
+        self._cut_smaller([Share(run, part, 1)], tokens, why)
         return None
 
-    def _checkpoint_due(self) -> bool:
-        every = self._job.settings.checkpoint_every
-        if every is not None:
-            return self._job.step % every == 0
-        pause = max(CHECKPOINT_SECONDS, self._writing_seconds / CHECKPOINT_SHARE)
-        return time.perf_counter() - self._saved_at >= pause
 
-    # --- when a number is not finite -------------------------------------------------------
+def _tokens(shares: Sequence[Share]) -> int:
+    return sum(num_tokens(share.examples) for share in shares)
 
-    def _not_finite(self, window: Window, loss: float, norm: float) -> NoReturn:
-        """Save the state before this step, find the examples, and stop.
 
-        Raises:
-            TrainingError: always.
-        """
-        job = self._job
-        what = f"the loss is {loss}"
-        if math.isfinite(loss):
-            what = f"the gradient's norm is {norm}"
-        job.clear_gradient()
-        self.save()
-        rows = [
-            f"{job.where(example)}: its {problem}"
-            for example in window.examples
-            if (problem := self._problem_of(example)) is not None
-        ]
-        job.clear_gradient()
-        stopped = f"Stopped in step {window.step + 1}, before the weights moved: {what}"
-        found = f"{stopped}, though that of each of its rows alone is finite."
-        if rows:
-            found = collected(f"{stopped}. The rows behind it", rows)
-        raise TrainingError(
-            f"{found}\nThe state after step {job.step} is saved in {self._folder.checkpoints}. "
-            "Look at these rows, lower --lr, or use --dtype float32; then start a new run."
-        )
+def _shortened(shares: Sequence[Share], part: float) -> list[Share]:
+    return [share._replace(examples=shortened(share.examples, part)) for share in shares]
 
-    def _problem_of(self, example: Example) -> str | None:
-        with training_mode(self._model, self._adapted):
-            self._job.clear_gradient()
-            loss = float(self._backward([example], 1))
-        norm = self._job.gradient_norm()
-        if not math.isfinite(loss):
-            return f"loss is {loss}"
-        return None if math.isfinite(norm) else f"gradient's norm is {norm}"
+
+def _taken(queue: list[Example], job: Job, room: float, *, first: bool) -> list[Example]:
+    """The next examples of a run that fit a forward, taken off the end of ``queue``.
+
+    Args:
+        room: tokens that are left in the forward.
+        first: whether it is empty, so that one longer example goes through alone.
+    """
+    most, tokens = job.settings.micro_batch or math.inf, 0
+    room = min(room, job.most_tokens or math.inf)
+    taken: list[Example] = []
+    while queue and len(taken) < most:
+        length = len(queue[-1].ids)
+        if tokens + length > room and (taken or not first):
+            break
+        taken.append(queue.pop())
+        tokens += length
+    return taken
 
 
 @contextlib.contextmanager

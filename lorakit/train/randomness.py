@@ -62,14 +62,43 @@ def set_random_tensors(tensors: Mapping[str, Tensor]) -> None:
 def seeded(seed: int) -> Iterator[None]:
     """Seed every generator; after the block they are as they were before it."""
     before = random_tensors()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)  # GPUs too
+    seed_all(seed)
     try:
         yield
     finally:
         set_random_tensors(before)
 
 
+def seed_all(seed: int) -> None:
+    """Seed every generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # GPUs too
+
+
 def _optional(value: float | None) -> Tensor:
     return torch.tensor([] if value is None else [value], dtype=torch.float64)
+
+
+class Generators:
+    """The generators that several runs use in turn, each as if it were alone."""
+
+    def __init__(self) -> None:
+        self._holder: object = None
+        self._states: dict[int, dict[str, Tensor]] = {}
+
+    def hold(self, who: object) -> None:
+        """From now on they give the numbers of ``who``, from where it was."""
+        if self._holder is who:
+            return
+        if self._holder is not None:
+            self._states[id(self._holder)] = random_tensors()
+        self._holder = who
+        if id(who) in self._states:
+            set_random_tensors(self._states.pop(id(who)))
+
+    def forget(self, who: object) -> None:
+        """``who`` has ended."""
+        self._states.pop(id(who), None)
+        if self._holder is who:
+            self._holder = None

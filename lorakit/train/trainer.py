@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,16 @@ from lorakit.errors import (
     collected,
 )
 from lorakit.formats import load_adapter, save_adapter
-from lorakit.layers import Handle, attach
+from lorakit.layers import Handle
 from lorakit.layers.initial import DRAWN, NEEDS, Initial, initial
-from lorakit.train.callbacks import Callback, CallbackList, RunInfo, RunResult
+from lorakit.layers.targets import resolve_targets, whole_modules
+from lorakit.train.callbacks import Callback, CallbackList, Ending, RunInfo, RunResult
 from lorakit.train.checkpoint import Checkpoint, latest_checkpoint
 from lorakit.train.distributed import PeerLost, World, current_world, shard_
 from lorakit.train.folder import MetricsFile, RunFolder
-from lorakit.train.interrupt import StopRequest
+from lorakit.train.host import Host
 from lorakit.train.job import Job
-from lorakit.train.loop import Loop, Stopped, check_first_forward
+from lorakit.train.loop import check_first_forward
 from lorakit.train.origin import (
     Origin,
     check_content,
@@ -44,10 +47,10 @@ from lorakit.train.origin import (
     spec_to_dict,
 )
 from lorakit.train.provenance import provenance
-from lorakit.train.randomness import seeded
-from lorakit.train.recompute import own_checkpointing_kept, recomputing
+from lorakit.train.randomness import seed_all
 from lorakit.train.record import environment
 from lorakit.train.report import write_report
+from lorakit.train.run import Run
 from lorakit.train.samples import answer_samples
 from lorakit.train.settings import LEAST_TO_HOLD_OUT, Facts, TrainSettings
 
@@ -124,6 +127,11 @@ class Trainer:
         self._extra = dict(extra or {})
         self._folder = RunFolder(Path(out))
         self._resuming = False
+        self._shared_notes: list[str] = []
+        self.leaving: str | None = None
+        """Why the run is to end after this step, if it is."""
+        self.until: int | None = None
+        """Of a run that goes on: the last step whose checkpoint is looked at."""
         self._content = content_hashes(base, data, validation)
         self.notes: list[str] = []
         """Choices that were made, each with its reason."""
@@ -261,8 +269,13 @@ class Trainer:
 
     # --- running ---------------------------------------------------------------------------
 
+    @property
+    def out(self) -> Path:
+        """The run folder."""
+        return self._folder.path
+
     def run(self) -> RunResult:
-        """Train, and leave the adapter in ``out/adapter``.
+        """Train, and leave the adapter in ``out/adapter``; :func:`train_together` of one.
 
         Raises:
             InputError: ``out`` is taken; nothing in it was touched.
@@ -270,29 +283,74 @@ class Trainer:
             TrainingError: a loss that is not finite, a full disk; the last good state is saved.
             TargetError: targets that do not fit the base, or are never called.
         """
-        with CallbackList(self._callbacks) as events, seeded(self._settings.seed):
-            if self._world.sharded:
-                # nobody may keep what the handle would otherwise switch on again at the end
-                self._base.model.requires_grad_(False)
-            self._beginning = self._begin()
-            handle = attach(
-                self._base.model,
-                self._beginning,
-                NAME,
-                trainable=True,
-                seed=self._settings.seed,
-                allow_other_base=True,  # it was checked against the base as it was loaded
-            )
-            try:
-                with own_checkpointing_kept(self._base.model):
-                    return self._run(handle, events)
-            finally:
-                handle.detach()
+        from lorakit.train.together import train_together
 
-    def _run(self, handle: Handle, events: CallbackList) -> RunResult:
-        spec = handle.snapshot(NAME).spec
+        (result,) = train_together([self])
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def leave(self, reason: str) -> None:
+        """End this run between two steps, with its state saved; it can be resumed.
+
+        For callbacks of this run, or of another that is trained together with it.
+        """
+        self.leaving = reason
+
+    @property
+    def base(self) -> Base:
+        """What it trains on."""
+        return self._base
+
+    @property
+    def world(self) -> World:
+        """The processes that train together."""
+        return self._world
+
+    def num_parameters(self) -> int:
+        """About how many parameters it trains."""
+        if not isinstance(self._what, LoRASpec):
+            adapter = self._what.adapter if isinstance(self._what, Initial) else self._what
+            sites = adapter.sites.values()
+            return sum(t.numel() for site in sites for t in site.tensors().values())
+        model = self._base.model
+        shapes = [
+            shape
+            for target in resolve_targets(model, self._what)
+            for shape in (target.shape.a(target.rank), target.shape.b(target.rank))
+        ]
+        shapes += [
+            tuple(parameter.shape)
+            for path in whole_modules(model, self._what.train_modules)
+            for parameter in model.get_submodule(path).parameters()
+        ]
+        return sum(math.prod(shape) for shape in shapes)
+
+    def enter(self, host: Host, closing: contextlib.ExitStack) -> Run:
+        """Put the adapter on the model, and make or open the run folder.
+
+        Args:
+            host: the model, and who else is on it.
+            closing: takes what is to be undone when the run ends.
+
+        Raises:
+            LorakitError: as :meth:`run`.
+        """
+        self.leaving = None
+        events = closing.enter_context(CallbackList(self._callbacks))
+        closing.callback(host.generators.forget, self)
+        host.generators.hold(self)
+        seed_all(self._settings.seed)
+        if self._world.sharded:
+            # nobody may keep what the handle would otherwise switch on again at the end
+            self._base.model.requires_grad_(False)
+        self._beginning = self._begin()
+        name = host.attach(self._beginning, NAME, self._settings.seed)
+        closing.callback(host.remove, name)
+        handle = host.handle
+        spec = handle.snapshot(name).spec
         job = Job(
-            NAME,
+            name,
             handle,
             self._data,
             self._training,
@@ -300,48 +358,50 @@ class Trainer:
             dropout=spec.dropout,
             world=self._world,
         )
-        self._world.copy_(handle.flat(NAME).detach())  # a decomposition may differ by rounding
-        shared = self._share_base()
-        packed, notes = recomputing(self._base.model, handle, self._settings.recompute)
+        self._world.copy_(job.flat)  # a decomposition may differ by rounding
+        packed, notes = host.packed(self._settings.recompute, self._share_base)
         self._check_forwards(packed.mode)
         check_first_forward(packed, job)
         if not self._resuming:
-            self.notes += [*shared, *notes]
+            self.notes += notes
             self._world.share(lambda: self._create(spec))
             self._check_seen()
-        with self._owned(), StopRequest() as stop:
-            checkpoint, damaged = self._world.share(
-                lambda: latest_checkpoint(self._folder.checkpoints)
-            )
-            with self._metrics(checkpoint) as metrics:
-                loop = Loop(
-                    packed,
-                    job,
-                    continued=isinstance(self._what, Adapter)
-                    or (isinstance(self._beginning, Initial) and not self._beginning.is_base),
-                    validation=self._validation,
-                    events=events,
-                    folder=self._folder,
-                    metrics=metrics,
-                    stop=stop,
-                    keep=self._keep,
-                    decided=decisive(self._folder.read_settings()),
-                    world=self._world,
-                )
-                if checkpoint is not None:
-                    loop.load(checkpoint)
-                self._tell_start(job, events)
-                told = self.notes
-                if self._resuming:
-                    told = [f"the run goes on after step {job.step}", *shared]
-                for text in [*told, *damaged]:
-                    events.on_note(text)
-                return self._train(loop, job, handle, events, stop)
+        closing.enter_context(self._owned())
+        checkpoint, damaged = self._world.share(
+            lambda: latest_checkpoint(self._folder.checkpoints, until=self.until)
+        )
+        metrics = closing.enter_context(self._metrics(checkpoint))
+        run = Run(
+            job,
+            continued=isinstance(self._what, Adapter)
+            or (isinstance(self._beginning, Initial) and not self._beginning.is_base),
+            validation=self._validation,
+            events=events,
+            folder=self._folder,
+            metrics=metrics,
+            hold=partial(host.generators.hold, self),
+            keep=self._keep,
+            decided=decisive(self._folder.read_settings()),
+            world=self._world,
+        )
+        if checkpoint is not None:
+            run.load(checkpoint)
+        self._tell_start(job, events)
+        told = self.notes
+        if self._resuming:
+            told = [f"the run goes on after step {job.step}", *self._shared_notes]
+        for text in [*told, *damaged]:
+            events.on_note(text)
+        return run
 
     # --- several processes -----------------------------------------------------------------
 
     def _share_base(self) -> list[str]:
         """Spread the base if that is wanted; a sentence on the processes, if there are several."""
+        self._shared_notes = self._spread_base()
+        return self._shared_notes
+
+    def _spread_base(self) -> list[str]:
         world = self._world
         if world.size == 1:
             return []
@@ -395,48 +455,59 @@ class Trainer:
 
     # --- the end ---------------------------------------------------------------------------
 
-    def _train(
-        self, loop: Loop, job: Job, handle: Handle, events: Callback, stop: StopRequest
-    ) -> RunResult:
-        try:
-            loop.run()
-        except Stopped:
-            if job.best is None or job.best.step == 0:
-                self._keep(job)
-            events.on_end(self._result(loop, job, "interrupted"))
-            with contextlib.suppress(PeerLost):
-                self._world.wait()  # torchrun ends those who are still here when one has left
-            name = stop.received.name if stop.received is not None else "a request"
-            stopped = Interrupted(
-                f"stopped by {name} after step {job.step} of {job.total_steps}; the state is "
-                f"saved. Go on with: lorakit train --resume {self._folder.path}"
-            )
-            stopped.said = not self._world.first
-            raise stopped from None
-        return self._finish(loop, job, handle, events)
+    def interrupted(self, run: Run, why: str) -> Interrupted:
+        """Save everything; what tells the user how to go on."""
+        job = run.job
+        self._save_for_later(run, "interrupted")
+        with contextlib.suppress(PeerLost):
+            self._world.wait()  # torchrun ends those who are still here when one has left
+        stopped = Interrupted(
+            f"stopped by {why} after step {job.step} of {job.total_steps}; the state is "
+            f"saved. Go on with: lorakit train --resume {self._folder.path}"
+        )
+        stopped.said = not self._world.first
+        return stopped
 
-    def _finish(self, loop: Loop, job: Job, handle: Handle, events: Callback) -> RunResult:
+    def left(self, run: Run) -> RunResult:
+        """Save everything, for a run that was asked to leave."""
+        run.note(f"left after step {run.job.step}: {self.leaving}")
+        return self._save_for_later(run, "left")
+
+    def _save_for_later(self, run: Run, ending: Ending) -> RunResult:
+        job = run.job
+        job.clear_gradient()
+        run.save()
+        if job.best is None or job.best.step == 0:
+            self._keep(job)
+        result = self._result(run, ending)
+        run.events.on_end(result)
+        return result
+
+    def finish(self, run: Run, host: Host) -> RunResult:
+        """The end of a run that has made its steps: its adapter, samples, report and result."""
+        job = run.job
+        run.save()
         if job.best is not None and job.best.step == 0 and job.start_loss is not None:
-            loop.note(
+            run.note(
                 f"no evaluation was below the one before the first step ({job.start_loss:.4f}), "
                 "so the adapter kept is the one that the run began with. Try a lower --lr"
             )
-        if loop.layers is not None:
-            loop.note(loop.layers)
-        job.restore_best()
+        if host.layers is not None:
+            run.note(host.layers)
+        run.restore_best()
         self._keep(job)
-        self._sample(loop, handle)
+        self._sample(host.handle, job.name)
         if self._world.first:
             try:
                 write_report(self._folder.path)
             except Exception as error:  # the adapter is there; a page on it is not worth the run
                 logger.debug("the report failed", exc_info=True)
-                loop.note(f"report.html could not be written: {type(error).__name__}: {error}")
-        result = self._result(loop, job, "early stop" if job.stopped_early else "finished")
+                run.note(f"report.html could not be written: {type(error).__name__}: {error}")
+        result = self._result(run, "early stop" if job.stopped_early else "finished")
         if self._world.first:
             self._folder.write_result(result_to_dict(result))
         self._world.wait()
-        events.on_end(result)
+        run.events.on_end(result)
         return result
 
     def _create(self, spec: LoRASpec) -> None:
@@ -498,7 +569,7 @@ class Trainer:
             self._folder.adapter,
         )
 
-    def _sample(self, loop: Loop, handle: Handle) -> None:
+    def _sample(self, handle: Handle, name: str) -> None:
         if self._validation is None or not self._settings.samples:
             return
         if not self._world.first and not self._world.sharded:
@@ -506,7 +577,7 @@ class Trainer:
         samples = answer_samples(
             self._base,
             handle,
-            NAME,
+            name,
             *self._validation,
             count=self._settings.samples,
             max_new_tokens=self._settings.sample_tokens,
@@ -514,7 +585,8 @@ class Trainer:
         if samples and self._world.first:
             self._folder.write_samples(samples)
 
-    def _result(self, loop: Loop, job: Job, ending: Any) -> RunResult:
+    def _result(self, run: Run, ending: Ending) -> RunResult:
+        job = run.job
         return RunResult(
             out=self._folder.path,
             adapter=self._folder.adapter if self._folder.adapter.is_dir() else None,
@@ -524,7 +596,7 @@ class Trainer:
             base_loss=job.base_loss,
             best_loss=None if job.best is None else job.best.loss,
             best_step=None if job.best is None else job.best.step,
-            seconds=loop.seconds,
+            seconds=run.seconds,
         )
 
     # --- resuming --------------------------------------------------------------------------
@@ -555,12 +627,39 @@ class Trainer:
                 files is not given again.
             DataError, BaseError: data or base changed since the run began.
         """
-        folder = RunFolder(Path(out))
-        sections = folder.read_settings()
         world = world or current_world()
         done = world.share(lambda: finished_run(out))
         if done is not None:
             return done
+        return cls.reopened(
+            out,
+            base=base,
+            data=data,
+            validation=validation,
+            callbacks=callbacks,
+            world=world,
+            shard=shard,
+        ).run()
+
+    @classmethod
+    def reopened(
+        cls,
+        out: str | os.PathLike[str],
+        *,
+        base: Base | None = None,
+        data: TokenData | None = None,
+        validation: TokenData | None = None,
+        callbacks: Iterable[Callback] = (),
+        world: World | None = None,
+        shard: bool = False,
+    ) -> Trainer:
+        """A trainer that goes on with a run that has not ended, alone or with others.
+
+        Arguments and errors as those of :meth:`resume`.
+        """
+        folder = RunFolder(Path(out))
+        sections = folder.read_settings()
+        world = world or current_world()
         origin = Origin.from_dict(sections).on(world.device)
         if base is None:
             base = origin.load_base()
@@ -593,7 +692,7 @@ class Trainer:
         )
         check_content(content, trainer._content)
         trainer._resuming = True
-        return trainer.run()
+        return trainer
 
 
 def _pick(indices: np.ndarray, rows: int | None, seed: int) -> list[int]:

@@ -13,6 +13,7 @@ import yaml
 from lorakit.cli.main import main
 from lorakit.formats import load_adapter
 from lorakit.train import Callback
+from lorakit.train.checkpoint import list_checkpoints
 from tests.train import tiny
 
 
@@ -64,7 +65,7 @@ def test_every_flag_arrives(files, capfd):
     assert set(adapter.sites) == {
         f"model.layers.0.self_attn.{name}" for name in ("q_proj", "o_proj")
     }
-    assert len(os.listdir("run/checkpoints")) == 1
+    assert len(list_checkpoints(Path("run/checkpoints"))) == 1
     out, err = capfd.readouterr()
     assert out == ""
     assert "6 steps" in err

@@ -146,14 +146,15 @@ def stopped(world: Any, base: Path, data: Path, out: Path, who: int, step: int) 
     from lorakit.train import loop
 
     hit = Hit(step)
-    step_once = loop.Loop._step
+    round_once = loop.Loop.round
 
-    def then_hit(self: Any) -> None:
-        step_once(self)
+    def then_hit(self: Any) -> Any:
+        failed = round_once(self)
         if world.rank == who:
-            hit(self._job.step)
+            hit(self.runs[0].job.step)
+        return failed
 
-    loop.Loop._step = then_hit
+    loop.Loop.round = then_hit
     trainer(base, data, out).run()
 
 
@@ -165,7 +166,7 @@ def one_fails(world: Any, base: Path, data: Path, out: Path, who: int) -> None:
     backward = loop.Loop._backward
 
     def fail(self: Any, *arguments: Any) -> Any:
-        if world.rank == who and self._job.step == 4:
+        if world.rank == who and self.runs[0].job.step == 4:
             raise TrainingError("this process cannot go on")
         return backward(self, *arguments)
 

@@ -54,7 +54,7 @@ class Bench:
             with training_mode(self.model, paths):
                 loss, _ = self.packed.supervised_loss(batch, self.job.routing(batch))
                 (loss / window.num_supervised).backward()
-        return self.flat.grad.clone()
+        return self.job.collect_gradient().clone()
 
 
 @pytest.mark.parametrize("double", [True, False])

@@ -28,7 +28,7 @@ ERRORS = {
 @pytest.fixture
 def small(monkeypatch):
     """``small(n, error, where)``: from now on more than n tokens of one forward do not fit."""
-    own = PackedModel.supervised_loss
+    own = PackedModel.group_losses
 
     def limit(most: int, error: Exception, where: str = "forward"):
         seen: list[int] = []
@@ -42,15 +42,15 @@ def small(monkeypatch):
             def backward(ctx, dy):
                 raise error
 
-        def supervised_loss(self, batch, *args, **kwargs):
+        def group_losses(self, batch, *args, **kwargs):
             seen.append(batch.num_tokens)
             too_many = batch.num_tokens > most
             if too_many and where == "forward":
                 raise error
-            loss, count = own(self, batch, *args, **kwargs)
-            return (Full.apply(loss) if too_many else loss), count
+            losses = own(self, batch, *args, **kwargs)
+            return Full.apply(losses) if too_many else losses
 
-        monkeypatch.setattr(PackedModel, "supervised_loss", supervised_loss)
+        monkeypatch.setattr(PackedModel, "group_losses", group_losses)
         return seen
 
     return limit
@@ -144,10 +144,9 @@ def test_the_largest_forward_is_tried_first_on_a_gpu(shop, small, monkeypatch):
     plain.run()
     told = []
 
-    def compare(self):  # what a GPU does instead
-        part = self._job.largest_part()
-        told.append(num_tokens(part))
-        assert self._with_room(part, 1) is not None
+    def compare(self, shares):  # what a GPU does instead
+        told.append(sum(num_tokens(share.examples) for share in shares))
+        assert self._with_room(shares) is not None
 
     monkeypatch.setattr(Loop, "_compare_with_free", compare)
     seen = small(10**9, ERRORS["cuda"])
@@ -163,8 +162,8 @@ def test_a_cpu_run_is_cut_to_what_is_free_or_refused(shop, monkeypatch):
     free = shop.trainer("free", batch_size=6, base=precise(shop))
     free.run()
 
-    def need(self, part):
-        return 1000 + 300 * num_tokens(part)
+    def need(self, shares):
+        return 1000 + 300 * sum(num_tokens(share.examples) for share in shares)
 
     monkeypatch.setattr(Loop, "_measured", need)
     room = {"bytes": int((1000 + 300 * 45) / 0.9) + 1}
