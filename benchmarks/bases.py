@@ -18,7 +18,10 @@ from typing import Any
 from benchmarks.harness import Measured, hardware, take_turns
 from benchmarks.train import _initial_adapter
 
-VARIANTS = ("nf4", "int8", "bf16", "bf16+layers", "float32+mlp", "float32+layers", "float32")
+VARIANTS = (
+    "nf4", "int8", "int4-torchao", "int8-torchao", "bf16", "bf16+layers", "float32+mlp",
+    "float32+layers", "float32",
+)  # fmt: skip
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.bases.affine import Affine4, Affine8, affine_weight
 from lorakit.core.identity import BaseIdentity, compare_identities
 from lorakit.errors import BaseError
 
@@ -220,6 +221,12 @@ def _read(module: nn.Module, positions: list[int]) -> tuple[Tensor | None, str]:
         return _read_int8(module, weight, positions), "int8"
     if not weight.is_floating_point():
         return None, "4-bit"
+    try:
+        packed = affine_weight(weight)
+    except BaseError:  # its numbers alone do not say what it is
+        return None, "4-bit" if type(weight).__name__ == "Int4Tensor" else "int8"
+    if packed is not None:
+        return (None if weight.is_meta else _read_affine(packed, weight, positions)), packed.storage
     storage = str(weight.dtype).removeprefix("torch.")
     if weight.is_meta or not _is_plain(weight):
         return None, storage
@@ -268,6 +275,13 @@ def _read_int8(module: nn.Module, weight: Tensor, positions: list[int]) -> Tenso
         rows, columns = rows.to(weight.device), columns.to(weight.device)
         values = weight[rows, columns].float() * scales[rows].float() / 127
     return torch.as_tensor(values, device="cpu")
+
+
+def _read_affine(packed: Affine8 | Affine4, weight: Tensor, positions: list[int]) -> Tensor:
+    """Values of a weight that torchao holds."""
+    with torch.no_grad():
+        rows, columns = torch.unravel_index(torch.tensor(positions), weight.shape)
+        return packed.at(rows.to(weight.device), columns.to(weight.device)).cpu()
 
 
 def _main_storage(model: nn.Module, kinds: dict[str, str]) -> str:

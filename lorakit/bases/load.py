@@ -14,12 +14,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from lorakit.bases import half
+from lorakit.bases import affine, half
 from lorakit.bases.failures import explained
 from lorakit.bases.gguf_cache import Say, cached_base
 from lorakit.bases.identity import identify
 from lorakit.bases.placement import Placement, choose_placement
 from lorakit.bases.quantize import (
+    BY_BITSANDBYTES,
     CHOICES,
     Quantize,
     check_quantised,
@@ -104,8 +105,9 @@ def load_base(
         device: ``"auto"`` or torch's name of a device.
         dtype: ``"auto"``, a torch dtype or its name.
         quantize: how the weights of the linears are stored, but for the output head: ``"nf4"`` or
-            ``"int8"`` through bitsandbytes, ``"bf16"`` as bfloat16 with all else, and what is
-            computed, in ``dtype``; ``None`` keeps the weights.
+            ``"int8"`` through bitsandbytes, ``"int8-torchao"`` or ``"int4-torchao"`` as tensors
+            of torchao, ``"bf16"`` as bfloat16 with all else, and what is computed, in ``dtype``;
+            ``None`` keeps the weights.
         task: ``"causal-lm"``, ``"seq2seq"``, ``"classify"`` (with a head for ``num_labels``
             classes) or ``"features"`` (the bare model).
         num_labels: classes of ``task="classify"``; ``None`` means what the config says.
@@ -221,7 +223,9 @@ def _load_model(
     import transformers
 
     place: dict[str, Any] = {"dtype": placement.dtype}
-    if quantize is not None and quantize != half.NAME:
+    if quantize in affine.NAMES:
+        affine.require_torchao(str(quantize))  # before anything is read
+    if quantize in BY_BITSANDBYTES:
         place["quantization_config"] = quantization_config(
             quantize, placement.device, placement.dtype
         )
@@ -238,8 +242,8 @@ def _load_model(
         _check_config(config, auto, task, quantize, source)
         if quantize == half.NAME:
             _check_wider(placement.dtype)
-            if getattr(config, "dtype", None) == torch.bfloat16:
-                place["dtype"] = torch.bfloat16  # as in the file; the rest is widened below
+        if quantize in (half.NAME, *affine.NAMES) and _is_bfloat16(config):
+            place["dtype"] = torch.bfloat16  # as in the file; the rest is widened below
         model, report = auto.from_pretrained(
             located.location,
             config=config,
@@ -250,7 +254,9 @@ def _load_model(
         )
         if quantize == half.NAME:
             half.store_half_(model, placement.dtype)
-        if quantize in (None, half.NAME) and placement.device.type != "cpu":
+        elif quantize in affine.NAMES:
+            affine.store_affine_(model, str(quantize), placement.dtype, placement.device)
+        if quantize not in BY_BITSANDBYTES and placement.device.type != "cpu":
             model = model.to(placement.device)
     keep_bytes_in_order_(model)
     check_quantised(model)  # also of a base that was quantised before
@@ -261,6 +267,10 @@ def _load_model(
             "--base."
         )
     return model.eval(), _what_was_loaded(source, model, task, report)
+
+
+def _is_bfloat16(config: Any) -> bool:
+    return getattr(config, "dtype", None) == torch.bfloat16
 
 
 def _check_wider(dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Storing a base in fewer bits while it is loaded: with bitsandbytes, or as bfloat16."""
+"""Storing a base in fewer bits while it is loaded: bitsandbytes, torchao, or as bfloat16."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from lorakit.bases.quiet import quiet_transformers
 from lorakit.errors import BaseError
 from lorakit.optional import require
 
-Quantize = Literal["nf4", "int8", "bf16"]
-CHOICES = ("nf4", "int8", "bf16")
+Quantize = Literal["nf4", "int8", "int8-torchao", "int4-torchao", "bf16"]
+CHOICES = ("nf4", "int8", "int8-torchao", "int4-torchao", "bf16")
+#: those that transformers makes while it reads the file; the others are made of the loaded model
+BY_BITSANDBYTES = ("nf4", "int8")
 
 
 def quantization_config(quantize: Quantize, device: torch.device, dtype: torch.dtype) -> Any:

@@ -12,6 +12,9 @@ from lorakit.optional import require
 
 _log = logging.getLogger(__name__)
 
+#: transformers imports torchao where it is installed, which warns of kernels that are not needed
+_LOUD = ("transformers", "bitsandbytes", "torchao", "torch.utils._pytree")
+
 
 class _ToDebug(logging.Handler):
     """Repeats the records of another library at the level ``DEBUG`` of ours."""
@@ -22,7 +25,7 @@ class _ToDebug(logging.Handler):
 
 @contextlib.contextmanager
 def quiet_transformers(*, stderr: bool = False) -> Iterator[None]:
-    """Send transformers' and bitsandbytes' logs and warnings to the debug log of lorakit.
+    """Send the logs and warnings of transformers and what it imports to the debug log of lorakit.
 
     What a user must know of a load (weights that are missing, a new head, another dtype) is
     reported by the caller, from the facts. Progress bars of downloads stay.
@@ -31,7 +34,7 @@ def quiet_transformers(*, stderr: bool = False) -> Iterator[None]:
         stderr: also take what is written to ``sys.stderr`` directly; for code that draws progress
             bars that cannot be switched off. The whole process is affected meanwhile.
     """
-    loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes")]
+    loggers = [logging.getLogger(name) for name in _LOUD]
     before = [(logger.handlers[:], logger.propagate) for logger in loggers]
     with contextlib.ExitStack() as stack:
         heard = stack.enter_context(warnings.catch_warnings(record=True))

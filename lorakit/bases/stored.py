@@ -6,9 +6,10 @@ stored           dense                                       what undoing keeps
 a float tensor   itself                                      the tensor
 nf4, fp4         code[nibble] · absmax[block]                packed bytes, absmax, offset
 int8             q · SCB[row] / 127                          bytes and SCB
+torchao's        q · scale, or q · scale + zero              integers, scales, zeros
 ================ =========================================== =============================
 
-Quantised weights are unpacked here rather than by bitsandbytes: its CPU kernel of 0.50 takes the
+bitsandbytes' weights are unpacked here rather than by it: its CPU kernel of 0.50 takes the
 scale of another block where a row is not a whole number of blocks.
 """
 
@@ -21,11 +22,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lorakit.bases.affine import affine_weight
+from lorakit.bases.nibbles import look_up, pairs
 from lorakit.errors import BaseError
 from lorakit.optional import require
-
-#: bytes that are unpacked at a time
-_BLOCK = 1 << 22
 
 
 class Packed(Protocol):
@@ -33,7 +33,7 @@ class Packed(Protocol):
 
     @property
     def storage(self) -> str:
-        """``"nf4"``, ``"fp4"`` or ``"int8"``."""
+        """``"nf4"``, ``"fp4"``, ``"int8"`` or ``"int4"``."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,6 +62,9 @@ def packed_weight(module: nn.Module) -> Packed | None:
         return PackedInt8.of(module)
     if isinstance(weight, Tensor) and weight.is_floating_point() and _is_plain(weight):
         return None
+    found = affine_weight(weight)
+    if found is not None:
+        return found
     how = type(weight).__name__ if weight is not None else "a packed format without `weight`"
     raise BaseError(
         f"its weight is stored as {how}, which cannot be written to. Load the base without "
@@ -113,14 +116,9 @@ class Packed4bit:
             per = state.state2.blocksize
             scale = scale * state.state2.absmax.repeat_interleave(per)[: len(scale)] + state.offset
         scale = scale.to(dtype)
-        pairs = _pairs(state.code.to(dtype))
         packed = self.weight.detach().reshape(-1).view(torch.uint8)
         size = torch.Size(self.shape).numel()
-        values = torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
-        for begin in range(0, len(packed), _BLOCK):
-            part = packed[begin : begin + _BLOCK]
-            where = slice(2 * begin, 2 * (begin + len(part)))
-            torch.index_select(pairs, 0, part.int(), out=values[where].view(pairs.dtype))
+        values = look_up(packed, pairs(state.code.to(dtype)), dtype)
         values = values[:size]
         whole = size // state.blocksize * state.blocksize
         values[:whole].view(-1, state.blocksize).mul_(scale[: whole // state.blocksize, None])
@@ -186,19 +184,6 @@ class PackedInt8:
         self.scales.copy_(largest)
 
 
-#: bytes of a pair → a dtype of that size, to move a pair as one number
-_AS_ONE = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
-
-
-def _pairs(code: Tensor) -> Tensor:
-    """What each byte stands for, [256]: its two numbers of ``code [16]`` as one.
-
-    One look-up a byte is an order of magnitude faster than one a number.
-    """
-    both = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
-    return both.view(_AS_ONE[2 * code.element_size()]).view(-1)
-
-
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Packed]]:
     """Path, module and weight of every quantised linear."""
     for path, module in model.named_modules():
@@ -210,4 +195,6 @@ def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Packed]]:
 
 def _dense(module: Any) -> bool:
     weight = module.weight
-    return bool(weight.is_floating_point() and getattr(weight, "quant_state", None) is None)
+    if getattr(weight, "quant_state", None) is not None or affine_weight(weight) is not None:
+        return False
+    return bool(weight.is_floating_point())

@@ -265,7 +265,7 @@ def _lost(
         raise TargetError(
             collected(
                 "init 'loftq' begins with what quantising lost, and these weights are not "
-                "quantised; load the base with quantize='nf4' or 'int8', or take another init",
+                "quantised; load the base with quantize='nf4' or another, or take another init",
                 plain,
                 limit=3,
             )

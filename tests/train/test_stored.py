@@ -29,7 +29,13 @@ from tests.train import tiny
 from tests.train.test_resume import Signal, assert_same, outcome
 
 SPEC = LoRASpec(rank=16, alpha=32)
-STORED = [None, "bf16", "nf4", "int8"]
+STORED = [None, "bf16", "nf4", "int8", "int4-torchao", "int8-torchao"]
+LIBRARY = {
+    "nf4": "bitsandbytes",
+    "int8": "bitsandbytes",
+    "int4-torchao": "torchao",
+    "int8-torchao": "torchao",
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,8 @@ def folder(tmp_path_factory):
 
 
 def loaded(folder, stored):
+    if stored in LIBRARY:
+        pytest.importorskip(LIBRARY[stored])
     return load_base(str(folder), device="cpu", dtype="float32", quantize=stored)
 
 
@@ -56,8 +64,6 @@ def trainer(folder, base, stored, out, callbacks=(), **settings):
 
 @pytest.mark.parametrize("stored", STORED)
 def test_training_evaluation_merge_and_save(folder, stored, tmp_path):
-    if stored in ("nf4", "int8"):
-        pytest.importorskip("bitsandbytes")
     base = loaded(folder, stored)
     made = trainer(folder, base, stored, tmp_path / "run")
     result = made.run()
@@ -92,8 +98,6 @@ def test_training_evaluation_merge_and_save(folder, stored, tmp_path):
 @pytest.mark.parametrize("stored", STORED[1:])
 def test_fused_layers_agree_with_the_plain_path(folder, stored):
     """int8's own kernel also rounds the activations, which the fused path does not."""
-    if stored in ("nf4", "int8"):
-        pytest.importorskip("bitsandbytes")
     base = loaded(folder, stored)
     handle = attach(base.model, SPEC, "a", trainable=True, seed=0)
     generator = torch.Generator().manual_seed(1)
