@@ -30,6 +30,7 @@ _HOME = {
     "merge": "lorakit.layers",
     "push_adapter": "lorakit.formats",
     "save_adapter": "lorakit.formats",
+    "tune": "lorakit.workflows.tune",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "merge",
     "push_adapter",
     "save_adapter",
+    "tune",
 ]
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from lorakit.formats import load_adapter, push_adapter, save_adapter
     from lorakit.layers import attach, merge
     from lorakit.workflows.extract import extract
+    from lorakit.workflows.tune import tune
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ COMMANDS = {
     "preview": ("preview", "show what would be trained: rendered examples, supervised tokens"),
     "estimate": ("estimate", "memory and time of a run, before it; what to change so that it fits"),
     "train": ("train", "train one adapter on a file of data, or go on with one"),
+    "tune": ("tune", "find learning rate, rank and targets by training many candidates at once"),
     "eval": ("evaluate", "loss, perplexity and text metrics: base beside adapter"),
     "generate": ("generate", "text from the base and from adapters, side by side"),
     "merge": ("merge", "adapters into their base: a whole model, tensor by tensor, verified"),
