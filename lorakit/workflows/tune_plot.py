@@ -48,7 +48,7 @@ def plot_search(
         share = _FAINTEST + (1 - _FAINTEST) * (place + 1) / len(steps)
         for (rank, _), line in _lines(known, step).items():
             xs, ys = [c.lr for c in line], [min(top, c.losses[step].mean) for c in line]
-            axes.plot(xs, ys, color=colours[rank], alpha=0.6 * share, linewidth=1 + share, zorder=1)
+            axes.plot(xs, ys, ".-", color=colours[rank], alpha=0.6 * share, lw=1 + share, zorder=1)
     _legend(axes, colours, kinds)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")

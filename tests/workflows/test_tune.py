@@ -669,7 +669,7 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(shop, tmp
         (SpecError, "nothing to choose", {"plan": Plan(search={
             "lr": Choices((1e-3,)), "rank": Choices((2,)), "targets": Choices(("mlp",))})}),
         (TargetError, "nowhere", {"plan": Plan(search={"targets": Choices(("mlp", "nowhere"))})}),
-        (TargetError, "rank 64 is above", {"plan": Plan()}),
+        (TargetError, "rank 64 is above", {"plan": Plan(search={"rank": Choices((2, 64))})}),
     ]  # fmt: skip
     for kind, says, options in cases:
         with pytest.raises(kind, match=says):
