@@ -1,4 +1,4 @@
-"""Train one adapter on a file of data, or go on with one.
+"""Train one adapter on a file of data, many at once on one base, or go on with what was begun.
 
 The base stays as it is; what is trained is small, and ends up in RUN/adapter as a PEFT folder.
 Whatever you leave out is chosen for your data and your machine, and said with its reason.
@@ -9,16 +9,31 @@ examples:
   lorakit train --base B --data F --valid V --steps 200 --lr 1e-3 --rank 16 --out runs/mine
   lorakit train --base B --data new.jsonl --from runs/mine --out runs/more
   lorakit train --resume runs/mine         # after Ctrl-C, a crash or a kill: goes on exactly
+  lorakit train jobs.yaml --out runs       # many adapters, each as if alone, in shared steps
+  lorakit train --each customers/ --base B --out runs      # a data file each, an adapter each
   torchrun --nproc-per-node 2 -m lorakit.cli.main train --base B --data F --out runs/mine
 
 Not sure about the data? `lorakit preview` shows what would be trained. A run folder holds
 run.yaml, metrics.jsonl, adapter/ (the best), checkpoints/ and report.html.
+
+A file of jobs says what all share and what each has of its own, in the names of these flags:
+
+  base: smollm2
+  out: runs
+  defaults: {rank: 16, steps: 200}
+  jobs:
+    - {name: mild, data: a.jsonl, lr: 5.0e-4}
+    - {name: bold, data: b.jsonl, lr: 2.0e-3, targets: attention}
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +55,8 @@ from lorakit.cli.common import (
 from lorakit.errors import InputError, SpecError, collected
 
 if TYPE_CHECKING:
+    from lorakit.bases import Base
+    from lorakit.cli.train_many import Plan
     from lorakit.core.adapter import Adapter
     from lorakit.core.spec import LoRASpec
     from lorakit.train import Callback, RunResult, Trainer, TrainSettings
@@ -47,6 +64,8 @@ if TYPE_CHECKING:
 
 #: flags that act on a resumed run too; all others are in its run.yaml
 _WITH_RESUME = {"resume", "json", "quiet", "debug", "command", "run", "shard"}
+#: flags that act where there are many adapters
+_MANY = ("max_concurrent", "token_budget")
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -58,6 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_validation_arguments(parser)
     _add_adapter_arguments(parser)
     _add_training_arguments(parser)
+    _add_many_arguments(parser)
     _add_process_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -74,11 +94,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--out", metavar="RUN", help="run folder to make; it must not exist yet")
+    group.add_argument(
+        "jobs", nargs="?", metavar="jobs.yaml", help="a file of jobs: many adapters on one base"
+    )
+    group.add_argument(
+        "--each",
+        metavar="FOLDER",
+        help="an adapter for each data file of this folder, with these flags for all; a file that "
+        "is broken is named at the end, and the others are done",
+    )
+    group.add_argument(
+        "--out",
+        metavar="RUN",
+        help="run folder to make; it must not exist yet. Of many: the folder for their runs",
+    )
     group.add_argument(
         "--resume",
         metavar="RUN",
-        help="go on with an interrupted run; all its settings are in RUN/run.yaml",
+        help="go on with an interrupted run, or with all of a folder of runs; the settings are in "
+        "RUN/run.yaml",
     )
     group.add_argument(
         "--from",
@@ -86,6 +120,25 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADAPTER",
         help=f"go on with this adapter ({ADAPTER_HELP}) on new data; it brings rank, "
         "targets and alpha, and the optimizer starts anew",
+    )
+
+
+def _add_many_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "many adapters", "They share forwards, and each comes out as if it were alone."
+    )
+    group.add_argument(
+        "--max-concurrent",
+        type=positive_int,
+        metavar="N",
+        help="trained at the same time at most; default: until their batches fill a forward, as "
+        "far as the memory has room",
+    )
+    group.add_argument(
+        "--token-budget",
+        type=positive_int,
+        metavar="N",
+        help="tokens of a shared forward at most; default: the largest --micro-batch-tokens",
     )
 
 
@@ -227,9 +280,10 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--lr",
-        type=positive_float,
+        type=_rate,
         metavar="X",
-        help="highest learning rate; default: by the width of the base and the --init",
+        help="highest learning rate; default: by the width of the base and the --init; auto: found "
+        "by training several together first (lorakit tune --quick), about four times the steps",
     )
     group.add_argument(
         "--lora-plus-ratio",
@@ -302,6 +356,11 @@ def _add_process_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _rate(text: str) -> float | str:
+    """``auto``, or a number."""
+    return text if text == "auto" else float(positive_float(text))
+
+
 def _pattern(text: str) -> tuple[str, float]:
     """``q_proj=0.5`` → the pattern and its factor."""
     pattern, equals, factor = text.rpartition("=")
@@ -315,19 +374,65 @@ def run(options: argparse.Namespace) -> int:
     from lorakit.train.distributed import joined
     from lorakit.train.interrupt import signals_as_interrupts
 
-    with signals_as_interrupts(), joined() as world:  # also before the loop begins
+    def tell(text: str) -> None:  # from a signal handler: past all buffers
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), f"\nlorakit train: {text}\n".encode())
+
+    several = "RANK" in os.environ and os.environ["RANK"] != "0"
+    with signals_as_interrupts(None if several else tell), joined() as world:
         if not world.first:
             options.quiet, options.json = True, False
         if options.shard:
             world = world.sharing()
+        plan = _plan(options)
+        if plan is not None:
+            return _train_many(plan, options, world)
         if options.resume is not None:
             result = _resume(options, world)
         elif _started_before(options, world):
             result = _resume_exactly(options, options.out, world)
+        elif options.lr == "auto":
+            from lorakit.cli.tune import train_at_found_rate
+
+            result = train_at_found_rate(options, world)
         else:
             result = _start(options, world)
     _print_result(options, result)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> Plan | None:
+    """What is to be done with many adapters; ``None`` where there is one."""
+    from lorakit.cli import train_many
+
+    ways = [name for name in ("jobs", "each", "resume") if getattr(options, name) is not None]
+    if len(ways) > 1:
+        told = " and ".join("a file of jobs" if w == "jobs" else f"--{w}" for w in ways)
+        raise InputError(f"{told} are given; give one of them")
+    if options.jobs is not None:
+        return train_many.plan_of_file(Path(options.jobs), options, configure)
+    if options.each is not None:
+        return train_many.plan_of_folder(options, configure)
+    if options.resume is not None and (Path(options.resume) / train_many.JOBS_FILE).is_file():
+        _check_nothing_changes(options, (*_MANY,))
+        return train_many.plan_of_runs(Path(options.resume), options, configure)
+    idle = [f"--{n.replace('_', '-')}" for n in _MANY if getattr(options, n) is not None]
+    if idle:
+        raise SpecError(
+            f"{', '.join(idle)}: there is one adapter; it acts with a file of jobs or --each"
+        )
+    return None
+
+
+def _train_many(plan: Plan, options: argparse.Namespace, world: World) -> int:
+    from lorakit.cli import train_many
+
+    if world.size > 1:
+        raise SpecError(
+            "several processes train one adapter; many adapters are trained in one process. Start "
+            "this without torchrun"
+        )
+    return train_many.run(plan, options)
 
 
 def _started_before(options: argparse.Namespace, world: World) -> bool:
@@ -342,9 +447,7 @@ def _started_before(options: argparse.Namespace, world: World) -> bool:
 
 
 def _start(options: argparse.Namespace, world: World) -> RunResult:
-    from lorakit.core.spec import LoRASpec
     from lorakit.train.folder import RunFolder
-    from lorakit.train.settings import TrainSettings
 
     missing = [
         f"--{name}: {what}"
@@ -360,29 +463,74 @@ def _start(options: argparse.Namespace, world: World) -> RunResult:
             collected("A new run needs more (an old one needs only --resume RUN)", missing)
         )
     # what can be refused without loading anything comes first
+    settings_of(options)
+    spec_of(options)
+    world.share(RunFolder(Path(options.out)).check_new)
+    options.device = world.device(options.device)
+    base = load_shared_base(options, quiet=options.quiet)
+    callbacks = _callbacks(options, options.report_to or ()) if world.first else []
+    return trainer_on(base, options, options.out, callbacks, world, say=not options.quiet).run()
+
+
+def settings_of(options: argparse.Namespace) -> TrainSettings:
+    """How these flags say to train.
+
+    Raises:
+        SpecError: settings that are impossible, or of which one switches another off.
+    """
+    from lorakit.train.settings import TrainSettings
+
     settings = TrainSettings(**_given(options, TrainSettings))
-    spec = LoRASpec(**_given(options, LoRASpec))
     if options.valid is not None and settings.validation_fraction:
         raise SpecError(
             f"--validation-fraction is {settings.validation_fraction:g}, but --valid names "
             "validation files; give one of them"
         )
-    world.share(RunFolder(Path(options.out)).check_new)
-    return _trainer(options, settings, spec, world).run()
+    return settings
 
 
-def _trainer(
-    options: argparse.Namespace, settings: TrainSettings, spec: LoRASpec, world: World
+def spec_of(options: argparse.Namespace) -> LoRASpec:
+    """The new adapter that these flags describe.
+
+    Raises:
+        SpecError: it is impossible.
+    """
+    from lorakit.core.spec import LoRASpec
+
+    return LoRASpec(**_given(options, LoRASpec))
+
+
+def load_shared_base(options: argparse.Namespace, *, quiet: bool) -> Base:
+    """The base of these flags."""
+    from lorakit.bases import load_base
+    from lorakit.cli.common import load_base_from
+
+    return load_base(**_base_options(options)) if quiet else load_base_from(options)
+
+
+def trainer_on(
+    base: Base,
+    options: argparse.Namespace,
+    out: str,
+    callbacks: Sequence[Callback],
+    world: World | None = None,
+    *,
+    say: bool = False,
 ) -> Trainer:
+    """A trainer as these flags say, on a base that is loaded.
+
+    Args:
+        say: what was read.
+    """
     from functools import partial
 
     from lorakit.bases import load_base
-    from lorakit.cli.common import data_spec, load_base_from
+    from lorakit.cli.common import data_spec
     from lorakit.formats import load_adapter
     from lorakit.train import Origin, Trainer
     from lorakit.workflows.calibrate import calibrate
 
-    options.device = world.device(options.device)
+    settings, spec = settings_of(options), spec_of(options)
     origin = Origin(
         base=_base_options(options),
         data=data_spec(options),
@@ -391,10 +539,10 @@ def _trainer(
     start: Adapter | None = None
     if options.start is not None:
         start = _with_flags(load_adapter(adapter_path(options.start)), options)
-    base = origin.load_base() if options.quiet else load_base_from(options)
     data, validation = origin.load_data(base), origin.load_validation(base)
-    _say(options, *data.report.lines())
-    if validation is not None:
+    if say:
+        _say(options, *data.report.lines())
+    if say and validation is not None:
         _say(options, "Validation:", *validation.report.lines())
     dense = {**_base_options(options), "quantize": None, "device": "cpu"}
     return Trainer(
@@ -402,9 +550,9 @@ def _trainer(
         spec if start is None else start,
         data,
         settings,
-        options.out,
+        out,
         validation=validation,
-        callbacks=_callbacks(options, options.report_to or ()) if world.first else (),
+        callbacks=callbacks,
         origin=origin,
         extra={"callbacks": {"report_to": options.report_to}} if options.report_to else None,
         allow_other_base=options.allow_other_base,
@@ -421,10 +569,17 @@ def _trainer(
 
 
 def _resume(options: argparse.Namespace, world: World) -> RunResult:
+    _check_nothing_changes(options)
+    return _resume_exactly(options, options.resume, world)
+
+
+def _check_nothing_changes(options: argparse.Namespace, but: Sequence[str] = ()) -> None:
+    """Refuse settings of a run that goes on."""
     given = [
         "--" + ("from" if name == "start" else name.replace("_", "-"))
         for name, value in vars(options).items()
-        if name in options.defaults and value != options.defaults[name] and name not in _WITH_RESUME
+        if name in options.defaults and value != options.defaults[name]
+        if name not in _WITH_RESUME and name not in but
     ]
     if given:
         raise InputError(
@@ -432,7 +587,6 @@ def _resume(options: argparse.Namespace, world: World) -> RunResult:
             "settings are in run.yaml. Leave them out; or start a new run from its adapter: "
             f"lorakit train --from {options.resume}/adapter …"
         )
-    return _resume_exactly(options, options.resume, world)
 
 
 def _resume_exactly(options: argparse.Namespace, out: str, world: World) -> RunResult:

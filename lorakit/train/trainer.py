@@ -298,6 +298,11 @@ class Trainer:
         self.leaving = reason
 
     @property
+    def num_rows(self) -> int:
+        """Examples of the data, those held out included."""
+        return len(self._data)
+
+    @property
     def base(self) -> Base:
         """What it trains on."""
         return self._base

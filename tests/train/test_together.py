@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,13 +16,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from lorakit.bases import load_base
 from lorakit.core.spec import LoRASpec
 from lorakit.data import indices_at
-from lorakit.errors import TrainingError
+from lorakit.errors import InputError, Interrupted, SpecError, TrainingError
 from lorakit.infer import PackedModel
 from lorakit.train import Callback, Trainer, TrainSettings, finished_run, train_together
-from lorakit.train.checkpoint import latest_checkpoint
+from lorakit.train.checkpoint import latest_checkpoint, list_checkpoints, read_checkpoint
 from lorakit.train.loop import Loop
-from tests.train import tiny
+from lorakit.train.together import aligned
+from tests.train import child, tiny
 from tests.train.conftest import open_shop
+from tests.train.test_resume import outcome
 
 #: sums of float64 in another order, through up to 50 optimizer steps
 TOLERANCE = 1e-9
@@ -115,7 +121,6 @@ def assert_close(run: Path, alone: Path, tolerance: float = TOLERANCE) -> None:
             assert (mine[name] - tensor).norm() <= tolerance * tensor.norm(), (run.name, name)
         else:
             assert torch.equal(mine[name], tensor)
-    assert {"best"} <= {p.name[:4] for p in (run / "checkpoints").iterdir()}
     rows = [numbers(folder) for folder in (run, alone)]
     assert len(rows[0]) == len(rows[1])
     for row, other in zip(*rows, strict=True):
@@ -284,8 +289,9 @@ def test_a_nan_of_one_reaches_no_other(shop, base, monkeypatch):
 
     # a row of c that comes up for the first time in some later step
     bad = next(rows_of_step(made("probe", ("c",))[0], 5))
-    poison(monkeypatch, *bad)
-    results = train_together(made("nan"), max_concurrent=5)
+    with monkeypatch.context() as patch:
+        poison(patch, *bad)
+        results = train_together(made("nan"), max_concurrent=5)
     failure = results[2]
     assert isinstance(failure, TrainingError)
     step = latest_checkpoint(shop.out / "nan" / "c" / "checkpoints")[0].step
@@ -293,7 +299,6 @@ def test_a_nan_of_one_reaches_no_other(shop, base, monkeypatch):
     assert str(failure).count("c.jsonl") == 1
     assert f"line {bad[1]}" in str(failure)
     assert [r.steps for r in results if not isinstance(r, Exception)] == [14] * 4
-    monkeypatch.undo()
     trainers = made("leaves")
     leaving(trainers[2], step + 1)
     train_together(trainers, max_concurrent=5)
@@ -314,3 +319,181 @@ def rows_of_step(trainer, step):
         if place not in before:
             example = trainer._data[int(trainer._training[place])]
             yield example.file, example.index
+
+
+class Fails(Callback):
+    def on_step(self, metrics):
+        if metrics.step == 3:
+            raise RuntimeError("a callback that fails")
+
+
+def test_what_stops_one_is_its_own(shop, base):
+    """A callback that fails, targets that are not there, a folder that is taken, another base."""
+    other = load_base(str(shop.base_folder), device="cpu", dtype="float64")
+    options = {"steps": 5, "eval_every": 0}
+    (shop.out / "joint" / "c").mkdir(parents=True)
+    (shop.out / "joint" / "c" / "file").touch()
+    trainers = [
+        make(shop, base, "a", "joint", callbacks=[Fails()], **options),
+        make(shop, base, "b", "joint", **options),
+        make(shop, base, "c", "joint", **options),
+        make(shop, other, "d", "joint", **options),
+        make(shop, base, "e", "joint", recompute="mlp", **options),
+    ]
+    trainers[4]._what = LoRASpec(targets=("nothing",))
+    told = []
+    results = train_together(trainers, on_result=lambda t, r: told.append((t.out.name, r)))
+    assert [type(r).__name__ for r in results] == [
+        "TrainingError", "RunResult", "InputError", "InputError", "TargetError",
+    ]  # fmt: skip
+    assert "a callback that fails" in str(results[0])
+    assert "is not empty" in str(results[2])
+    assert "another base object" in str(results[3])
+    assert sorted(told, key=lambda one: one[0]) == list(zip("abcde", results, strict=True))
+    assert finished_run(shop.out / "joint" / "b").steps == 5
+    assert not any("forward" in module.__dict__ for module in base.model.modules())
+    with pytest.raises(SpecError, match="recompute is 'mlp', and 'none'"):
+        raise train_together(
+            [
+                make(shop, base, "b", "more", **options),
+                make(shop, base, "e", "more", recompute="mlp", **options),
+            ]
+        )[1]
+    with pytest.raises(SpecError, match="max_concurrent is 0"):
+        train_together([], max_concurrent=0)
+    with pytest.raises(InputError, match="no run is under way"):
+        train_together([None])
+
+
+def test_memory_that_is_full_makes_shared_forwards_smaller(shop, base, monkeypatch):
+    names, options = ("a", "b", "c"), {"steps": 6, "eval_every": 0}
+    train_together([make(shop, base, n, "free", **options) for n in names])
+    own, seen = PackedModel.group_losses, []
+
+    def group_losses(self, batch, routing, groups):
+        seen.append((batch.num_tokens, len(groups)))
+        if batch.num_tokens > 70:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(self, batch, routing, groups)
+
+    monkeypatch.setattr(PackedModel, "group_losses", group_losses)
+    train_together([make(shop, base, n, "full", **options) for n in names])
+    assert max(n for n, groups in seen if groups > 1) > 70
+    small = [n for n, groups in seen[-10:] if groups > 1]
+    assert small
+    assert max(small) <= 70
+    for name in names:
+        assert_close(shop.out / "full" / name, shop.out / "free" / name)
+        notes = (shop.out / "full" / name / "metrics.jsonl").read_text()
+        assert "the memory was too small" in notes
+
+
+def test_a_place_is_given_to_the_next_and_a_waiting_adapter_to_the_memory(shop, base, monkeypatch):
+    from lorakit.train import together
+
+    made = [make(shop, base, n, "two", steps=4, eval_every=0) for n in ("a", "b", "c", "e")]
+    crowd = []
+    own = Loop.round
+    monkeypatch.setattr(Loop, "round", lambda self: crowd.append(len(self.runs)) or own(self))
+    train_together(iter(made), max_concurrent=2)
+    assert crowd == [2] * 8
+    crowd.clear()
+    monkeypatch.setattr(together, "_free_bytes", lambda trainer: 1000)
+    made = [make(shop, base, n, "one", steps=2, eval_every=0) for n in ("a", "b", "c")]
+    assert [r.steps for r in train_together(made)] == [2, 2, 2]
+    assert crowd == [1] * 6
+
+
+# --- interrupted and killed ----------------------------------------------------------------------
+
+
+NAMES = ("a", "b", "c")
+LONG = {"steps": 16, "eval_every": 5, "eval_rows": 4}
+
+
+def resume_all(shop, base, out="joint", names=NAMES, **options):
+    left = [n for n in names if finished_run(shop.out / out / n) is None]
+    return train_together(aligned([reopened(shop, base, n, out) for n in left]), **options)
+
+
+def test_an_interrupt_saves_all_at_one_moment(shop, base):
+    """And the runs go on bit for bit, each row and file as if nothing had happened."""
+    train_together([make(shop, base, n, "whole", **LONG) for n in NAMES])
+    trainers = [make(shop, base, n, "joint", **LONG) for n in NAMES]
+    trainers[1]._callbacks.append(At(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    results = train_together(trainers)
+    assert [type(r) for r in results] == [Interrupted] * 3
+    assert "stopped by SIGTERM after step 7 of 16" in str(results[0])
+    for name in NAMES:
+        last = list_checkpoints(shop.out / "joint" / name / "checkpoints")[-1]
+        assert last.name == "step-00000007.safetensors"
+        assert read_checkpoint(last).state["together"]["members"] == list(NAMES)
+    assert [r.steps for r in resume_all(shop, base)] == [16, 16, 16]
+    for name in NAMES:
+        assert_same(shop, name)
+
+
+def assert_same(shop, name):
+    mine, expected = outcome(shop.out / "joint" / name), outcome(shop.out / "whole" / name)
+    assert mine["rows"] == expected["rows"]
+    assert mine["adapter"] == expected["adapter"]
+    assert mine["result"] == expected["result"]
+    assert_identical(shop.out / "joint" / name, shop.out / "whole" / name)
+
+
+def in_a_process(folder: Path, base_folder: Path) -> None:
+    """All three runs, begun or gone on with."""
+    torch.set_num_threads(1)
+    shop = open_shop(base_folder, folder)
+    base = load_base(str(base_folder), device="cpu", dtype="float64")
+    every = {**LONG, "checkpoint_every": 2}
+    if (shop.out / "joint" / "a" / "run.yaml").exists():
+        resume_all(shop, base)
+    else:
+        train_together([make(shop, base, n, "joint", **every) for n in NAMES])
+
+
+def test_killed_and_resumed_together(shop, monkeypatch):
+    plain = load_base(str(shop.base_folder), device="cpu", dtype="float64")
+    every = {**LONG, "checkpoint_every": 2}
+    train_together([make(shop, plain, n, "whole", **every) for n in NAMES])
+    killed = 0
+    for rows in (4, 9, 12):
+        process = child.context().Process(target=in_a_process, args=(shop.out, shop.base_folder))
+        process.start()
+        metrics = shop.out / "joint" / "b" / "metrics.jsonl"
+        while process.is_alive():
+            if metrics.exists() and metrics.read_text().count('"kind": "step"') >= rows:
+                process.kill()
+                break
+            time.sleep(0.001)
+        process.join()
+        killed += process.exitcode != 0
+    assert killed >= 2
+    resume_all(shop, plain)
+    for name in NAMES:
+        assert_same(shop, name)
+
+
+def test_a_checkpoint_of_a_later_moment_is_left_aside(shop, base):
+    """Killed between two files of one moment: those who have it go back with the others."""
+    every = {**LONG, "checkpoint_every": 3}
+    train_together([make(shop, base, n, "whole", **every) for n in NAMES])
+    trainers = [make(shop, base, n, "joint", **every) for n in NAMES]
+    trainers[0]._callbacks.append(At(9, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    train_together(trainers)
+    for name in NAMES[1:]:
+        list_checkpoints(shop.out / "joint" / name / "checkpoints")[-1].unlink()
+    again = aligned([reopened(shop, base, name, "joint") for name in NAMES])
+    assert [trainer.until for trainer in again] == [6, 6, 6]
+    train_together(again)
+    for name in NAMES:
+        assert_same(shop, name)
+    # one that has gone on alone since is not taken back
+    shutil.rmtree(shop.out / "joint")
+    trainers = [leaving(make(shop, base, n, "joint", **LONG), 4) for n in NAMES]
+    trainers[0]._callbacks.append(At(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    train_together(trainers)
+    train_together([leaving(reopened(shop, base, "a", "joint"), 8)])
+    again = aligned([reopened(shop, base, name, "joint") for name in NAMES])
+    assert [trainer.until for trainer in again] == [None, None, None]
