@@ -43,6 +43,8 @@ from lorakit.cli.common import (
 from lorakit.errors import InputError, SpecError, collected
 
 if TYPE_CHECKING:
+    from lorakit.train import RunResult
+    from lorakit.train.distributed import World
     from lorakit.workflows.tune import TuneResult
     from lorakit.workflows.tune_field import Watcher
 
@@ -158,6 +160,8 @@ def _start(options: argparse.Namespace, watcher: Watcher) -> TuneResult:
             collected("A new search needs more (an old one needs only --resume OUT)", missing)
         )
     search = parse_search(options.search or ())
+    if options.lr == "auto":
+        options.lr = None  # it is what a search finds
     given = train_command._given(options, TrainSettings), train_command._given(options, LoRASpec)
     settings, spec = TrainSettings(**given[0]), LoRASpec(**given[1])
     both = [name for name in search if name in given[1] and name != "alpha"]
@@ -221,6 +225,66 @@ def search_for(
         calibrate=_calibrate(base, dict(origin.base), settings.eva_rho),
         max_concurrent=options.max_concurrent,
     )
+
+
+def train_at_found_rate(options: argparse.Namespace, world: World) -> RunResult:
+    """``lorakit train --lr auto``: a quick search in ``RUN.search``, whose best run becomes RUN.
+
+    Args:
+        options: of ``lorakit train``.
+
+    Raises:
+        InputError: flags that a search has no use for, or an earlier search lies there.
+    """
+    import shutil
+
+    from lorakit.core.files import atomic_folder
+    from lorakit.core.spec import LoRASpec
+    from lorakit.train import finished_run
+    from lorakit.train.folder import RunFolder
+    from lorakit.train.settings import TrainSettings
+    from lorakit.workflows.tune_folder import TuneFolder
+
+    problems = [
+        f"--{flag}: {why}"
+        for flag, given, why in (
+            ("from", options.start is not None, "a search begins new adapters"),
+            ("report-to", bool(options.report_to), "the candidates report to nobody"),
+            ("shard", options.shard, "candidates are trained together in one process"),
+            ("nproc-per-node", world.size > 1, "candidates are trained together in one process"),
+        )
+        if given
+    ]
+    problems += [
+        f"--{name}: {what}"
+        for name, what in (("base", "missing"), ("data", "missing"), ("out", "missing"))
+        if getattr(options, name) is None
+    ]
+    if problems:
+        raise InputError(collected("With --lr auto this cannot be", problems))
+    options.lr = None
+    given = train_command._given(options, TrainSettings), train_command._given(options, LoRASpec)
+    settings, spec = TrainSettings(**given[0]), LoRASpec(**given[1])
+    run = RunFolder(Path(options.out))
+    run.check_new()
+    place = Path(f"{run.path}.search")
+    TuneFolder(place).check_new()
+    chosen = argparse.Namespace(**vars(options))
+    chosen.out, chosen.quick, chosen.candidates, chosen.max_time = str(place), True, None, None
+    chosen.max_concurrent = getattr(options, "max_concurrent", None)
+    with watching(quiet=options.quiet) as watcher:
+        found = search_for(
+            chosen, spec, settings, {}, fixed=(*given[0], *given[1]), watcher=watcher
+        )
+    with atomic_folder(run.path) as temporary:
+        shutil.copytree(found.run, temporary, dirs_exist_ok=True)
+    if not options.quiet:
+        for reason in found.choice.reasons:
+            say(f"- {reason.text}")
+        say(f"The search is in {place}; its best run is {run.path}.")
+    result = finished_run(run.path)
+    assert result is not None
+    return result
 
 
 def _calibrate(base: Any, base_options: Mapping[str, Any], rho: float) -> Any:

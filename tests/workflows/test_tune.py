@@ -492,24 +492,37 @@ class Shop:
         return tune(self.base, self.data, out=out, origin=self.origin, **options)
 
 
-def test_a_search_from_end_to_end(shop, tmp_path, monkeypatch):
+class Heard(Watcher):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.rungs: list[tuple[int, int, int]] = []
+
+    def on_note(self, text):
+        self.notes.append(text)
+
+    def on_rung(self, step, candidates, steps):
+        self.rungs.append((step, len(candidates), steps))
+
+
+@pytest.fixture(scope="module")
+def whole(shop, tmp_path_factory):
+    """A search that nothing disturbed, and what was told of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_halving, "LEAST_STEPS", 6)
+        heard = Heard()
+        return shop.tune(tmp_path_factory.mktemp("whole") / "out", watcher=heard), heard.rungs
+
+
+def test_a_search_from_end_to_end(shop, whole, tmp_path):
     assert lorakit.tune is tune
-    heard: list[tuple] = []
-
-    class Listening(Watcher):
-        def on_rung(self, step, candidates, steps):
-            heard.append((step, len(candidates), steps))
-
-    before = {name: p.clone() for name, p in shop.base.model.state_dict().items()}
-    result = shop.tune(tmp_path / "out", watcher=Listening())
+    result, heard = whole
     assert heard[0] == (6, 3, 24)
     assert sum(number for step, number, _ in heard if step == 6) == 6
     assert [step for step, _, _ in heard][-2:] == [12, 24]
 
-    # the base is as it was, and every candidate is a run
-    after = shop.base.model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(bool((after[name] == before[name]).all()) for name in before)
+    # every candidate is a run
     ends = {c.number: c.end for c in result.candidates}
     assert ends[0] == "finished"  # the defaults are trained out
     assert {"left", "finished"} == set(ends.values())
@@ -554,7 +567,12 @@ def test_a_search_from_end_to_end(shop, tmp_path, monkeypatch):
     again = resume_tune(result.out, base=shop.base, data=shop.data)
     assert again.choice == result.choice
     with pytest.raises(InputError, match="lorakit tune --resume"):
-        shop.tune(tmp_path / "out")
+        shop.tune(result.out)
+    # the base is as it was when it was loaded
+    fresh = Shop(shop.folder).base.model.state_dict()
+    now = shop.base.model.state_dict()
+    assert now.keys() == fresh.keys()
+    assert all(bool((now[name] == fresh[name]).all()) for name in fresh)
 
 
 def test_without_matplotlib_there_is_no_picture_and_it_is_said(shop, tmp_path, monkeypatch):
@@ -565,17 +583,12 @@ def test_without_matplotlib_there_is_no_picture_and_it_is_said(shop, tmp_path, m
         raise MissingDependencyError("pip install 'lorakit[tune]'")
 
     monkeypatch.setattr(plot, "require", missing)
-    notes: list[str] = []
-
-    class Listening(Watcher):
-        def on_note(self, text):
-            notes.append(text)
-
+    heard = Heard()
     plan = Plan(quick=True, candidates=2, search={"lr": Range(1e-3, 1e-2)})
     settings = TrainSettings(steps=4, batch_size=2)
-    result = shop.tune(tmp_path / "out", plan=plan, settings=settings, watcher=Listening())
+    result = shop.tune(tmp_path / "out", plan=plan, settings=settings, watcher=heard)
     assert not (result.out / "tune.png").exists()
-    assert any("tune.png is not made: pip install" in note for note in notes)
+    assert any("tune.png is not made: pip install" in note for note in heard.notes)
     assert all(c.end == "finished" for c in result.candidates)  # one rung: nobody leaves
     assert all(c.values.keys() == {"lr"} for c in result.candidates)
 
@@ -600,8 +613,8 @@ def _search(folder: Path, out: Path, marker: Path | None) -> None:
         shop.tune(out, watcher=Waiting())
 
 
-def test_a_killed_search_goes_on_as_if_it_had_not_been(shop, tmp_path):
-    whole = shop.tune(tmp_path / "whole")
+def test_a_killed_search_goes_on_as_if_it_had_not_been(shop, whole, tmp_path):
+    whole, _ = whole
     marker = tmp_path / "marker"
     process = context().Process(target=_search, args=(shop.folder, tmp_path / "killed", marker))
     process.start()
@@ -645,19 +658,14 @@ def test_a_signal_saves_and_the_search_goes_on(shop, tmp_path):
 
 
 def test_little_time_means_fewer_candidates_and_that_is_said(shop, tmp_path):
-    notes: list[str] = []
-
-    class Listening(Watcher):
-        def on_note(self, text):
-            notes.append(text)
-
+    heard = Heard()
     plan = Plan(candidates=6, max_seconds=1e-3, search=PLAN.search)
-    result = shop.tune(tmp_path / "out", plan=plan, watcher=Listening())
+    result = shop.tune(tmp_path / "out", plan=plan, watcher=heard)
     ends = [c.end for c in result.candidates]
     assert ends[0] == "finished"  # at least one is trained out
     assert "finished" not in ends[2:]
     assert any("not begun" in c.reason for c in result.candidates)
-    assert any("go on from step 6, for the time" in note for note in notes)
+    assert any("go on from step 6, for the time" in note for note in heard.notes)
 
 
 def test_what_cannot_be_searched_is_refused_before_anything_is_written(shop, tmp_path):
