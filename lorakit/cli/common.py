@@ -447,7 +447,7 @@ def check_names(adapters: Sequence[AdapterArgument]) -> None:
                 f"as in {flag} mine:{refs[0]}"
             )
     if problems:
-        raise InputError(collected("The names of these adapters clash", problems))
+        raise InputError(collected("These names clash", problems))
 
 
 def adapter_path(ref: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import AdapterArgument, adapter_argument, adapter_path, say
+from lorakit.cli.common import AdapterArgument, adapter_argument, adapter_path, plural, say
 from lorakit.errors import BaseError, InputError, collected
 
 if TYPE_CHECKING:
@@ -189,6 +189,9 @@ def load_full_model(one: FullModel, options: argparse.Namespace, base: Base) -> 
 
     Args:
         base: the base's facts; its model may be gone.
+
+    Raises:
+        InputError: it cannot be loaded, or its weights are not finite.
     """
     from lorakit.bases import load_base
 
@@ -205,9 +208,23 @@ def load_full_model(one: FullModel, options: argparse.Namespace, base: Base) -> 
     say(f"Full model {one.name} ({one.ref}): {dtype} on {loaded.placement.device}")
     for line in loaded.notes:
         say(f"  {line}")
+    _check_finite(one, loaded)
     mine, theirs = loaded.identity, base.identity
     if (mine.architecture, mine.shapes) != (theirs.architecture, theirs.shapes):
         say(f"  note: it is not the base fine-tuned: its shapes are not those of {base.ref}")
     elif mine.samples and mine.samples == theirs.samples:
         say(f"  note: its weights, as far as sampled, are those of {base.ref}: was it trained?")
     return loaded
+
+
+def _check_finite(one: FullModel, loaded: Base) -> None:
+    bad = [
+        name
+        for name, weight in loaded.model.named_parameters()
+        if weight.is_floating_point() and not weight.isfinite().all()
+    ]
+    if bad:
+        raise InputError(
+            f"{one.ref} holds NaN or infinite values in {plural(len(bad), 'weight')}, such as "
+            f"{bad[0]}: its training diverged, or the file is damaged. Give an earlier checkpoint."
+        )

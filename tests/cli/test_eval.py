@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lorakit import LoRASpec, attach, load_adapter, load_base, save_adapter
 from lorakit.cli import evaluate as command
@@ -443,6 +444,7 @@ def test_what_is_odd_about_a_full_model_is_said(run, tmp_path, changes, tokenize
         (["--adapter", "x:base"], "base is a whole model; give it as --full base"),
         (["--adapter", "whole-run"], "whole-run is a whole model; give it as --full whole-run"),
         (["--full", "cut"], "model.safetensors"),
+        (["--full", "nan"], "nan holds NaN or infinite values in 1 weight, such as model.norm"),
         (["--data", "prompts.jsonl"], "lorakit generate --prompts"),
         (["--full", "nowhere/at/all"], "nowhere/at/all"),
         (["--full", "base"], "the name that stands for the bare base"),
@@ -468,6 +470,10 @@ def test_mistakes_with_full_models_and_general_text(world, run, flags, message):
         (world / "run").mkdir()
         shutil.copytree(world / "one", world / "run/adapter")
         as_full_run(world / "whole-run", {})
+        broken = own_model(world / "nan") / "model.safetensors"
+        weights = load_file(broken)
+        weights["model.norm.weight"][3] = math.nan
+        save_file(weights, broken, metadata={"format": "pt"})
         own_model(world / "cut")
         content = (world / "cut/model.safetensors").read_bytes()
         (world / "cut/model.safetensors").write_bytes(content[:-9])
