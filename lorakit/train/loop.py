@@ -108,6 +108,7 @@ class Loop:
         self._stop = stop
         self._wanted = budget
         self._room = math.inf
+        self._base_losses: list[tuple[TokenData, tuple[int, ...], LossResult]] = []
         """Tokens of a shared forward that the memory has room for, once that was felt."""
         self._proven = 0
         """Tokens of the largest forward that went through."""
@@ -526,13 +527,26 @@ class Loop:
         run.hold()
         started = time.perf_counter()
         try:
-            result = self._loss_of(run, job.name)
-            base = result
-            if job.step == 0 and run.continued:
-                base = self._loss_of(run, None)
+            if job.step == 0 and not run.continued:
+                result = base = self._base_loss(run)
+            else:
+                result = base = self._loss_of(run, job.name)
+                if job.step == 0:
+                    base = self._loss_of(run, None)
         except _Failed as failed:
             raise failed.error from None
         run.evaluated(result, base.loss, time.perf_counter() - started)
+
+    def _base_loss(self, run: Run) -> LossResult:
+        """The loss of a run that begins as the base; once for all with one validation part."""
+        assert run.validation is not None
+        data, indices = run.validation
+        for known, rows, result in self._base_losses:
+            if known is data and rows == tuple(indices):
+                return result
+        result = self._loss_of(run, run.job.name)
+        self._base_losses.append((data, tuple(indices), result))
+        return result
 
     def _loss_of(self, run: Run, adapter: str | None) -> LossResult:
         """The validation loss. Each process takes a share of the examples, unless all are
