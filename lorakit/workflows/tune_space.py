@@ -35,8 +35,8 @@ class Choices:
     values: tuple[Any, ...]
 
     def at(self, share: float) -> Any:
-        """The value at a place in [0, 1)."""
-        return self.values[int(share * len(self.values))]
+        """The value at a place in (0, 1); on a border between two, the one that was named first."""
+        return self.values[max(0, math.ceil(share * len(self.values)) - 1)]
 
     def __contains__(self, value: Any) -> bool:
         return value in self.values

@@ -50,25 +50,25 @@ class Study:
             )
 
     def candidates(self) -> list[dict[str, Any]]:
-        """The values of each, in the order of their numbers.
+        """The values of each, in the order of their numbers."""
+        return [json.loads(trial.user_attrs[_VALUES]) for trial in self._trials()]
 
-        A trial whose making was cut off is marked as failed and counts for nothing.
-        """
-        found = []
-        for trial in self._study.get_trials(deepcopy=False):
-            if _VALUES in trial.user_attrs:
-                found.append(json.loads(trial.user_attrs[_VALUES]))
-            elif not trial.state.is_finished():
-                self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
-        return found
+    def _trials(self) -> list[Any]:
+        """Those of this search; a person may have added others with Optuna's tools."""
+        trials = self._study.get_trials(deepcopy=False)
+        return [trial for trial in trials if _VALUES in trial.user_attrs]
 
     def add(self, values: Mapping[str, Any]) -> None:
         """A new candidate."""
         # values outside of the space, as the defaults may be, stand in the attribute alone
         inside = {n: v for n, v in values.items() if v in self._space[n]}
-        self._study.enqueue_trial(inside)
-        trial = self._study.ask({name: self._distributions[name] for name in inside})
-        trial.set_user_attr(_VALUES, json.dumps(dict(values)))
+        trial = self._optuna.create_trial(  # in one write: a kill leaves it whole or absent
+            state=self._optuna.trial.TrialState.RUNNING,
+            params=inside,
+            distributions={name: self._distributions[name] for name in inside},
+            user_attrs={_VALUES: json.dumps(dict(values))},
+        )
+        self._study.add_trial(trial)
 
     def decision(self, place: int) -> list[int] | None:
         """Who goes on from a rung, if that was decided."""
@@ -92,7 +92,7 @@ class Study:
         """Write the losses and ends of those that have ended, once each."""
         states = self._optuna.trial.TrialState
         ends = {"finished": states.COMPLETE, "left": states.PRUNED, "failed": states.FAIL}
-        trials = [t for t in self._study.get_trials(deepcopy=False) if _VALUES in t.user_attrs]
+        trials = self._trials()
         for candidate in candidates:
             frozen = trials[candidate.number]
             if frozen.state.is_finished():
@@ -107,9 +107,10 @@ class Study:
             if candidate.reason:
                 trial.set_user_attr("reason", candidate.reason)
             best = candidate.best()
-            complete = candidate.end == "finished" and best is not None
-            value = best.mean if complete and best is not None else None
-            self._study.tell(trial, value, state=ends[candidate.end])
+            state, value = ends[candidate.end], None
+            if state == states.COMPLETE:
+                state, value = (states.FAIL, None) if best is None else (state, best.mean)
+            self._study.tell(trial, value, state=state)
 
 
 def propose(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lorakit
@@ -134,6 +134,7 @@ def test_values_become_settings_and_back():
     assert values_of(space, spec, settings) == values
 
 
+@settings(max_examples=25)  # each draws some hundred designs
 @given(st.integers(1, 20), st.integers(0, 3))
 def test_an_even_spread(number, seed):
     space = {"lr": Range(1e-4, 1e-2), "rank": Choices((4, 16)), "dropout": Range(0, 0.3, log=False)}
@@ -161,6 +162,12 @@ def test_the_default_space_lies_around_the_usual_rate():
 
 @given(st.integers(1, 5000))
 def test_rungs(steps):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_halving, "LEAST_STEPS", 20)  # as it is outside of these tests
+        check_rungs(steps)
+
+
+def check_rungs(steps: int) -> None:
     found = rungs(steps)
     assert found[-1] == steps
     assert list(found) == sorted(set(found))
@@ -434,6 +441,7 @@ def test_a_study_is_read_back(tmp_path):
     study = Study(tmp_path / "study.db", SPACE)
     study.add({"lr": 1.0, "rank": 3})  # defaults outside of the space
     study.add({"lr": 1e-3, "rank": 16})
+    study._study.ask()  # somebody else's
     study.decide(0, [1, 0])
     study.seconds = 3.5
     again = Study(tmp_path / "study.db", SPACE)
@@ -447,7 +455,7 @@ def test_a_study_is_read_back(tmp_path):
     trials = optuna.load_study(
         study_name="lorakit tune", storage=f"sqlite:///{tmp_path}/study.db"
     ).trials
-    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE"]
+    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE", "RUNNING"]
     assert trials[1].params == {"lr": 1e-3, "rank": 16}
     assert trials[1].intermediate_values == pytest.approx({20: 1.7, 40: 1.5, 80: 1.4})
     (tmp_path / "study.db").write_bytes(b"no database" * 100)
