@@ -283,7 +283,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         type=_rate,
         metavar="X",
         help="highest learning rate; default: by the width of the base and the --init; auto: found "
-        "by training several together first (lorakit tune --quick), about four times the steps",
+        "by training several together first (lorakit tune --quick), in 4 to 5 times the steps",
     )
     group.add_argument(
         "--lora-plus-ratio",
