@@ -9,12 +9,14 @@ import sys
 BENCHMARKS = {
     "start": "what is waited for: imports, the base, attaching, a hundred adapters",
     "train": "training steps, beside a plain PEFT loop",
+    "joint": "many adapters in one step, beside PEFT runs one after the other",
     "bases": "bases stored in 4, 8, 16 and 32 bits: loss, speed, memory, merging",
     "variants": "initialisations, DoRA, LoRA+: loss, time and memory at their default rates",
     "gpu": "training steps on a GPU, beside PEFT and Liger",
     "full_finetune": "a fully fine-tuned checkpoint, in a plain loop",
     "extract": "what adapters extracted from such a checkpoint keep, by rank",
     "estimate": "predicted memory and time beside measured, for drawn settings",
+    "tune": "lorakit tune beside an exhaustive grid of rates and ranks",
     "merge": "merge and undo: cycles, time, latency, logits",
     "merge_streaming": "a large checkpoint merged from file to file: its memory",
 }

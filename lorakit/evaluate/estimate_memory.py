@@ -1,8 +1,8 @@
 """Peak memory of a training step, by component, from shapes alone.
 
 Two moments can be the peak: the start of the backward, when everything is kept that the layers
-need and one layer's intermediates stand beside it; and the optimizer's step, when a copy of what
-it moves is kept in case the result is not finite.
+need and one layer's intermediates stand beside it; and the optimizer's step, when the gradient is
+put together in one piece.
 
 What a layer keeps for its backward, in numbers per token (``infer/fused/layer.py``):
 
@@ -50,9 +50,6 @@ _STATE_BYTES = {
     "paged-adamw8bit": 2 * (1 + 4 / 256),
     "sgd": 0.0,
 }
-#: tests on each weight whether it is finite keep its size, and three truth values, for a moment
-_FINITE_BYTES = 4 + 3
-
 #: positions whose logits exist together on a CPU, as in ``infer.packed``
 _CHUNK_CPU = 64
 _CHUNK_BYTES_ACCELERATOR = 256 << 20
@@ -87,8 +84,6 @@ class Setting:
     quantize: str | None = None
     recompute: Recompute = "none"
     optimizer: str = "adamw"
-    validation: bool = False
-    """Whether the best weights are kept beside the present ones."""
     program: int = 0
     """Bytes of the process before it loads anything: libraries, the data."""
 
@@ -159,13 +154,12 @@ def _fixed(model: ModelShape, adapter: AdapterShape, setting: Setting) -> dict[s
     trained = adapter.num_parameters
     width = setting.itemsize if adapter.full else 4  # an adapter's buffer is float32
     state = _STATE_BYTES[setting.optimizer] * (width / 4)
-    copies = 0 if adapter.full else 1 + int(setting.validation)
     context = CUDA_CONTEXT if setting.device != "cpu" else setting.program
     return {
         "program": context,
         "weights": weight_bytes(model, setting),
         "file": _file_bytes(model, setting),
-        "adapter": trained * 4 * copies,
+        "adapter": 0 if adapter.full else trained * 4,
         "gradients": trained * width,
         "optimizer": int(trained * state),
     }
@@ -283,10 +277,13 @@ def _layer(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Par
 
 
 def _step(adapter: AdapterShape, setting: Setting) -> int:
-    """The copy of weights and states that a step is taken back with."""
+    """The gradient in one piece; with averages of 8 bits, what a step is taken back with."""
     if adapter.full:
         return 0
-    return int(adapter.num_parameters * (4 + _STATE_BYTES[setting.optimizer] + _FINITE_BYTES))
+    each = 4.0
+    if "8bit" in setting.optimizer:
+        each += 4 + _STATE_BYTES[setting.optimizer]
+    return int(adapter.num_parameters * each)
 
 
 def _file_bytes(model: ModelShape, setting: Setting) -> int:

@@ -245,7 +245,8 @@ class PackedModel:
             if _needs_all_tokens(head, routing):
                 logits = finish(self._full_head(part))
                 return consume(logits, part.labels, _identity)
-            return consume(self._hidden(part), part.labels, lambda rows: finish(head(rows)))
+            hidden = self._hidden(part, routing)
+            return consume(hidden, part.labels, lambda rows: finish(head(rows)))
 
     def _scope(self, routing: Routing | None) -> AbstractContextManager[Any]:
         if self.handle is None or routing is None:
@@ -259,9 +260,11 @@ class PackedModel:
             states = self._body(**inputs, **accepted(self._body, use_cache=False))[0]
         return states, rows
 
-    def _hidden(self, part: _Input) -> Tensor:
+    def _hidden(self, part: _Input, routing: Routing | None = None) -> Tensor:
         """Last hidden states at the supervised positions, [S, d]."""
-        if self.fused is not None and self.fused.selects:
+        behind = [m for m in self._body.children() if not isinstance(m, nn.ModuleList)]
+        wanted = any(_needs_all_tokens(one, routing) for m in behind for one in m.modules())
+        if self.fused is not None and self.fused.selects and not wanted:
             inputs, rows = self._arranged(part)
             with self._attention(part), self._layers(rows):
                 selected = self._body(**inputs, **accepted(self._body, use_cache=False))[0]
@@ -555,7 +558,7 @@ def _identity(logits: Tensor) -> Tensor:
 
 
 def _needs_all_tokens(head: Any, routing: Routing | None) -> bool:
-    """Whether an adapted head cannot run on a part of the tokens.
+    """Whether an adapted head, or a norm before it, cannot run on a part of the tokens.
 
     It tells tokens apart by their place in the forward where they use different adapters, and
     where its dropout is keyed by the token.

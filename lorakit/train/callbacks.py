@@ -125,7 +125,8 @@ class RunResult:
     out: Path
     """The run folder."""
     adapter: Path | None
-    """The folder of the kept adapter; ``None`` if the run ended before there was one."""
+    """The folder of the kept adapter; ``None`` if the run ended before there was one, or trained
+    all weights."""
     steps: int
     """Optimizer steps made, those before a resume included."""
     ending: Ending = "finished"
@@ -141,6 +142,8 @@ class RunResult:
     """The step after which it was measured."""
     seconds: float = 0.0
     """Wall time of the run, those before a resume included."""
+    model: Path | None = None
+    """The folder of the kept model, where all weights were trained."""
 
 
 def _to_row(kind: str, event: StepMetrics | EvalMetrics) -> dict[str, Any]:

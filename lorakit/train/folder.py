@@ -8,6 +8,7 @@
     metrics.jsonl   rows of kind step, eval, note
     checkpoints/    the last two
     adapter/        the best so far, a PEFT folder
+    model/          instead of it, where all weights are trained: a folder of transformers
     samples.jsonl, report.html, result.json     written at the end
 """
 
@@ -41,6 +42,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
+        self.model = path / "model"
         self.samples = path / "samples.jsonl"
         self.result = path / "result.json"
 
@@ -199,6 +201,13 @@ class RunFolder:
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
         write_atomic(self.samples, "".join(lines).encode())
 
+    def read_samples(self) -> list[dict[str, Any]]:
+        """What ``samples.jsonl`` holds; nothing if it is not there."""
+        if not self.samples.is_file():
+            return []
+        lines = self.samples.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json``, which marks the run as ended."""
         write_atomic(self.result, (json.dumps(result, indent=2) + "\n").encode())
@@ -260,7 +269,7 @@ _SECTIONS: dict[str, tuple[type, ...]] = {
     "base": (dict,),
     "data": (dict, type(None)),
     "validation": (dict, type(None)),
-    "lora": (dict,),
+    "lora": (dict, type(None)),
     "train": (dict,),
     "content": (dict,),
 }

@@ -1,4 +1,4 @@
-"""``Host``: the model that runs share, and the adapters that are on it at the moment."""
+"""``Host``: the model that runs share, and what is trained on it at the moment."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from lorakit.errors import SpecError
 from lorakit.infer import PackedModel
 from lorakit.layers import Handle, attach
 from lorakit.layers.initial import Initial
+from lorakit.train.full import Full, TrainedBase
 from lorakit.train.randomness import Generators, random_tensors, set_random_tensors
 from lorakit.train.recompute import own_checkpointing_kept, recomputing
 from lorakit.train.settings import Recompute
+from lorakit.train.trained import Trained, TrainedAdapter
 
 
 class Host:
-    """One frozen model; made by :func:`hosting`."""
+    """One model; made by :func:`hosting`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -31,9 +33,8 @@ class Host:
         self._recompute: Recompute = "none"
 
     @property
-    def handle(self) -> Handle:
-        """Of the adapters that are on the model."""
-        assert self._handle is not None, "nobody has attached anything yet"
+    def handle(self) -> Handle | None:
+        """Of the adapters that are on the model; ``None`` while there was none."""
         return self._handle
 
     @property
@@ -42,17 +43,19 @@ class Host:
         fused = None if self._packed is None else self._packed.fused
         return None if fused is None else fused.summary()
 
-    def attach(self, what: LoRASpec | Adapter | Initial, name: str, seed: int) -> str:
-        """Put an adapter on the model, trainable.
+    def put(self, what: LoRASpec | Adapter | Initial | Full, name: str, seed: int) -> Trained:
+        """Put an adapter on the model, trainable; or make the model's own weights so.
 
-        Its base is not compared: that was done with the base as it was loaded.
+        An adapter's base is not compared: that was done with the base as it was loaded.
 
-        Returns:
-            Its name on the handle: ``name``, or that with a number where it is taken.
+        Args:
+            name: of an adapter on the handle; it gets a number where it is taken.
 
         Raises:
             TargetError: targets that do not fit the model.
         """
+        if isinstance(what, Full):
+            return TrainedBase(self.model)
         number, wanted = 1, name
         while name in self._names:
             number += 1
@@ -65,12 +68,14 @@ class Host:
         else:
             self._handle.add(what, name, trainable=True, seed=seed, allow_other_base=True)
         self._names.add(name)
-        return name
+        return TrainedAdapter(name, self._handle)
 
-    def remove(self, name: str) -> None:
-        """Take an adapter off."""
-        self.handle.remove(name)
-        self._names.discard(name)
+    def remove(self, trained: Trained) -> None:
+        """Take an adapter off; the model's own weights stay as they are."""
+        trained.remove()
+        if trained.name is not None and self._handle is not None:
+            self._handle.remove(trained.name)
+            self._names.discard(trained.name)
 
     def packed(
         self, recompute: Recompute, share: Callable[[], list[str]]
@@ -88,7 +93,7 @@ class Host:
         """
         if self._packed is None:
             shared = share()
-            packed, notes = recomputing(self.model, self.handle, recompute)
+            packed, notes = recomputing(self.model, self._handle, recompute)
             self._packed, self._notes = packed, [*shared, *notes]
             self._recompute = recompute
         elif recompute != self._recompute:

@@ -1,4 +1,4 @@
-"""One adapter being trained: everything that belongs to it and to nothing else.
+"""One adapter being trained, or a whole base: all that belongs to it and to nothing else.
 
 A job knows which examples come next, how its gradient becomes a step, and what it has reached. It
 does not know the model: whoever runs it does the forward and the backward, perhaps for several
@@ -23,11 +23,14 @@ from lorakit.bases.quiet import quiet_transformers
 from lorakit.core.adapter import Adapter
 from lorakit.data import Batch, Example, TokenData, indices_at
 from lorakit.errors import InputError
-from lorakit.layers import Handle, Routing, token_keys
+from lorakit.layers import Routing, token_keys
 from lorakit.optional import require
 from lorakit.train.distributed import World
-from lorakit.train.rates import rate_factors
 from lorakit.train.settings import EIGHT_BIT, TrainSettings, rate_at
+from lorakit.train.trained import Lend, Trained
+
+#: numbers of four bytes that an optimizer keeps of each parameter
+_KEPT = {"adamw": 2.0, "adamw8bit": 0.51, "paged-adamw8bit": 0.51, "sgd": 0.0}
 
 #: of the coming steps, how many are searched for the largest forward
 _STEPS_LOOKED_AT = 5000
@@ -59,35 +62,31 @@ class Best:
 
 
 class Job:
-    """One adapter's training, from step to step.
+    """One training, from step to step.
 
     Args:
-        name: the adapter's name on the handle.
-        handle: of the model; the adapter is trainable.
+        trained: the weights that move, with their gradient.
         data: where the examples are.
         indices: which of them are trained on.
         settings: resolved.
-        dropout: of the adapter; above zero, its forwards need keys.
         world: the processes that share each batch.
     """
 
     def __init__(
         self,
-        name: str,
-        handle: Handle,
+        trained: Trained,
         data: TokenData,
         indices: Sequence[int] | np.ndarray,
         settings: TrainSettings,
         *,
-        dropout: float = 0.0,
         world: World | None = None,
     ) -> None:
-        self.name = name
+        self.trained = trained
         self.settings = settings
         self.step = 0
         """Optimizer steps made."""
         self.weights_step = 0
-        """The step whose weights the adapter has: the last, or the best's once restored."""
+        """The step whose weights these are: the last, or the best's once restored."""
         self.best: Best | None = None
         self.start_loss: float | None = None
         """Validation loss before the first step."""
@@ -101,18 +100,14 @@ class Job:
         """The step after which the last evaluation was."""
         self.most_tokens = settings.micro_batch_tokens
         """Tokens of one forward at most; lowered where the memory has no room for more."""
-        self._handle = handle
-        self._dropout = dropout
         self._world = world or World()
         self._data = data
         self._indices = np.asarray(indices, dtype=np.int64)
-        stretches = handle.arrange(name, rate_factors(handle.snapshot(name), settings))
-        self._flat = handle.flat(name)
-        self._parameters = handle.parameters(name)
+        stretches = trained.arrange(settings)
+        self._flat = trained.flat
         self._gradient: Tensor | None = None
         self._optimizer = _make_optimizer(self._flat, settings, stretches)
         self._stretches = list(stretches.values())
-        self._flat.grad = None
         self.clear_gradient()
 
     # --- what comes next -------------------------------------------------------------------
@@ -126,6 +121,14 @@ class Job:
     def num_parameters(self) -> int:
         """Trained parameters."""
         return self._flat.numel()
+
+    @property
+    def bytes_to_come(self) -> int:
+        """What the optimizer will keep from its first step on, and does not yet."""
+        if self._optimizer.state:
+            return 0
+        each = _KEPT[self.settings.optimizer] * self._flat.element_size()
+        return int(self.num_parameters * each)
 
     @property
     def stopped_early(self) -> bool:
@@ -206,8 +209,8 @@ class Job:
             yield part
 
     def routing(self, batch: Batch) -> Routing:
-        """This adapter for the whole batch, with keys for its dropout."""
-        routing = Routing.uniform(self.name)
+        """These weights for the whole batch, with keys for their dropout."""
+        routing = Routing.uniform(self.trained.name)
         keys = self.dropout_keys(batch.example_ids, batch.lengths)
         return routing if keys is None else routing.with_dropout_keys(keys[None])
 
@@ -217,7 +220,7 @@ class Job:
         Args:
             ids: int64 [B], the examples' places in the data.
         """
-        if not self._dropout:
+        if not self.trained.dropout:
             return None
         example = torch.repeat_interleave(ids.cpu(), torch.tensor(lengths))
         position = torch.cat([torch.arange(length) for length in lengths])
@@ -228,37 +231,19 @@ class Job:
     def clear_gradient(self) -> None:
         """Forget what was accumulated."""
         self._gradient = None
-        for parameter in self._parameters:
-            parameter.grad = None
+        self.trained.clear()
         for group in self._optimizer.param_groups:
             group["params"][0].grad = None
 
-    def collect_gradient(self, buffer: Tensor | None = None) -> Tensor:
+    def collect_gradient(self, lend: Lend | None = None) -> Tensor:
         """What was accumulated, [P], laid out as the weights.
 
-        Between two steps an adapter has no gradient. A backward leaves one tensor at each of its
-        parameters, made when the activations behind it are let go, so that together they need
-        little memory of their own; here they become one, for the moment of the step.
-
         Args:
-            buffer: [P or more], to be written to; a new one is made where it does not fit.
+            lend: gives memory for it, where it is not in one piece.
         """
         if self._gradient is not None:
             return self._gradient
-        flat = self._flat.detach()
-        fits = buffer is not None and buffer.dtype == flat.dtype and buffer.device == flat.device
-        if buffer is None or not fits or len(buffer) < len(flat):
-            buffer = torch.empty_like(flat)
-        gradient = buffer[: len(flat)]
-        offset = 0
-        for parameter in self._parameters:
-            mine = gradient[offset : offset + parameter.numel()]
-            if parameter.grad is None:
-                mine.zero_()
-            else:
-                mine.copy_(parameter.grad.reshape(-1))
-                parameter.grad = None
-            offset += parameter.numel()
+        gradient = self.trained.gradient(lend)
         for group, (begin, end) in zip(self._optimizer.param_groups, self._stretches, strict=True):
             group["params"][0].grad = gradient[begin:end]
         self._gradient = gradient
@@ -294,6 +279,10 @@ class Job:
             norm = min(norm, self.settings.clip)
         before: dict[str, Tensor] | None = None
         if not self._stays_finite(rate, norm):
+            if not self.trained.is_small:  # no second copy, even to go back to
+                raise FloatingPointError(
+                    f"after a step of learning rate {rate:g} weights might not be finite"
+                )
             before = {name: tensor.clone() for name, tensor in self._moving().items()}
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["factor"]
@@ -303,6 +292,7 @@ class Job:
         if before is not None and not (possible and self._is_finite()):
             self._go_back(before)
             raise FloatingPointError(f"a step of learning rate {rate:g} makes weights not finite")
+        self.trained.moved()
         self.clear_gradient()
         self.step += 1
         self.weights_step = self.step
@@ -322,10 +312,11 @@ class Job:
 
         sgd moves a weight by at most rate · norm. AdamW's ratio of averages is at most
         1 / √((1 − β₂)(1 − β₁²/β₂)), by Cauchy-Schwarz over the gradients that both are made of.
-        Averages of 8 bits are rounded, so nothing is known of theirs.
+        Of averages of 8 bits less is known: the first is at most the longest clipped gradient, as
+        rounding stays below the largest of its block, and the denominator at least ε.
         """
         settings = self.settings
-        if settings.optimizer in EIGHT_BIT:
+        if settings.optimizer in EIGHT_BIT and not settings.clip:
             return False
         largest = _largest(self._flat)
         rate = rate * max(group["factor"] for group in self._optimizer.param_groups)
@@ -333,9 +324,12 @@ class Job:
         if settings.optimizer == "sgd":
             return rate < limit and largest + rate * norm < limit
         beta1, beta2 = settings.betas
-        if not beta1**2 < beta2:
+        if settings.optimizer in EIGHT_BIT:
+            ratio = settings.clip / (settings.eps * (1 - beta1))
+        elif beta1**2 < beta2:
+            ratio = 1 / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+        else:
             return False
-        ratio = 1 / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
         moved = largest * (1 + rate * settings.weight_decay) + rate * ratio
         return rate < limit and moved < limit and norm < math.sqrt(limit)
 
@@ -374,19 +368,34 @@ class Job:
 
     # --- values ----------------------------------------------------------------------------
 
-    def snapshot(self) -> Adapter:
-        """The adapter as it is now."""
-        return self._handle.snapshot(self.name)
+    def snapshot(self) -> Adapter | None:
+        """The adapter as it is now; ``None`` if it is no adapter that is trained."""
+        return self.trained.snapshot()
 
     @property
     def flat(self) -> Tensor:
         """The weights, [P]; the buffer itself."""
         return self._flat.detach()
 
+    def share(self) -> None:
+        """Let every process have the first one's weights."""
+        self._world.copy_(self.flat)
+        self.trained.moved()
+
     @torch.no_grad()
-    def restore(self, flat: Tensor, step: int) -> None:
-        """Go back to the weights of an earlier step."""
-        self._flat.copy_(flat)
+    def restore(self, flat: Tensor | None, step: int) -> None:
+        """Go back to the weights of an earlier step, and make no further one.
+
+        Args:
+            flat: [P]; ``None``: another process has them, and shares them.
+        """
+        self._gradient = None
+        self._optimizer.state.clear()  # for there is more memory without the averages
+        self.clear_gradient()
+        self.trained.release()
+        if flat is not None:
+            self._flat.copy_(flat)
+        self.share()
         self.weights_step = step
 
     def tensors(self) -> dict[str, Tensor]:
@@ -426,7 +435,7 @@ class Job:
         """
         if tensors["flat"].shape != self._flat.shape:
             raise InputError(
-                f"the checkpoint's adapter has {tensors['flat'].numel()} parameters and this one "
+                f"the checkpoint has {tensors['flat'].numel()} trained parameters and this run "
                 f"{self._flat.numel()}, so the run cannot go on. Put its run.yaml and start/ back "
                 "as they were; or start a new run."
             )
@@ -445,6 +454,7 @@ class Job:
         """To what :meth:`_moving` gave."""
         self.clear_gradient()
         self._flat.copy_(tensors["flat"])
+        self.trained.moved()
         inner: dict[int, dict[str, Any]] = {}
         for full, tensor in tensors.items():
             if full.startswith("optimizer."):

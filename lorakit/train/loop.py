@@ -58,6 +58,9 @@ from lorakit.train.room import (
 )
 from lorakit.train.run import Run
 
+#: tokens from which a measured forward tells more of its tokens than of what any forward needs
+_TELLING_TOKENS = 64
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -163,9 +166,6 @@ class Loop:
         self._apart.pop(run, None)
         self._plain.discard(run)
         run.job.clear_gradient()
-        sizes = [one.job.num_parameters for one in self._apart]
-        if self._buffer is not None and len(self._buffer) > max(sizes, default=0):
-            self._buffer = None
 
     # --- a round ---------------------------------------------------------------------------
 
@@ -193,12 +193,13 @@ class Loop:
             except Exception as error:
                 run.job.clear_gradient()
                 failed[run] = error
+        self._buffer = None  # the next forward can use its memory
         return failed
 
     def _finish_step(self, run: Run, window: Window, share: float, started: float) -> None:
         job = run.job
         loss = float(self._world.sum_(torch.tensor(share, dtype=torch.float64)))
-        self._world.sum_(job.collect_gradient(self._borrowed(job)))
+        self._world.sum_(job.collect_gradient(partial(self._borrowed, job)))
         norm = job.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise run.not_finite(window, loss, norm, partial(self._problem_of, run))
@@ -326,7 +327,7 @@ class Loop:
         """
         try:
             return self._with_room(shares)
-        except (_Failed, PeerLost, Stopped):
+        except (_Failed, PeerLost):
             raise
         except Exception as error:
             if len(shares) == 1:
@@ -417,7 +418,7 @@ class Loop:
         if len(shares) == 1:
             return shares[0].run.job.routing(batch)
         routing = Routing.tokens(
-            [(share.run.job.name, num_tokens(share.examples)) for share in shares]
+            [(share.run.job.trained.name, num_tokens(share.examples)) for share in shares]
         )
         keys, start = [], 0
         for share in shares:
@@ -459,6 +460,7 @@ class Loop:
     def _try_largest(self, run: Run) -> None:
         """Find out now whether the largest forward fits; nothing is changed by it."""
         adapted = [path for one in self._apart for path in one.adapted]
+        shares: list[Share] = []
         with training_mode(self._model, adapted), seeded(run.job.settings.seed):
             try:
                 while _tokens(shares := self._largest(run)) > self._proven:
@@ -467,6 +469,12 @@ class Loop:
                         break
                     if self._with_room(shares) is not None:
                         break
+            except _Failed:
+                raise
+            except Exception:
+                if len(shares) <= 1:
+                    raise
+                logger.debug("a shared forward failed", exc_info=True)  # its round will tell why
             finally:
                 for one in self._apart:
                     one.job.clear_gradient()
@@ -484,7 +492,7 @@ class Loop:
         tokens = _tokens(shares)
         small = _shortened(shares, 1 / 8)
         needed = self._measured(small)
-        if needed is not None:
+        if needed is not None and _tokens(small) >= _TELLING_TOKENS:
             self.bytes_per_token = max(self.bytes_per_token, needed / _tokens(small))
         if free is None or needed is None or needed * tokens <= MARGIN * free * _tokens(small):
             return
@@ -530,7 +538,7 @@ class Loop:
             if job.step == 0 and not run.continued:
                 result = base = self._base_loss(run)
             else:
-                result = base = self._loss_of(run, job.name)
+                result = base = self._loss_of(run, job.trained.name)
                 if job.step == 0:
                     base = self._loss_of(run, None)
         except _Failed as failed:
@@ -544,7 +552,7 @@ class Loop:
         for known, rows, result in self._base_losses:
             if known is data and rows == tuple(indices):
                 return result
-        result = self._loss_of(run, run.job.name)
+        result = self._loss_of(run, run.job.trained.name)
         self._base_losses.append((data, tuple(indices), result))
         return result
 
@@ -703,7 +711,7 @@ def check_first_forward(packed: PackedModel, job: Job) -> None:
     example = job.window().examples[0]
     try:
         with training_mode(packed.model, []), torch.no_grad():
-            packed.supervised_loss(pack([example]), Routing.uniform(job.name))
+            packed.supervised_loss(pack([example]), Routing.uniform(job.trained.name))
     except (RuntimeError, MemoryError) as error:
         if not is_memory_error(error):
             raise

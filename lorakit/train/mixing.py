@@ -27,6 +27,8 @@ from lorakit.train.job import Job
 def why_not_mixed(packed: PackedModel, job: Job) -> str | None:
     """Why a job's rows may not share a forward with another's; ``None`` if they may."""
     adapter = job.snapshot()
+    if adapter is None:
+        return "it trains the base itself"
     routed = [path for path in adapter.sites if "experts" in path.split(".")]
     if routed:
         return f"{routed[0]} is an expert, which sees the tokens that a router sends it"
@@ -50,9 +52,10 @@ def needs_plain_layers(job: Job) -> bool:
     A forward's layers run fused for all of its runs or for none, so those that cannot share
     forwards of their own, and slow nobody else down.
     """
-    return any(
+    adapter = job.snapshot()
+    return adapter is not None and any(
         "layers" in path.split(".") and not (isinstance(site, LowRank) and site.magnitude is None)
-        for path, site in job.snapshot().sites.items()
+        for path, site in adapter.sites.items()
     )
 
 

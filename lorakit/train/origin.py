@@ -153,7 +153,7 @@ def decisive(sections: Mapping[str, Any]) -> dict[str, Any]:
     return {
         f"{section}.{name}": value
         for section in ("lora", "train")
-        for name, value in sections[section].items()
+        for name, value in (sections[section] or {}).items()
         if name not in _FREE
     }
 

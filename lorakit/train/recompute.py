@@ -15,7 +15,7 @@ from lorakit.train.settings import Recompute
 
 
 def recomputing(
-    model: nn.Module, handle: Handle, recompute: Recompute
+    model: nn.Module, handle: Handle | None, recompute: Recompute
 ) -> tuple[PackedModel, list[str]]:
     """The model for training, and what was decided against what was asked.
 

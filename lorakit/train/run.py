@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.core.sites import LowRank
 from lorakit.data import TokenData
 from lorakit.errors import TrainingError, collected
 from lorakit.evaluate import LossResult
@@ -81,8 +80,8 @@ class Run:
         self.validation = validation
         self.events = events
         self.folder = folder
-        self.adapted = tuple(p for p, s in job.snapshot().sites.items() if isinstance(s, LowRank))
-        """Paths of the modules that the job adapts."""
+        self.adapted = job.trained.adapted
+        """Paths of the modules that are in training mode in its forwards."""
         self._world = world
         self._metrics = metrics
         self._keep = keep
@@ -146,7 +145,7 @@ class Run:
         tensors = {f"job.{name}": tensor for name, tensor in self.job.tensors().items()}
         checkpoint = Checkpoint(self.job.step, {**tensors, **random_tensors()}, state)
         folder = self.folder.checkpoints
-        path = write_checkpoint(folder, checkpoint, keep=self.job.settings.keep_checkpoints)
+        path = write_checkpoint(folder, checkpoint, keep=self.job.settings.keep_checkpoints or 1)
         forget_bests(folder, None if self.job.best is None else self.job.best.step)
         self._saved_step = self.job.step
         self._saved_at = time.perf_counter()
@@ -279,6 +278,7 @@ class Run:
         if metrics.best:
             if self._metrics is not None:
                 write_best(self.folder.checkpoints, job.step, job.flat)
+                forget_bests(self.folder.checkpoints, job.step)
             if job.step:  # the first one changes nothing yet
                 self._keep(job)
         self.events.on_eval(metrics)
@@ -303,6 +303,4 @@ class Run:
         if job.best is None:
             return
         step = job.best.step
-        flat = read_best(self.folder.checkpoints, step) if self._world.first else job.flat
-        job.restore(flat, step)
-        self._world.copy_(job.flat)
+        job.restore(read_best(self.folder.checkpoints, step) if self._world.first else None, step)

@@ -1,4 +1,4 @@
-"""Answers of base and adapter to the same few validation items, for the report."""
+"""Answers to a few validation items, for the report: the base's, and those of what was trained."""
 
 from __future__ import annotations
 
@@ -11,42 +11,49 @@ from lorakit.infer import generate
 from lorakit.layers import Handle
 
 
-def answer_samples(
+def samples_of(
+    base: Base, data: TokenData, indices: Sequence[int], *, count: int
+) -> list[dict[str, Any]]:
+    """The first ``count`` different prompts, without answers.
+
+    Args:
+        data, indices: the validation part.
+
+    Returns:
+        ``{"prompt", "reference"}`` each, ``reference`` a list of texts; empty where there is no
+        tokenizer, or the examples have no prompt.
+    """
+    if base.tokenizer is None or data.report.kind == "text":
+        return []
+    return [
+        {"prompt": item.prompt, "reference": item.references}
+        for item in items(data, indices)[:count]
+    ]
+
+
+def answers_of(
     base: Base,
-    handle: Handle,
-    name: str,
+    handle: Handle | None,
+    name: str | None,
     data: TokenData,
     indices: Sequence[int],
     *,
     count: int,
     max_new_tokens: int,
-) -> list[dict[str, Any]]:
+) -> list[str]:
     """Greedy answers to the first ``count`` different prompts.
 
     Args:
-        name: the adapter's name on the handle.
-        data, indices: the validation part.
-
-    Returns:
-        ``{"prompt", "reference", "base", "adapter"}`` each, ``reference`` a list of texts; empty
-        where there is no tokenizer, or the examples have no prompt.
+        name: an adapter on the handle; ``None`` is the bare model.
     """
-    if base.tokenizer is None or data.report.kind == "text":
+    if not count:
         return []
-    asked = items(data, indices)[:count]
-    answers = {
-        adapter: generate(
-            base,
-            handle,
-            [item.prompt_ids.tolist() for item in asked],
-            adapter=adapter,
-            max_new_tokens=max_new_tokens,
-            temperature=0,
-            stop_ids=data.stop_ids or None,
-        )
-        for adapter in (None, name)
-    }
-    return [
-        {"prompt": item.prompt, "reference": item.references, "base": plain, "adapter": adapted}
-        for item, plain, adapted in zip(asked, answers[None], answers[name], strict=True)
-    ]
+    return generate(
+        base,
+        handle,
+        [item.prompt_ids.tolist() for item in items(data, indices)[:count]],
+        adapter=name,
+        max_new_tokens=max_new_tokens,
+        temperature=0,
+        stop_ids=data.stop_ids or None,
+    )

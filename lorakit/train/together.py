@@ -40,6 +40,11 @@ logger = logging.getLogger(__name__)
 #: bytes of each trained parameter: itself, its gradient, and what the optimizer keeps
 _BYTES = {"adamw": 16, "adamw8bit": 10, "paged-adamw8bit": 10, "sgd": 8}
 
+_NOBODY = (
+    "no run is under way and there is none to begin, yet the trainers have not ended: they gave "
+    "None, which means to ask again after others' next step"
+)
+
 Outcome = RunResult | Exception
 
 
@@ -112,8 +117,10 @@ class _Session:
         """Until nobody runs and nobody waits, or somebody asked to stop."""
         with contextlib.ExitStack() as closing:
             first = self._draw()
-            if first is None:
+            if first is None and self._exhausted:
                 return
+            if first is None:
+                raise InputError(_NOBODY)
             host = closing.enter_context(hosting(first.base.model))
             try:
                 try:
@@ -134,10 +141,7 @@ class _Session:
                 if stop.received is not None or (self._exhausted and self._next is None):
                     return
                 if not self._places and self._next is None:
-                    raise InputError(
-                        "no run is under way and there is none to begin, yet the trainers have not "
-                        "ended: they gave None, which means to ask again after others' next step"
-                    )
+                    raise InputError(_NOBODY)
                 continue
             for place in list(self._places):
                 if place.run.evaluation_due:
@@ -237,6 +241,12 @@ class _Session:
             raise InputError(
                 f"{trainer.out} has another base object than the first run; runs that are trained "
                 "together share one. Load the base once and give it to all"
+            )
+        if trainer is not first and (trainer.is_full or first.is_full):
+            which = trainer if trainer.is_full else first
+            raise SpecError(
+                f"{which.out} trains all weights of the base that the others share and need as it "
+                "was. Train it alone, on a base of its own"
             )
         if self._places and (trainer.world.size > 1 or first.world.size > 1):
             raise SpecError(

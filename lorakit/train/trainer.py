@@ -34,6 +34,7 @@ from lorakit.train.callbacks import Callback, CallbackList, Ending, RunInfo, Run
 from lorakit.train.checkpoint import Checkpoint, latest_checkpoint
 from lorakit.train.distributed import PeerLost, World, current_world, shard_
 from lorakit.train.folder import MetricsFile, RunFolder
+from lorakit.train.full import Full, check_full, full_notes, reidentify, save_model
 from lorakit.train.host import Host
 from lorakit.train.job import Job
 from lorakit.train.loop import check_first_forward
@@ -51,8 +52,9 @@ from lorakit.train.randomness import seed_all
 from lorakit.train.record import environment
 from lorakit.train.report import write_report
 from lorakit.train.run import Run
-from lorakit.train.samples import answer_samples
+from lorakit.train.samples import answers_of, samples_of
 from lorakit.train.settings import LEAST_TO_HOLD_OUT, Facts, TrainSettings
+from lorakit.train.trained import TrainedAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +69,15 @@ Calibrate = Callable[[LoRASpec, Sequence[Example]], Initial]
 
 
 class Trainer:
-    """Trains one adapter on one base.
+    """Trains one adapter on one base; or the base itself, with :class:`~lorakit.train.full.Full`.
 
     Everything is checked and chosen when it is made; nothing is written before :meth:`run`.
 
     Args:
-        base: the loaded base. It is frozen, and is after the run as it was before.
+        base: the loaded base. It is frozen, and is after the run as it was before; with ``Full()``
+            it is what is trained, and stays so.
         what: settings of a new adapter, the values that it begins with, or an adapter to go on
-            with (a fresh optimizer).
+            with (a fresh optimizer); ``Full()`` trains all weights of the base.
         data: what to train on.
         settings: how; the defaults where nothing is given.
         out: the run folder, which must not exist yet.
@@ -95,13 +98,13 @@ class Trainer:
     Raises:
         SpecError: settings that are impossible or cannot act.
         DataError: there is nothing to train on.
-        BaseError: ``what`` belongs to another base.
+        BaseError: ``what`` belongs to another base, or its weights cannot be trained.
     """
 
     def __init__(
         self,
         base: Base,
-        what: LoRASpec | Adapter | Initial,
+        what: LoRASpec | Adapter | Initial | Full,
         data: TokenData,
         settings: TrainSettings | None = None,
         out: str | os.PathLike[str] = "run",
@@ -132,11 +135,15 @@ class Trainer:
         """Why the run is to end after this step, if it is."""
         self.until: int | None = None
         """Of a run that goes on: the last step whose checkpoint is looked at."""
+        self._kept: int | None = None
+        """The step whose weights were saved last."""
         self._content = content_hashes(base, data, validation)
         self.notes: list[str] = []
         """Choices that were made, each with its reason."""
         if isinstance(what, Adapter):
             self.notes += check_base(what, base.identity, allow_other=allow_other_base)
+        if isinstance(what, Full):
+            self._check_full()
         self._choose(settings or TrainSettings())
         if not self._folder.settings.exists():  # a run that goes on was checked when it began
             self._check_init(settings or TrainSettings())
@@ -155,10 +162,23 @@ class Trainer:
 
     @property
     def _init(self) -> str:
-        """How the adapter begins; ``"kaiming"`` where it was there before."""
-        if isinstance(self._what, Adapter):
+        """How the adapter begins; ``"kaiming"`` where it was there before, or there is none."""
+        if isinstance(self._what, Adapter | Full):
             return "kaiming"
         return (self._what.adapter.spec if isinstance(self._what, Initial) else self._what).init
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it trains the base itself."""
+        return isinstance(self._what, Full)
+
+    def _check_full(self) -> None:
+        if self._world.sharded:
+            raise SpecError(
+                "--shard spreads a frozen base over processes, and --full trains it. Leave one of "
+                "them out: without --shard each process holds all weights and shares each batch"
+            )
+        check_full(self._base)
 
     def _check_init(self, settings: TrainSettings) -> None:
         """Refuse settings that the initialisation does not use, and one that lacks its means."""
@@ -178,7 +198,7 @@ class Trainer:
         if problems:
             raise SpecError(collected("This run cannot begin so", problems))
 
-    def _begin(self) -> LoRASpec | Adapter | Initial:
+    def _begin(self) -> LoRASpec | Adapter | Initial | Full:
         """What is attached: the values of the beginning, where more than a seed makes them."""
         if isinstance(self._what, Initial):
             made = self._what
@@ -211,6 +231,7 @@ class Trainer:
             hidden_size=getattr(config, "hidden_size", None),
             device=self._base.placement.device.type,
             init=self._init,
+            full=self.is_full,
         )
         if self._validation_data is None:
             fraction = settings.held_out(len(self._data))
@@ -225,6 +246,8 @@ class Trainer:
                 "fewer, or raise --batch-size"
             )
         self.notes += notes
+        if self.is_full:
+            self.notes += full_notes(self._base, self.out, self._settings)
         self._training = training
         evaluated = _pick(held, self._settings.eval_rows, settings.seed)
         source = self._data if self._validation_data is None else self._validation_data
@@ -314,6 +337,8 @@ class Trainer:
 
     def num_parameters(self) -> int:
         """About how many parameters it trains."""
+        if isinstance(self._what, Full):
+            return sum(parameter.numel() for parameter in self._base.model.parameters())
         if not isinstance(self._what, LoRASpec):
             adapter = self._what.adapter if isinstance(self._what, Initial) else self._what
             sites = adapter.sites.values()
@@ -332,7 +357,7 @@ class Trainer:
         return sum(math.prod(shape) for shape in shapes)
 
     def enter(self, host: Host, closing: contextlib.ExitStack) -> Run:
-        """Put the adapter on the model, and make or open the run folder.
+        """Put what is trained on the model, and make or open the run folder.
 
         Args:
             host: the model, and who else is on it.
@@ -342,6 +367,7 @@ class Trainer:
             LorakitError: as :meth:`run`.
         """
         self.leaving = None
+        self._check_unchanged()
         events = closing.enter_context(CallbackList(self._callbacks))
         closing.callback(host.generators.forget, self)
         host.generators.hold(self)
@@ -350,28 +376,21 @@ class Trainer:
             # nobody may keep what the handle would otherwise switch on again at the end
             self._base.model.requires_grad_(False)
         self._beginning = self._begin()
-        name = host.attach(self._beginning, NAME, self._settings.seed)
-        closing.callback(host.remove, name)
-        handle = host.handle
-        spec = handle.snapshot(name).spec
-        job = Job(
-            name,
-            handle,
-            self._data,
-            self._training,
-            self._settings,
-            dropout=spec.dropout,
-            world=self._world,
-        )
-        self._world.copy_(job.flat)  # a decomposition may differ by rounding
+        trained = host.put(self._beginning, NAME, self._settings.seed)
+        closing.callback(host.remove, trained)
+        job = Job(trained, self._data, self._training, self._settings, world=self._world)
+        closing.callback(self._leave_base, job)
+        job.share()  # a decomposition may differ by rounding
         packed, notes = host.packed(self._settings.recompute, self._share_base)
         self._check_forwards(packed.mode)
         check_first_forward(packed, job)
         if not self._resuming:
             self.notes += notes
-            self._world.share(lambda: self._create(spec))
+            self._world.share(lambda: self._create(job))
             self._check_seen()
         closing.enter_context(self._owned())
+        if self.is_full:
+            self._sample_base()
         checkpoint, damaged = self._world.share(
             lambda: latest_checkpoint(self._folder.checkpoints, until=self.until)
         )
@@ -398,6 +417,20 @@ class Trainer:
         for text in [*told, *damaged]:
             events.on_note(text)
         return run
+
+    def _check_unchanged(self) -> None:
+        """Refuse a base that was trained, or merged into, since the trainer was made."""
+        now = content_hashes(self._base, self._data, None)["base"]
+        if now != self._content["base"]:
+            raise BaseError(
+                f"the weights of {self._base.ref} changed in memory since this run was set up "
+                "(all of them were trained). Load the base again for another run"
+            )
+
+    def _leave_base(self, job: Job) -> None:
+        """Say of a base whose weights have changed what it is now."""
+        if self.is_full and job.weights_step:
+            reidentify(self._base)
 
     # --- several processes -----------------------------------------------------------------
 
@@ -495,13 +528,14 @@ class Trainer:
         if job.best is not None and job.best.step == 0 and job.start_loss is not None:
             run.note(
                 f"no evaluation was below the one before the first step ({job.start_loss:.4f}), "
-                "so the adapter kept is the one that the run began with. Try a lower --lr"
+                f"so {'the model' if self.is_full else 'the adapter'} kept is the one that the run "
+                "began with. Try a lower --lr"
             )
         if host.layers is not None:
             run.note(host.layers)
         run.restore_best()
         self._keep(job)
-        self._sample(host.handle, job.name)
+        self._sample(host.handle, job)
         if self._world.first:
             try:
                 write_report(self._folder.path)
@@ -515,16 +549,19 @@ class Trainer:
         run.events.on_end(result)
         return result
 
-    def _create(self, spec: LoRASpec) -> None:
+    def _create(self, job: Job) -> None:
         start = self._what if isinstance(self._what, Adapter) else None
         began = self._beginning.adapter if isinstance(self._beginning, Initial) else None
+        spec: LoRASpec | None = None
         if began is not None:
             spec = began.spec
         elif isinstance(self._what, LoRASpec):
             spec = self._what
+        elif isinstance(job.trained, TrainedAdapter):
+            spec = job.trained.spec
         sections = {
             **self._origin.to_dict(self._base),
-            "lora": spec_to_dict(spec),
+            "lora": None if spec is None else spec_to_dict(spec),  # None: all weights are trained
             "train": self._settings.to_dict(),
             **plain(self._extra),
             "content": self._content,
@@ -553,8 +590,8 @@ class Trainer:
         )
 
     def _keep(self, job: Job) -> None:
-        """Save the adapter as it is now."""
-        if not self._world.first:
+        """Save the adapter, or the model, as it is now."""
+        if not self._world.first or self._kept == job.weights_step:
             return
         began = self._beginning.adapter.spec if isinstance(self._beginning, Initial) else None
         history = provenance(
@@ -565,36 +602,69 @@ class Trainer:
         )
         if began is not None:
             history["init"] = {"method": began.init, "rank": began.rank}
-        save_adapter(
-            job.snapshot().with_(
-                base=self._base.identity,
-                provenance=history,
-                task_type="CAUSAL_LM",
-            ),
-            self._folder.adapter,
-        )
+        adapter = job.snapshot()
+        if adapter is None:
+            history["base"] = self._base.identity.to_dict()
+            save_model(self._base, self._folder.model, history)
+        else:
+            save_adapter(
+                adapter.with_(base=self._base.identity, provenance=history, task_type="CAUSAL_LM"),
+                self._folder.adapter,
+            )
+        self._kept = job.weights_step
 
-    def _sample(self, handle: Handle, name: str) -> None:
+    def _sample(self, handle: Handle | None, job: Job) -> None:
+        """Answers to a few validation items, the base's and those of what was trained."""
+        if not self._samples_wanted():
+            return
+        if self.is_full:  # the base's are there since the beginning
+            samples = self._folder.read_samples()
+        else:
+            samples = self._asked()
+            self._answer(samples, handle, None, "base")
+        self._answer(samples, handle, job.trained.name, "full" if self.is_full else "adapter")
+        if samples and self._world.first:
+            self._folder.write_samples(samples)
+
+    def _sample_base(self) -> None:
+        """The base's answers while it is the base."""
+        if self._samples_wanted() and not self._folder.samples.is_file():
+            samples = self._asked()
+            self._answer(samples, None, None, "base")
+            if samples:
+                self._folder.write_samples(samples)
+
+    def _samples_wanted(self) -> bool:
         if self._validation is None or not self._settings.samples:
-            return
-        if not self._world.first and not self._world.sharded:
-            return
-        samples = answer_samples(
+            return False
+        return self._world.first or self._world.sharded
+
+    def _asked(self) -> list[dict[str, Any]]:
+        assert self._validation is not None
+        return samples_of(self._base, *self._validation, count=self._settings.samples)
+
+    def _answer(
+        self, samples: list[dict[str, Any]], handle: Handle | None, name: str | None, key: str
+    ) -> None:
+        """Add an answer to each sample."""
+        assert self._validation is not None
+        answers = answers_of(
             self._base,
             handle,
             name,
             *self._validation,
-            count=self._settings.samples,
+            count=len(samples),
             max_new_tokens=self._settings.sample_tokens,
         )
-        if samples and self._world.first:
-            self._folder.write_samples(samples)
+        for sample, answer in zip(samples, answers, strict=True):
+            sample[key] = answer
 
     def _result(self, run: Run, ending: Ending) -> RunResult:
         job = run.job
         return RunResult(
             out=self._folder.path,
             adapter=self._folder.adapter if self._folder.adapter.is_dir() else None,
+            model=self._folder.model if self._folder.model.is_dir() else None,
             steps=job.step,
             ending=ending,
             last_loss=job.last_loss,
@@ -678,10 +748,14 @@ class Trainer:
                 "this run's validation data did not come from files that lorakit read; give it "
                 "again: Trainer.resume(out, validation=…)"
             )
-        what: LoRASpec | Adapter | Initial = spec_from_dict(sections["lora"])
+        what: LoRASpec | Adapter | Initial | Full
+        if sections["lora"] is None:
+            what = Full()
+        else:
+            what = spec_from_dict(sections["lora"])
         if folder.start.is_dir():
             what = load_adapter(folder.start)
-        elif folder.initial.is_dir():
+        elif isinstance(what, LoRASpec) and folder.initial.is_dir():
             what = Initial(load_adapter(folder.initial).with_(spec=what))
         trainer = cls(
             base,
@@ -714,16 +788,18 @@ def finished_run(out: str | os.PathLike[str]) -> RunResult | None:
         InputError: there is no run, or it is damaged.
     """
     folder = RunFolder(Path(out))
-    folder.read_settings()
+    is_full = folder.read_settings()["lora"] is None
     stored = folder.read_result()
     if stored is None:
         return None
-    if not (folder.adapter / "adapter_config.json").is_file():
+    kept = folder.model if is_full else folder.adapter
+    if not (kept / ("config.json" if is_full else "adapter_config.json")).is_file():
         raise InputError(
-            f"{folder.path} has ended, but its adapter is missing. Delete {folder.result} and "
+            f"{folder.path} has ended, but its {kept.name} is missing. Delete {folder.result} and "
             "resume the run: it is saved again from the last checkpoint."
         )
-    return RunResult(**{**stored, "out": folder.path, "adapter": folder.adapter})
+    found = {"adapter": None if is_full else kept, "model": kept if is_full else None}
+    return RunResult(**{**stored, "out": folder.path, **found})
 
 
 def result_to_dict(result: RunResult) -> dict[str, Any]:

@@ -97,7 +97,6 @@ class Question:
             quantize=self.quantize,
             recompute=self.settings.recompute,
             optimizer=self.settings.optimizer,
-            validation=bool(self.settings.validation_fraction),
             program=self.program,
         )
 
