@@ -260,11 +260,12 @@ def _adapter_steps(task: Any, model: Any, data: Any, settings: Any, clock: Any) 
     from lorakit.layers import attach
     from lorakit.train.job import Job
     from lorakit.train.loop import training_mode
+    from lorakit.train.trained import TrainedAdapter
 
     handle = attach(model, LoRASpec(rank=task["rank"]), "a", trainable=True, seed=0)
-    job = Job("a", handle, data, range(len(data)), settings)
+    job = Job(TrainedAdapter("a", handle), data, range(len(data)), settings)
     packed = PackedModel(model, handle, recompute=settings.recompute)
-    adapted = list(job.snapshot().sites)
+    adapted = job.trained.adapted
     times = []
     for _ in range(settings.steps):
         started = clock()

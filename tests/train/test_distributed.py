@@ -16,6 +16,7 @@ from lorakit.train import Trainer, TrainSettings
 from lorakit.train.checkpoint import list_checkpoints
 from lorakit.train.distributed import World, _fresh
 from lorakit.train.job import Job, shared
+from lorakit.train.trained import TrainedAdapter
 from tests.train import processes
 from tests.train.conftest import SPEC, open_shop
 
@@ -136,7 +137,13 @@ def test_windows_of_all_processes_make_the_batch_and_equally_many_forwards(shop)
     settings = TrainSettings(steps=10, batch_size=5, micro_batch_tokens=24, lr=1e-2, warmup=0)
     handle = attach(base.model, SPEC, "a", trainable=True)
     jobs = [
-        Job("a", handle, data, range(60), settings, world=World(rank, 3, sharded=True))
+        Job(
+            TrainedAdapter("a", handle),
+            data,
+            range(60),
+            settings,
+            world=World(rank, 3, sharded=True),
+        )
         for rank in range(3)
     ]
     idle = 0

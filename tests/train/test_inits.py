@@ -22,6 +22,7 @@ from lorakit.layers.initial import initial
 from lorakit.train import Trainer
 from lorakit.train.job import Job
 from lorakit.train.settings import RATE_OF_INIT, Facts, TrainSettings
+from lorakit.train.trained import TrainedAdapter
 from lorakit.workflows.calibrate import calibrate
 from tests.train.conftest import SPEC
 from tests.train.test_resume import Signal, assert_same, outcome
@@ -137,7 +138,7 @@ def test_each_tensor_moves_at_its_own_rate(shop, optimizer):
 
         module.forward = forward
     handle = attach(base.model, start)
-    job = Job("default", handle, data, range(len(data)), settings)
+    job = Job(TrainedAdapter("default", handle), data, range(len(data)), settings)
     flat = handle.flat()
     for _ in range(5):
         job.clear_gradient()
@@ -167,7 +168,7 @@ def test_one_rate_for_all_keeps_one_group(shop):
     base = shop.base()
     handle = attach(base.model, LoRASpec(rank=2))
     settings, _ = TrainSettings(steps=2).resolve(Facts(9))
-    job = Job("default", handle, shop.data(base), range(9), settings)
+    job = Job(TrainedAdapter("default", handle), shop.data(base), range(9), settings)
     (group,) = job._optimizer.param_groups
     assert group["params"] == [handle.flat()]
 

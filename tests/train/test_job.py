@@ -19,6 +19,7 @@ from lorakit.layers import attach
 from lorakit.train.job import Job
 from lorakit.train.loop import training_mode
 from lorakit.train.settings import TrainSettings
+from lorakit.train.trained import TrainedAdapter
 
 SPEC = LoRASpec(rank=3, alpha=6, dropout=0.2)
 
@@ -37,9 +38,7 @@ class Bench:
         data = shop.data(base)
         defaults = {"steps": 20, "lr": 0.01, "warmup": 0, "batch_size": 8}
         self.settings = TrainSettings(**{**defaults, **settings})
-        self.job = Job(
-            "a", self.handle, data, range(len(data)), self.settings, dropout=spec.dropout
-        )
+        self.job = Job(TrainedAdapter("a", self.handle), data, range(len(data)), self.settings)
         self.flat = self.handle.flat("a")
         # fused layers keep float64 where the model's own norms fall to float32
         self.packed = PackedModel(self.model, self.handle, mode=mode, fused=fused)

@@ -139,7 +139,13 @@ def test_what_is_chosen():
 
 def test_what_is_given_stays():
     settings = TrainSettings(
-        steps=10, lr=1e-2, warmup=3, eval_every=4, eval_rows=5, micro_batch_tokens=99
+        steps=10,
+        lr=1e-2,
+        warmup=3,
+        eval_every=4,
+        eval_rows=5,
+        micro_batch_tokens=99,
+        keep_checkpoints=2,
     )
     resolved, notes = settings.resolve(Facts(600, 30, 576))
     assert resolved == settings
