@@ -1,7 +1,7 @@
 """lorakit's joint step: K adapters in one forward and backward, each with its own optimizer.
 
 ``joint_loop:joint`` is that, ``joint_loop:one_by_one`` the same adapters in forwards of their own,
-and ``joint_loop:one_adapter`` a single adapter over the same tokens. Adapters are attached in the step
+and ``joint_loop:one_adapter`` a single adapter over the same tokens. Adapters are attached in the
 step that warms up, so that their memory counts as above the loaded base.
 """
 

@@ -76,6 +76,9 @@ class SiteForward:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if plan.uniform == () or not isinstance(x, Tensor):
             return self.base(*args, **kwargs)
+        used = plan.routing.names
+        if not (used & self.low_rank.keys() or used & self.replaced.keys()):
+            return self.base(*args, **kwargs)  # whatever part of the tokens it sees
         if plan.uniform is None and self.routed:
             raise RoutingError(
                 f"{self.path} is an expert and sees routed tokens, not rows; all rows of a batch "
