@@ -1,12 +1,15 @@
 """Train one adapter on a file of data, many at once on one base, or go on with what was begun.
 
 The base stays as it is; what is trained is small, and ends up in RUN/adapter as a PEFT folder.
+With --full all weights are trained instead, and RUN/model is a whole model, to compare with.
 Whatever you leave out is chosen for your data and your machine, and said with its reason.
 
 examples:
   lorakit train --base smollm2 --data mine.jsonl --out runs/mine
   lorakit train --base smollm2 --data F.csv --map prompt=question,completion=answer --out runs/mine
   lorakit train --base B --data F --valid V --steps 200 --lr 1e-3 --rank 16 --out runs/mine
+  lorakit train --base B --data F --full --out runs/full   # all weights; then judge both:
+  lorakit eval --base B --adapter runs/mine --full runs/full --data test.jsonl --forgetting
   lorakit train --base B --data new.jsonl --from runs/mine --out runs/more
   lorakit train --resume runs/mine         # after Ctrl-C, a crash or a kill: goes on exactly
   lorakit train jobs.yaml --out runs       # many adapters, each as if alone, in shared steps
@@ -14,7 +17,7 @@ examples:
   torchrun --nproc-per-node 2 -m lorakit.cli.main train --base B --data F --out runs/mine
 
 Not sure about the data? `lorakit preview` shows what would be trained. A run folder holds
-run.yaml, metrics.jsonl, adapter/ (the best), checkpoints/ and report.html.
+run.yaml, metrics.jsonl, adapter/ or model/ (the best), checkpoints/ and report.html.
 
 A file of jobs says what all share and what each has of its own, in the names of these flags:
 
@@ -61,9 +64,13 @@ if TYPE_CHECKING:
     from lorakit.core.spec import LoRASpec
     from lorakit.train import Callback, RunResult, Trainer, TrainSettings
     from lorakit.train.distributed import World
+    from lorakit.train.full import Full
 
 #: flags that act on a resumed run too; all others are in its run.yaml
 _WITH_RESUME = {"resume", "json", "quiet", "debug", "command", "run", "shard"}
+#: flags of an adapter that are no fields of its spec, by name; and those called otherwise
+_OF_ADAPTERS = ("start", "init_examples", "eva_rho", "lora_plus_ratio")
+_FLAGS = {"start": "from"}
 #: flags that act where there are many adapters
 _MANY = ("max_concurrent", "token_budget")
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -113,6 +120,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="go on with an interrupted run, or with all of a folder of runs; the settings are in "
         "RUN/run.yaml",
+    )
+    group.add_argument(
+        "--full",
+        action="store_true",
+        help="train all weights of the base and no adapter, by the same loop. The weights must be "
+        "float32, or bfloat16 (a float32 copy is trained); 16 or 18 bytes of memory for each, and "
+        "checkpoints of three times the model, of which one is kept",
     )
     group.add_argument(
         "--from",
@@ -282,7 +296,8 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr",
         type=_rate,
         metavar="X",
-        help="highest learning rate; default: by the width of the base and the --init; auto: found "
+        help="highest learning rate; default: by the width of the base and the --init, and a tenth "
+        "of that with --full; auto: found "
         "by training several together first (lorakit tune --quick), in 4 to 5 times the steps",
     )
     group.add_argument(
@@ -339,7 +354,10 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps between two checkpoints; default: about every minute",
     )
     group.add_argument(
-        "--keep-checkpoints", type=positive_int, metavar="N", help="checkpoints kept; default 2"
+        "--keep-checkpoints",
+        type=positive_int,
+        metavar="N",
+        help="checkpoints kept; default 2, with --full 1",
     )
 
 
@@ -391,7 +409,7 @@ def run(options: argparse.Namespace) -> int:
             result = _resume(options, world)
         elif _started_before(options, world):
             result = _resume_exactly(options, options.out, world)
-        elif options.lr == "auto":
+        elif options.lr == "auto" and not options.full:
             from lorakit.cli.tune import train_at_found_rate
 
             result = train_at_found_rate(options, world)
@@ -463,8 +481,8 @@ def _start(options: argparse.Namespace, world: World) -> RunResult:
             collected("A new run needs more (an old one needs only --resume RUN)", missing)
         )
     # what can be refused without loading anything comes first
+    what_of(options)
     settings_of(options)
-    spec_of(options)
     world.share(RunFolder(Path(options.out)).check_new)
     options.device = world.device(options.device)
     base = load_shared_base(options, quiet=options.quiet)
@@ -500,6 +518,38 @@ def spec_of(options: argparse.Namespace) -> LoRASpec:
     return LoRASpec(**_given(options, LoRASpec))
 
 
+def what_of(options: argparse.Namespace) -> LoRASpec | Full:
+    """What these flags say to train, where it does not go on with an adapter.
+
+    Raises:
+        SpecError: it is impossible, or flags of an adapter are given with ``--full``.
+    """
+    if not options.full:
+        return spec_of(options)
+    from lorakit.core.spec import LoRASpec
+    from lorakit.train.full import Full
+
+    adapter = [*(field.name for field in dataclasses.fields(LoRASpec)), *_OF_ADAPTERS]
+    given = [
+        f"--{_FLAGS.get(name, name).replace('_', '-')}"
+        for name in adapter
+        if getattr(options, name, None) is not None
+    ]
+    problems = [f"{', '.join(given)}: about an adapter, and there is none"] if given else []
+    problems += [
+        text
+        for is_given, text in (
+            (options.quantize, "--quantize: quantised weights have no gradient"),
+            (options.lr == "auto", "--lr auto: the search trains adapters; give a number"),
+            (options.shard, "--shard: it spreads a base that is frozen"),
+        )
+        if is_given
+    ]
+    if problems:
+        raise SpecError(collected("--full trains all weights of the base; leave out", problems))
+    return Full()
+
+
 def load_shared_base(options: argparse.Namespace, *, quiet: bool) -> Base:
     """The base of these flags."""
     from lorakit.bases import load_base
@@ -530,7 +580,7 @@ def trainer_on(
     from lorakit.train import Origin, Trainer
     from lorakit.workflows.calibrate import calibrate
 
-    settings, spec = settings_of(options), spec_of(options)
+    settings, what = settings_of(options), what_of(options)
     origin = Origin(
         base=_base_options(options),
         data=data_spec(options),
@@ -547,7 +597,7 @@ def trainer_on(
     dense = {**_base_options(options), "quantize": None, "device": "cpu"}
     return Trainer(
         base,
-        spec if start is None else start,
+        what if start is None else start,
         data,
         settings,
         out,
@@ -675,4 +725,5 @@ def _print_result(options: argparse.Namespace, result: RunResult) -> None:
     if options.json:
         emit_json(result)
     else:
-        _say(options, f"Adapter: {result.adapter}")
+        kept = f"Model: {result.model}" if result.model else f"Adapter: {result.adapter}"
+        _say(options, kept)

@@ -246,6 +246,8 @@ def _options(
     for key, value in shared.items():
         arguments += _as_arguments(actions[key], value)
     options = parser.parse_args(arguments)
+    if options.full:
+        raise InputError("full: it trains the base, which the others need as it is; train it alone")
     settings_of(options)
     spec_of(options)
     return options
@@ -370,10 +372,10 @@ def _trainers(
                 continue
             callback = progress.of(job)
             begun.append((job, Trainer.reopened(job.out, base=base, callbacks=[callback])))
-    for job, trainer in begun:
-        by_out[trainer.out] = job
-        job.rows = trainer.num_rows
-    yield from aligned([trainer for _, trainer in begun])
+    for job, begun_one in begun:
+        by_out[begun_one.out] = job
+        job.rows = begun_one.num_rows
+    yield from aligned([begun_one for _, begun_one in begun])
     for job in fresh:
         trainer: Trainer | None = None
         with _told(job, progress):

@@ -96,7 +96,8 @@ class Memory:
     """Python, the libraries and the data; on a GPU its context."""
     weights: int
     adapter: int
-    """Trained tensors beside the base, and copies of them; 0 of full fine-tuning."""
+    """Trained tensors beside the base: an adapter; or the float32 copy of all its weights, where
+    these are narrower."""
     gradients: int
     optimizer: int
     activations: int
@@ -152,14 +153,16 @@ def peak_memory(model: ModelShape, adapter: AdapterShape, setting: Setting, part
 def _fixed(model: ModelShape, adapter: AdapterShape, setting: Setting) -> dict[str, int]:
     """What is there in every step."""
     trained = adapter.num_parameters
-    width = setting.itemsize if adapter.full else 4  # an adapter's buffer is float32
+    width = 4  # what is trained is float32: an adapter, or a copy of narrower weights
+    if adapter.full:
+        width = max(width, setting.itemsize)
     state = _STATE_BYTES[setting.optimizer] * (width / 4)
     context = CUDA_CONTEXT if setting.device != "cpu" else setting.program
     return {
         "program": context,
         "weights": weight_bytes(model, setting),
         "file": _file_bytes(model, setting),
-        "adapter": 0 if adapter.full else trained * 4,
+        "adapter": 0 if adapter.full and setting.itemsize >= width else trained * width,
         "gradients": trained * width,
         "optimizer": int(trained * state),
     }
@@ -245,7 +248,7 @@ def _loss(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Part
     logits += rows * model.vocabulary * setting.itemsize if setting.itemsize != 4 else 0
     states = 2 * part.supervised * model.hidden * setting.itemsize
     head = 0
-    if adapter.full:  # the head's gradient so far, that of a chunk, and their sum
+    if adapter.full:  # the head's gradient so far, and that of a chunk
         head = 2 * model.vocabulary * model.hidden * setting.itemsize
     return logits + states + head
 

@@ -134,10 +134,10 @@ class _Summed(torch.autograd.Function):
                 for_hidden[rows] = grads.pop(0)
             for i, grad in enumerate(grads):
                 so_far = for_leaves[i]
-                if so_far is None or grad is None:
-                    for_leaves[i] = so_far if grad is None else grad
-                else:
-                    for_leaves[i] = so_far + grad
+                if so_far is not None and grad is not None:
+                    so_far.add_(grad)
+                elif grad is not None:  # its own memory: two leaves may be given one tensor
+                    for_leaves[i] = grad.clone()
         ctx.gradients, ctx.groups = (for_hidden, for_leaves), groups
         return _sums(losses, groups)
 

@@ -461,6 +461,7 @@ class Loop:
         """Find out now whether the largest forward fits; nothing is changed by it."""
         adapted = [path for one in self._apart for path in one.adapted]
         shares: list[Share] = []
+        held = self._held_back(run)
         with training_mode(self._model, adapted), seeded(run.job.settings.seed):
             try:
                 while _tokens(shares := self._largest(run)) > self._proven:
@@ -476,9 +477,32 @@ class Loop:
                     raise
                 logger.debug("a shared forward failed", exc_info=True)  # its round will tell why
             finally:
+                del held
                 for one in self._apart:
                     one.job.clear_gradient()
                 give_back_memory(collect=False)
+
+    def _held_back(self, run: Run) -> Tensor | None:
+        """Memory that the optimizer takes from its first step on, held during the trial.
+
+        Raises:
+            _Failed: there is not as much.
+        """
+        size = run.job.bytes_to_come
+        if self._packed.device.type == "cpu":  # where it is subtracted from what is free
+            return None
+        try:
+            return torch.empty(size, dtype=torch.uint8, device=self._packed.device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory_error(error):
+                raise
+            give_back_memory()
+            told = (
+                f"Not begun: the memory has no room for the optimizer's averages "
+                f"({size / 2**20:,.0f} MB). What would help: --optimizer adamw8bit, or fewer "
+                "trained parameters"
+            )
+            raise _Failed(run, TrainingError(told)) from error
 
     def _compare_with_free(self, shares: Sequence[Share]) -> None:
         """On a CPU the kernel ends a process that takes too much, so the need is told beforehand.
@@ -489,6 +513,8 @@ class Loop:
         free = available_bytes()
         if free is not None and self._world.size > 1:  # those of this machine share it
             free //= int(os.environ.get("LOCAL_WORLD_SIZE", self._world.size))
+        if free is not None:
+            free = max(0, free - shares[0].run.job.bytes_to_come)
         tokens = _tokens(shares)
         small = _shortened(shares, 1 / 8)
         needed = self._measured(small)

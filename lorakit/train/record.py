@@ -66,6 +66,11 @@ class Record:
         return next((row for row in self.evals if row.get("step") == 0), None)
 
     @property
+    def is_full(self) -> bool:
+        """Whether all weights of the base were trained."""
+        return _is_full(self.settings)
+
+    @property
     def seconds(self) -> float:
         """Wall time of all steps and evaluations."""
         rows = (*self.steps, *self.evals)
@@ -130,9 +135,15 @@ def read_run(folder: str | os.PathLike[str], *, with_adapter: bool = True) -> Re
         samples=tuple(
             row for row in _read_rows(path / "samples.jsonl", missing, optional=True) if row
         ),
-        adapter=_read_adapter(path / "adapter", missing) if with_adapter else None,
+        adapter=_read_adapter(path / "adapter", missing)
+        if with_adapter and not _is_full(settings)
+        else None,
         missing=tuple(missing),
     )
+
+
+def _is_full(settings: Mapping[str, Any]) -> bool:
+    return "lora" in settings and settings["lora"] is None
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

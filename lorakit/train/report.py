@@ -140,7 +140,8 @@ def _before(record: Record) -> str:
 def _lead(record: Record) -> Html:
     num_steps = int(record.steps[-1]["step"]) if record.steps else 0
     first = fill(
-        "An adapter for {base}, trained for {steps} step{s}{time}{rows}.",
+        "{what} {base}, trained for {steps} step{s}{time}{rows}.",
+        what="All weights of" if record.is_full else "An adapter for",
         base=_base_name(record),
         steps=_count(num_steps),
         s="" if num_steps == 1 else "s",
@@ -347,7 +348,8 @@ def _samples(record: Record) -> Html:
         return Html("")
     shown = [_sample(sample) for sample in record.samples[:_MOST_SAMPLES]]
     hint = (
-        "The same prompts from the validation part, answered by the base and by the adapter "
+        "The same prompts from the validation part, answered by the base and by "
+        f"{'the trained model' if record.is_full else 'the adapter'} "
         "(greedy decoding). Marked words are not in the reference; of several references, each "
         "answer is compared with the nearest."
     )
@@ -362,7 +364,7 @@ def _sample(sample: Mapping[str, Any]) -> Html:
         references = [] if references is None else [references]
     texts = [_short(str(reference).strip()) for reference in references]
     answers = []
-    for name, title in (("base", "Base"), ("adapter", "Adapter")):
+    for name, title in (("base", "Base"), ("adapter", "Adapter"), ("full", "Trained model")):
         if sample.get(name) is not None:
             answers.append(_answer(title, _short(str(sample[name]).strip()), texts))
     first = []
@@ -690,7 +692,25 @@ def _notes(record: Record) -> Html:
 # --- using it ----------------------------------------------------------------------------------
 
 
+def _use_model(record: Record) -> Html:
+    ref = _base_ref(record) or "BASE"
+    model, run = shlex.quote(str(record.folder / "model")), shlex.quote(str(record.folder))
+    shell = (
+        f'lorakit generate --base {model} --prompt "…"\n'
+        f"lorakit eval --base {shlex.quote(ref)} --full {run} --data test.jsonl --forgetting\n"
+        f"lorakit extract --base {shlex.quote(ref)} --tuned {model} --rank 32 --out adapter"
+    )
+    return _section(
+        "Using the model",
+        "The folder is a whole model, as transformers saves it. The last line makes an adapter of "
+        "its difference to the base.",
+        fill("<h3>{title}</h3><pre>{code}</pre>", title="In the shell", code=shell),
+    )
+
+
 def _use(record: Record) -> Html:
+    if record.is_full and (record.folder / "model").is_dir():
+        return _use_model(record)
     if record.adapter is None:
         return Html("")
     ref = _base_ref(record) or "BASE"

@@ -221,7 +221,8 @@ def ask(
     else:
         compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
         kind, itemsize, where, available = "cuda", compute.itemsize, gpu.name, gpu.memory
-    settings, resolved = _resolved(settings or TrainSettings(), data, shape, kind)
+    full = spec is None
+    settings, resolved = _resolved(settings or TrainSettings(), data, shape, kind, full)
     notes += resolved
     # before the measuring, whose memory training has not
     program = int(resident_mb() * 2**20) + _TRAINING_PROGRAM
@@ -391,7 +392,7 @@ def _split(data: TokenData, fraction: float, seed: int) -> np.ndarray:
 
 
 def _resolved(
-    settings: TrainSettings, data: TokenData, shape: ModelShape, device: str
+    settings: TrainSettings, data: TokenData, shape: ModelShape, device: str, full: bool
 ) -> tuple[TrainSettings, list[str]]:
     """The settings as the trainer resolves them."""
     fraction = settings.held_out(len(data))
@@ -402,6 +403,7 @@ def _resolved(
         num_validation=len(data) - len(training),
         hidden_size=shape.hidden,
         device=device,
+        full=full,
     )
     return settings.resolve(facts)
 
