@@ -13,6 +13,7 @@ BENCHMARKS = {
     "bases": "bases stored in 4, 8, 16 and 32 bits: loss, speed, memory, merging",
     "variants": "initialisations, DoRA, LoRA+: loss, time and memory at their default rates",
     "gpu": "training steps on a GPU, beside PEFT and Liger",
+    "full_or_lora": "full fine-tuning beside LoRA, both tuned, over seeds, with forgetting",
     "full_finetune": "a fully fine-tuned checkpoint, in a plain loop",
     "extract": "what adapters extracted from such a checkpoint keep, by rank",
     "estimate": "predicted memory and time beside measured, for drawn settings",

@@ -1,4 +1,5 @@
-"""Training: adapters on one frozen base, one or many at once, from settings to run folders.
+"""Training: adapters on one frozen base, one or many at once, from settings to run folders; or all
+weights of the base, to compare.
 
 ::
 
@@ -8,11 +9,13 @@
     result.adapter                              # runs/mine/adapter, the best, in PEFT's format
     Trainer.resume("runs/mine")                 # after a kill: goes on exactly
     train_together([Trainer(…), Trainer(…)])    # each as if alone, in shared forwards
+    Trainer(base, Full(), data, settings, "runs/full").run()    # the base itself
 
-Read in this order: ``settings`` (how a run trains), ``job`` (all that belongs to one adapter),
-``run`` (a job with its folder), ``loop`` (forwards of the runs on one model), ``trainer`` (from the
-first check to the result), ``together`` (who joins, who leaves, and when all are saved); then
-``checkpoint`` and ``folder`` (what is on disk), ``callbacks`` (who is told).
+Read in this order: ``settings`` (how a run trains), ``trained`` (what learns: an adapter, or with
+``full`` the base itself), ``job`` (all else that belongs to one training), ``run`` (a job with its
+folder), ``loop`` (forwards of the runs on one model), ``trainer`` (from the first check to the
+result), ``together`` (who joins, who leaves, and when all are saved); then ``checkpoint`` and
+``folder`` (what is on disk), ``callbacks`` (who is told).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "Callback": "callbacks",
     "EvalMetrics": "callbacks",
+    "Full": "full",
     "Origin": "origin",
     "RunInfo": "callbacks",
     "RunResult": "callbacks",
@@ -37,6 +41,7 @@ _HOME = {
 __all__ = [
     "Callback",
     "EvalMetrics",
+    "Full",
     "Origin",
     "RunInfo",
     "RunResult",
@@ -50,6 +55,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lorakit.train.callbacks import Callback, EvalMetrics, RunInfo, RunResult, StepMetrics
+    from lorakit.train.full import Full
     from lorakit.train.origin import Origin
     from lorakit.train.report import write_report
     from lorakit.train.settings import TrainSettings
