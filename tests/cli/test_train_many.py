@@ -137,15 +137,14 @@ def test_interrupted_all_are_saved_and_go_on(files, capfd, monkeypatch):
             if metrics.step == 2 and self._job.name == "c1":
                 os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(many_progress, "_OfOne", Stop)
-    assert each("--max-concurrent", "2") == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(many_progress, "_OfOne", Stop)
+        assert each("--max-concurrent", "2") == 130
     err = capfd.readouterr().err
     assert "stopping after this forward; again to stop now" in err
     assert "lorakit train --resume runs" in err
     rows = json.loads((files / "runs" / "summary.json").read_text())["runs"]
     assert [row["ending"] for row in rows] == ["interrupted"] * 2 + ["not begun"] * 2
-    os.chdir(files)
     assert main(["train", "--resume", "runs", "--json"]) == 0
     rows = json.loads(capfd.readouterr().out)["runs"]
     assert [row["steps"] for row in rows] == [3] * 4

@@ -102,7 +102,7 @@ def run(
                  "--seed", str(seed), "--start", str(at), "--count", str(end - at),
                  *(f"--format={name}" for name in formats),
                  f"--seconds={seconds}", *([f"--reader={reader}"] if reader else [])],
-                stderr=subprocess.PIPE, text=True, check=False,
+                stderr=subprocess.PIPE, text=True, check=False, cwd=Path(__file__).parents[2],
             )  # fmt: skip
             said = json.loads(state.read_text())
             _add(report, said)
