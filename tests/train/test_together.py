@@ -41,7 +41,7 @@ JOBS = {
     ),
     "c": (
         {"rank": 8, "targets": "attention", "dropout": 0.4},
-        {"batch_size": 7, "micro_batch": 2, "lr": 2e-2, "seed": 5},
+        {"batch_size": 7, "micro_batch": 2, "lr": 8e-3, "seed": 5},
     ),
     "d": (
         {"rank": 5, "targets": ("q_proj", "up_proj"), "variant": "dora"},
