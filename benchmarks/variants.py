@@ -1,12 +1,13 @@
 """Initialisations, variants and unequal rates: each at its default rate, on the same rows.
 
 Each is a ``lorakit train`` of its own process. Plain LoRA runs with several seeds, which shows how
-much of a difference between two rows is chance.
+much of a difference between two rows is chance; the rows that are held out are the same for all.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import statistics
@@ -15,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.harness import hardware
 
@@ -53,10 +56,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        data = _held_out(options, Path(folder))
         for name in options.variants:
             for seed in range(options.seeds if name == "plain" else 1):
                 print(f"{name}, seed {seed} …", file=sys.stderr)
-                rows.append(_train(options, name, seed, Path(folder) / f"{name}-{seed}"))
+                rows.append(_train(options, name, seed, data, Path(folder) / f"{name}-{seed}"))
     report = {"hardware": hardware(), "steps": options.steps, "runs": rows}
     text = _table(report)
     print(text)
@@ -68,14 +72,38 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train(options: argparse.Namespace, name: str, seed: int, out: Path) -> dict[str, Any]:
+def _held_out(options: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """The rows to train on and those to evaluate on, as files: what ``lorakit train`` would choose
+    with seed 0, which a run of another seed would not."""
+    from lorakit.bases import load_tokenizer
+    from lorakit.data import DataSpec, load_data, order, split
+    from lorakit.train import TrainSettings
+
+    mapped = dict(pair.split("=") for pair in options.map.split(","))
+    data = load_data(DataSpec(path=(options.data,), map=mapped), load_tokenizer(options.base))
+    with open(options.data, encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert len(rows) == len(data), "rows that cannot be used would shift the others"
+    training, held = split(data, TrainSettings().held_out(len(data)), 0)
+    chosen = held[np.sort(order(len(held), 0, 0)[: options.eval_rows])]
+    files = folder / "train.csv", folder / "valid.csv"
+    for path, indices in zip(files, (training, chosen), strict=True):
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([header, *(rows[int(i)] for i in indices)])
+    return files
+
+
+def _train(
+    options: argparse.Namespace, name: str, seed: int, data: tuple[Path, Path], out: Path
+) -> dict[str, Any]:
     shared = {
         "base": options.base,
-        "data": options.data,
+        "data": data[0],
+        "valid": data[1],
         "map": options.map,
         "steps": options.steps,
         "batch-size": options.batch_size,
-        "eval-rows": options.eval_rows,
+        "eval-rows": 0,
         "eval-every": 0,
         "samples": 0,
         "seed": seed,
