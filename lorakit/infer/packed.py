@@ -130,10 +130,15 @@ class PackedModel:
         self._finish: Head | None = None
         self.fused: FusedBody | None = None
         """The fused layers, if they are used."""
+        # LLM.int8's own kernel rounds the activations too, by up to a hundredth in each linear, and
+        # by columns that depend on all rows of a forward; fused layers unpack the weights instead
+        limit = _ROUNDING_INT8 if fused and _has_int8(model) else None
         with evaluating(model), torch.no_grad():
-            alone = self._probe(fixed=mode is not None)
+            alone = self._probe(fixed=mode is not None, limit=limit)
             if fused and self.mode == "packed" and self._finish is not None:
-                self._try_fused(alone, recompute)
+                self._try_fused(alone, recompute, limit)
+            if mode is None and limit is not None and self.fused is None:
+                self._choose_mode(self.mode, alone)
             if mode is None and self.mode == "packed" and _recomputes(model):
                 self._recompute_like_the_model(alone)
         for note in self.notes:
@@ -356,22 +361,20 @@ class PackedModel:
         )
         self._choose_mode("padded", alone)
 
-    def _try_fused(self, alone: Tensor, recompute: Recompute) -> None:
+    def _try_fused(self, alone: Tensor, recompute: Recompute, limit: float | None) -> None:
         """Use fused layers if the model has such and they give its logits, [N, V]."""
         try:
             self.fused = FusedBody(self._body, recompute=recompute)
         except DoesNotFit as reason:
             self.notes.append(f"layers are not fused: {reason}")
             return
-        # LLM.int8's own kernel rounds the activations too, by up to a hundredth in each linear
-        limit = _ROUNDING_INT8 if _has_int8(self.model) else None
         whole = _Input.of(probe_sequences(self.model, self.device))
         problem = self._disagrees(whole, alone, limit)
         if problem is not None:
             self.fused = None
             self.notes.append(f"layers are not fused: {problem}")
 
-    def _probe(self, *, fixed: bool) -> Tensor:
+    def _probe(self, *, fixed: bool, limit: float | None) -> Tensor:
         """Decide mode and split by comparing with the model on each sequence alone.
 
         Returns:
@@ -393,16 +396,18 @@ class PackedModel:
                 "encodings, the length of one would change the others"
             )
         self._choose_split(sequences[0])
-        self._choose_mode(self.mode, alone, fixed=fixed)
+        self._choose_mode(self.mode, alone, fixed=fixed, limit=limit)
         return alone
 
-    def _choose_mode(self, first: Mode, alone: Tensor, *, fixed: bool = False) -> None:
+    def _choose_mode(
+        self, first: Mode, alone: Tensor, *, fixed: bool = False, limit: float | None = None
+    ) -> None:
         """The first mode, from ``first`` on, that gives the logits of each sequence alone."""
         whole = _Input.of(probe_sequences(self.model, self.device))
         modes: list[Mode] = ["packed", "padded", "single"]
         for mode in [first] if fixed else modes[modes.index(first) :]:
             self.mode = mode
-            problem = self._disagrees(whole, alone)
+            problem = self._disagrees(whole, alone, limit)
             if problem is None:
                 return
             self.notes.append(f"batches are not {mode}: {problem}")

@@ -119,6 +119,22 @@ def test_fused_layers_agree_with_the_plain_path(folder, stored):
     assert stored != "int8" or error > 1e-4
 
 
+def test_int8_columns_that_depend_on_all_rows_do_not_keep_it_from_being_packed(folder):
+    """LLM.int8 takes columns with large values of any row out of all rows."""
+    base = loaded(folder, "int8")
+    handle = attach(base.model, SPEC, "a", trainable=True)
+    for layer in base.model.model.layers:
+        layer.input_layernorm.weight.data[:4] *= 6
+        layer.post_attention_layernorm.weight.data[:4] *= 6
+    plain = PackedModel(base.model, handle, fused=False)
+    assert plain.mode != "packed"
+    assert "batches are not packed" in plain.notes[0]
+    fused = PackedModel(base.model, handle)
+    assert fused.mode == "packed"
+    assert fused.fused is not None
+    assert fused.notes == []
+
+
 def tiny_batch(base):
     ids = base.tokenizer("w1 w2 w3 w4 w5 w6 w7")["input_ids"]
     rows = np.array(ids, dtype=np.int32)
