@@ -26,8 +26,10 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.bases.stored import packed_weight
 from lorakit.errors import BaseError, RoutingError
 from lorakit.infer import segments
 from lorakit.infer.chunked_loss import Head, group_losses, position_losses
@@ -45,7 +47,6 @@ Mode = Literal["packed", "padded", "single"]
 #: that see a neighbour they should not differ by far more
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
 _ROUNDING_HALF = 3e-2
-_ROUNDING_INT8 = 1e-1
 
 #: position encodings whose frequencies depend on the longest position of a forward
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -130,15 +131,15 @@ class PackedModel:
         self._finish: Head | None = None
         self.fused: FusedBody | None = None
         """The fused layers, if they are used."""
-        # LLM.int8's own kernel rounds the activations too, by up to a hundredth in each linear, and
-        # by columns that depend on all rows of a forward; fused layers unpack the weights instead
-        limit = _ROUNDING_INT8 if fused and _has_int8(model) else None
+        int8 = fused and bool(_int8_linears(model))
         with evaluating(model), torch.no_grad():
-            alone = self._probe(fixed=mode is not None, limit=limit)
-            if fused and self.mode == "packed" and self._finish is not None:
-                self._try_fused(alone, recompute, limit)
-            if mode is None and limit is not None and self.fused is None:
-                self._choose_mode(self.mode, alone)
+            with _unpacked_int8(model) if int8 else contextlib.nullcontext():
+                alone = self._probe(fixed=mode is not None)
+                if fused and self.mode == "packed" and self._finish is not None:
+                    self._try_fused(alone, recompute)
+            if int8 and self.fused is None:
+                self.mode = mode or "packed"
+                alone = self._probe(fixed=mode is not None)
             if mode is None and self.mode == "packed" and _recomputes(model):
                 self._recompute_like_the_model(alone)
         for note in self.notes:
@@ -361,7 +362,7 @@ class PackedModel:
         )
         self._choose_mode("padded", alone)
 
-    def _try_fused(self, alone: Tensor, recompute: Recompute, limit: float | None) -> None:
+    def _try_fused(self, alone: Tensor, recompute: Recompute) -> None:
         """Use fused layers if the model has such and they give its logits, [N, V]."""
         try:
             self.fused = FusedBody(self._body, recompute=recompute)
@@ -369,12 +370,12 @@ class PackedModel:
             self.notes.append(f"layers are not fused: {reason}")
             return
         whole = _Input.of(probe_sequences(self.model, self.device))
-        problem = self._disagrees(whole, alone, limit)
+        problem = self._disagrees(whole, alone)
         if problem is not None:
             self.fused = None
             self.notes.append(f"layers are not fused: {problem}")
 
-    def _probe(self, *, fixed: bool, limit: float | None) -> Tensor:
+    def _probe(self, *, fixed: bool) -> Tensor:
         """Decide mode and split by comparing with the model on each sequence alone.
 
         Returns:
@@ -396,18 +397,16 @@ class PackedModel:
                 "encodings, the length of one would change the others"
             )
         self._choose_split(sequences[0])
-        self._choose_mode(self.mode, alone, fixed=fixed, limit=limit)
+        self._choose_mode(self.mode, alone, fixed=fixed)
         return alone
 
-    def _choose_mode(
-        self, first: Mode, alone: Tensor, *, fixed: bool = False, limit: float | None = None
-    ) -> None:
+    def _choose_mode(self, first: Mode, alone: Tensor, *, fixed: bool = False) -> None:
         """The first mode, from ``first`` on, that gives the logits of each sequence alone."""
         whole = _Input.of(probe_sequences(self.model, self.device))
         modes: list[Mode] = ["packed", "padded", "single"]
         for mode in [first] if fixed else modes[modes.index(first) :]:
             self.mode = mode
-            problem = self._disagrees(whole, alone, limit)
+            problem = self._disagrees(whole, alone)
             if problem is None:
                 return
             self.notes.append(f"batches are not {mode}: {problem}")
@@ -442,7 +441,7 @@ class PackedModel:
             "it computes its logits by more than its output head"
         )
 
-    def _disagrees(self, whole: _Input, alone: Tensor, limit: float | None = None) -> str | None:
+    def _disagrees(self, whole: _Input, alone: Tensor) -> str | None:
         """Why logits of a shared forward are not those of each sequence alone."""
         try:
             if self.mode == "packed":
@@ -451,7 +450,7 @@ class PackedModel:
             logits = torch.cat([self._probe_logits(part) for part in parts])
         except Exception as error:  # whatever a model's own code raises on what it cannot do
             return f"the model does not take them ({type(error).__name__}: {error})"
-        if close(logits, alone, limit):
+        if close(logits, alone):
             return None
         worst = float((logits - alone).abs().max() / alone.abs().max())
         return f"logits differ by {worst:.1e} from those of each example alone"
@@ -622,10 +621,9 @@ def accepted(module: Any, **options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
-def close(mine: Tensor, reference: Tensor, limit: float | None = None) -> bool:
+def close(mine: Tensor, reference: Tensor) -> bool:
     scale = reference.abs().max().clamp_min(1e-30)
-    if limit is None:
-        limit = _ROUNDING.get(reference.dtype, _ROUNDING_HALF)
+    limit = _ROUNDING.get(reference.dtype, _ROUNDING_HALF)
     return bool((mine - reference).abs().max() <= limit * scale)
 
 
@@ -678,11 +676,35 @@ def _forget_longest(model: nn.Module, length: int) -> None:
                 setattr(module, name, math.inf if length < original else 0)
 
 
-def _has_int8(model: nn.Module) -> bool:
-    return any(
-        isinstance(getattr(module, "weight", None), Tensor) and module.weight.dtype == torch.int8
+def _int8_linears(model: nn.Module) -> list[nn.Module]:
+    return [
+        module
         for module in model.modules()
-    )
+        if isinstance(weight := getattr(module, "weight", None), Tensor)
+        and weight.dtype == torch.int8
+    ]
+
+
+@contextlib.contextmanager
+def _unpacked_int8(model: nn.Module) -> Iterator[None]:
+    """LLM.int8 linears multiply by their unpacked weights, as fused layers do.
+
+    Their own kernel rounds the activations too, and by columns that depend on all rows of a
+    forward, so it is no measure for other ways of computing the same.
+    """
+
+    def product(module: nn.Module, inputs: tuple[Any, ...], _: Any) -> Tensor:
+        packed = packed_weight(module)
+        assert packed is not None
+        x, bias = inputs[0], getattr(module, "bias", None)
+        return F.linear(x, packed.dense(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    hooks = [module.register_forward_hook(product) for module in _int8_linears(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _recomputes(model: nn.Module) -> bool:
