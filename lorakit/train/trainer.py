@@ -267,7 +267,7 @@ class Trainer:
             return everything, np.arange(len(self._validation_data))
         fraction = settings.held_out(len(everything))
         if not fraction:
-            kept = "so the adapter kept is that of the last step"
+            kept = f"so the {'model' if self.is_full else 'adapter'} kept is that of the last step"
             if settings.validation_fraction == 0:
                 self.notes.append(f"there is no validation (as asked), {kept}")
             else:
@@ -280,8 +280,8 @@ class Trainer:
         training, held = split(self._data, fraction, settings.seed)
         if not len(held):
             self.notes.append(
-                "there is no validation (all rows share one prompt), so the adapter kept is that "
-                "of the last step"
+                "there is no validation (all rows share one prompt), so what is kept is from the "
+                "last step"
             )
         else:
             self.notes.append(
