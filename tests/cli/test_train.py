@@ -155,3 +155,42 @@ def test_help_teaches(capsys):
     assert "examples:" in out
     for flag in ("--resume", "--from", "--valid", "--rank", "--lr", "--report-to", "--json"):
         assert flag in out
+
+
+# --- all weights ----------------------------------------------------------------------------------
+
+
+def test_all_weights(files, capfd):
+    """Trained, gone on with, judged beside the base, and made into an adapter."""
+    start = ["train", "--base", "base", "--data", "data.jsonl", "--device", "cpu", "--full"]
+    assert main([*start, "--out", "full", "--steps", "6", "--lr", "1e-2", "--json"]) == 0
+    out, err = capfd.readouterr()
+    result = json.loads(out)
+    assert (result["adapter"], Path(result["model"]).name) == (None, "model")
+    assert result["best_loss"] < result["base_loss"]
+    assert "all 6,416 weights are trained" in err
+    assert settings("full")["lora"] is None
+    assert main(["train", "--resume", "full", "--json"]) == 0
+    assert json.loads(capfd.readouterr()[0])["model"] == result["model"]
+    judge = ["eval", "--base", "base", "--full", "full", "--data", "valid.jsonl", "--forgetting"]
+    assert main([*judge, "--device", "cpu", "--json"]) == 0
+    base, tuned = json.loads(capfd.readouterr()[0])["models"]
+    assert tuned["loss"] < base["loss"]
+    assert tuned["forgetting"]["difference"] != 0
+    extract = ["extract", "--base", "base", "--tuned", "full/model", "--rank", "full"]
+    assert main([*extract, "--out", "extracted"]) == 0
+    assert load_adapter("extracted").sites
+
+
+def test_all_weights_take_no_flags_of_an_adapter(files, capfd):
+    flags = ["--rank", "4", "--targets", "mlp", "--init", "pissa"]
+    flags += ["--from", "x", "--quantize", "nf4"]
+    start = ["train", "--base", "base", "--data", "data.jsonl", "--out", "full", "--full"]
+    assert main([*start, *flags, "--lr", "auto"]) == 2
+    err = capfd.readouterr()[1]
+    assert all(flag in err for flag in ("--rank", "--targets", "--init", "--from", "--quantize"))
+    assert "--lr auto" in err
+    assert not Path("full").exists()
+    Path("jobs.yaml").write_text("{base: base, out: o, jobs: [{data: data.jsonl, full: true}]}")
+    assert main(["train", "jobs.yaml"]) == 2
+    assert "it trains the base, which the others need" in capfd.readouterr()[1]
