@@ -22,7 +22,9 @@ def load(task: dict[str, Any], quantize: Any = None) -> tuple[Any, Any, list[lis
     torch.manual_seed(0)
     base = load_base(task["base"], dtype="float32", quantize=quantize)
     for parameter in base.model.parameters():
-        parameter.sum()  # weights mapped from a file count as loaded, for everybody
+        parts = getattr(parameter, "__tensor_flatten__", None)  # torchao keeps several tensors
+        for tensor in [getattr(parameter, name) for name in parts()[0]] if parts else [parameter]:
+            tensor.sum()  # weights mapped from a file count as loaded, for everybody
     spec = DataSpec(path=(task["data"],), map={"prompt": "mr", "completion": "ref"})
     data = load_data(spec, base.tokenizer, context_length=context_length(base.model))
     rows = order(len(data), 0, 0).tolist()
