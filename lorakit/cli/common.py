@@ -73,6 +73,11 @@ probability = _number(float, lambda x: 0 < x <= 1, "a number above 0 and at most
 fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
+def missing(options: argparse.Namespace, flags: Mapping[str, str]) -> list[str]:
+    """A line for each flag that was not given: its name, and what it is for."""
+    return [f"--{n}: {what}" for n, what in flags.items() if getattr(options, n) is None]
+
+
 def comma_list(*allowed: str) -> Callable[[str], tuple[str, ...]]:
     """An argparse type: names separated by commas, each out of ``allowed``, none twice."""
 

@@ -49,6 +49,7 @@ from lorakit.cli.common import (
     count,
     finite_float,
     fraction,
+    missing,
     non_negative_float,
     plural,
     positive_float,
@@ -467,18 +468,14 @@ def _started_before(options: argparse.Namespace, world: World) -> bool:
 def _start(options: argparse.Namespace, world: World) -> RunResult:
     from lorakit.train.folder import RunFolder
 
-    missing = [
-        f"--{name}: {what}"
-        for name, what in (
-            ("base", "the model to adapt, such as smollm2"),
-            ("data", "the file to train on"),
-            ("out", "the run folder to make"),
-        )
-        if getattr(options, name) is None
-    ]
-    if missing:
+    needed = {
+        "base": "the model to adapt, such as smollm2",
+        "data": "the file to train on",
+        "out": "the run folder to make",
+    }
+    if lacking := missing(options, needed):
         raise InputError(
-            collected("A new run needs more (an old one needs only --resume RUN)", missing)
+            collected("A new run needs more (an old one needs only --resume RUN)", lacking)
         )
     # what can be refused without loading anything comes first
     what_of(options)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lorakit.cli.common import plural, say
+from lorakit.cli.common import missing, plural, say
 from lorakit.errors import InputError, Interrupted, LorakitError, collected
 
 if TYPE_CHECKING:
@@ -114,11 +114,7 @@ def plan_of_folder(options: argparse.Namespace, configure: Callable[..., Any]) -
     if not files:
         raise InputError(f"--each {folder} holds no data file ({', '.join(_ENDINGS)})")
     flags = _given_flags(options)
-    problems = [
-        f"--{name}: {what}"
-        for name, what in (("base", "the model to adapt"), ("out", "the folder for all runs"))
-        if getattr(options, name) is None
-    ]
+    problems = missing(options, {"base": "the model to adapt", "out": "the folder for all runs"})
     if "data" in flags:
         problems.append("--data: --each names the data; give one of them")
     shared = {k: flags.pop(k) for k in SHARED if k in flags}

@@ -35,6 +35,7 @@ from lorakit.cli.common import (
     count,
     emit_json,
     fraction,
+    missing,
     plural,
     positive_int,
     printable_stdout,
@@ -146,18 +147,14 @@ def _start(options: argparse.Namespace, watcher: Watcher) -> TuneResult:
     from lorakit.workflows.tune_folder import TuneFolder
     from lorakit.workflows.tune_space import parse_search
 
-    missing = [
-        f"--{name}: {what}"
-        for name, what in (
-            ("base", "the model to adapt, such as smollm2"),
-            ("data", "the file to train on"),
-            ("out", "the folder to make"),
-        )
-        if getattr(options, name) is None
-    ]
-    if missing:
+    needed = {
+        "base": "the model to adapt, such as smollm2",
+        "data": "the file to train on",
+        "out": "the folder to make",
+    }
+    if lacking := missing(options, needed):
         raise InputError(
-            collected("A new search needs more (an old one needs only --resume OUT)", missing)
+            collected("A new search needs more (an old one needs only --resume OUT)", lacking)
         )
     search = parse_search(options.search or ())
     if options.lr == "auto":

@@ -172,6 +172,42 @@ def exchange(first: Path, second: Path) -> bool:
     return bool(call(here, os.fsencode(first), here, os.fsencode(second), swap) == 0)
 
 
+def try_lock(file: int) -> bool | None:
+    """Take a lock on an open file that ends with the process or the file's closing.
+
+    Returns:
+        Whether it was taken; ``None`` where the system, or this file system, has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextlib.contextmanager
+def running_alone(folder: Path, file: Path) -> Iterator[None]:
+    """Keep other processes from running what ``folder`` holds, by a lock on a file in it.
+
+    Raises:
+        InputError: another process runs it.
+    """
+    with clear_disk_errors(folder):
+        handle = os.open(file, os.O_RDONLY)
+    try:
+        if try_lock(handle) is False:
+            raise InputError(f"another process is running {folder}. Wait for it, or stop it first.")
+        yield
+    finally:
+        os.close(handle)
+
+
 def flush(path: Path) -> None:
     """Wait until the file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -18,13 +18,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorakit.core.adapter import Adapter
-from lorakit.core.files import clear_disk_errors, new_folder, write_atomic
+from lorakit.core.files import clear_disk_errors, new_folder, running_alone, write_atomic
 from lorakit.errors import InputError, collected
 from lorakit.formats import save_adapter
 from lorakit.optional import require
@@ -140,32 +140,9 @@ class RunFolder:
             raise InputError(f"{self.settings} cannot be read: {error}") from error
         return _checked(self.settings, content, _SECTIONS)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from running the same run.
-
-        Raises:
-            InputError: another process does.
-        """
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            yield
-            return
-        with clear_disk_errors(self.path):
-            handle = os.open(self.settings, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"another process is running {self.path}. Wait for it, or stop it first."
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-            yield
-        finally:
-            os.close(handle)
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from the same run; as :func:`running_alone`."""
+        return running_alone(self.path, self.settings)
 
     def clean(self) -> None:
         """Remove what a killed process left half-written."""

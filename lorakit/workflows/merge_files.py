@@ -28,7 +28,7 @@ from lorakit.bases.load import Located, locate
 from lorakit.bases.source import Source, find_source
 from lorakit.core.adapter import Adapter
 from lorakit.core.checkpoint import Checkpoint, Shard, open_checkpoint
-from lorakit.core.files import clear_disk_errors, new_folder
+from lorakit.core.files import clear_disk_errors, new_folder, try_lock
 from lorakit.core.merging import Recipe, check_rows, compute_dtype_for, exact_products, merge_
 from lorakit.core.safetensors_io import read_entry, read_rows, write_streamed
 from lorakit.errors import BaseError, FormatError, InputError, TrainingError, collected
@@ -299,7 +299,7 @@ def building(path: Path) -> Iterator[Path]:
             with new_folder(path, last="config.json") as temporary:
                 lock = open(temporary / _LOCK, "w")  # noqa: SIM115 - held as long as the block
                 try:
-                    _lock(lock)
+                    try_lock(lock.fileno())
                     yield temporary
                 finally:
                     (temporary / _LOCK).unlink(missing_ok=True)
@@ -317,21 +317,8 @@ def _clear_leftovers(path: Path) -> None:
         if not lock.is_file():
             continue
         with open(lock) as file:
-            if _lock(file):
+            if try_lock(file.fileno()):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _lock(file: Any) -> bool:
-    """Take a lock that ends with the process; ``False`` if another has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing is known to be left over
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _new_dtype(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:

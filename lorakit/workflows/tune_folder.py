@@ -17,13 +17,20 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lorakit.core.files import atomic_folder, clear_disk_errors, new_folder, write_atomic
+from lorakit.core.files import (
+    atomic_folder,
+    clear_disk_errors,
+    new_folder,
+    running_alone,
+    write_atomic,
+)
 from lorakit.errors import InputError
 from lorakit.optional import require
 from lorakit.workflows.tune_table import Losses
@@ -113,32 +120,9 @@ class TuneFolder:
             )
         return dict(content)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from the same search.
-
-        Raises:
-            InputError: another process runs it.
-        """
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            yield
-            return
-        with clear_disk_errors(self.path):
-            handle = os.open(self.settings, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"another process is running {self.path}. Wait for it, or stop it first."
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-            yield
-        finally:
-            os.close(handle)
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from the same search; as :func:`running_alone`."""
+        return running_alone(self.path, self.settings)
 
     # --- what candidates did ---------------------------------------------------------------
 
