@@ -258,6 +258,7 @@ def _adapter_steps(task: Any, model: Any, data: Any, settings: Any, clock: Any) 
     from lorakit.data import pack
     from lorakit.infer import PackedModel
     from lorakit.layers import attach
+    from lorakit.tasks.causal import routing_of
     from lorakit.train.job import Job
     from lorakit.train.loop import training_mode
     from lorakit.train.trained import TrainedAdapter
@@ -276,7 +277,7 @@ def _adapter_steps(task: Any, model: Any, data: Any, settings: Any, clock: Any) 
             for part in window.parts:
                 batch = pack(part)
                 with torch.enable_grad():
-                    loss, _ = packed.supervised_loss(batch, job.routing(batch))
+                    loss, _ = packed.supervised_loss(batch, routing_of([job.stretch(part)]))
                     (loss / window.num_supervised).backward()
                 total += loss.item()
         job.take_step(total / window.num_supervised, job.gradient_norm())

@@ -20,6 +20,7 @@ def prepare(task: dict[str, Any]) -> dict[str, Any]:
 def _begin(state: dict[str, Any]) -> None:
     from lorakit.infer.packed import PackedModel
     from lorakit.layers import attach
+    from lorakit.tasks import CausalTask
     from lorakit.train.interrupt import StopRequest
     from lorakit.train.job import Job
     from lorakit.train.loop import Loop
@@ -47,11 +48,11 @@ def _begin(state: dict[str, Any]) -> None:
     packed = PackedModel(base.model, handle)
     if packed.fused is None and not task["base"].startswith("random:tiny"):
         raise RuntimeError(f"the layers do not run fused: {packed.notes}")
-    budget = task.get("token_budget")
+    budget, task_ = task.get("token_budget"), CausalTask(packed)
     if task["variant"] == "one_by_one":
-        loops = [Loop(packed, world=_world(), stop=StopRequest(), budget=budget) for _ in runs]
+        loops = [Loop(task_, world=_world(), stop=StopRequest(), budget=budget) for _ in runs]
     else:
-        loops = [Loop(packed, world=_world(), stop=StopRequest(), budget=budget)] * len(runs)
+        loops = [Loop(task_, world=_world(), stop=StopRequest(), budget=budget)] * len(runs)
     for loop, run in zip(loops, runs, strict=True):
         loop.enter(run)
     state["loops"], state["device"] = list(dict.fromkeys(loops)), packed.device

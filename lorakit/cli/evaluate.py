@@ -265,11 +265,11 @@ def _judge_loaded(
 ) -> tuple[list[Judgement], LossResult | None]:
     """Judge what one model in memory can be; the second is its own loss on general text."""
     from lorakit.evaluate import compare, loss
-    from lorakit.infer import PackedModel
+    from lorakit.tasks import CAUSAL
 
     handle = attach_adapters(base, adapters, allow_other=options.allow_other_base)
-    packed = PackedModel(base.model, handle)
-    for note in packed.notes:
+    task = CAUSAL.on(base.model, handle)
+    for note in task.notes:
         say(f"note: {note}")
     general = None if asked.general is None else asked.general.data
     unchanged = {one.name: one.mix is None for one in contestants}
@@ -286,7 +286,7 @@ def _judge_loaded(
             general=general,
             max_new_tokens=asked.length,
             batch_size=options.parallel,
-            packed=packed,
+            task=task,
             on_progress=lambda p: tell(f"{p.contestant}: {p.stage}", p.done, p.total),
             on_judged=_say_judged if options.full else None,
         )
@@ -297,7 +297,7 @@ def _judge_loaded(
                 handle,
                 None,
                 general,
-                packed=packed,
+                task=task,
                 on_batch=lambda done, total: tell(f"{BASE_NAME}: general text", done, total),
             )
     return judged, bare

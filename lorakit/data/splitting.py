@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Protocol
 
 import numpy as np
 
-from lorakit.data.tokens import TokenData
+
+class Prompted(Protocol):
+    """Rows, of which some may share a prompt."""
+
+    def __len__(self) -> int: ...
+
+    def prompt_key(self, index: int) -> bytes:
+        """What rows of one prompt share."""
 
 
 def split(
-    data: TokenData, fraction: float, seed: int, *, max_rows: int | None = None
+    data: Prompted, fraction: float, seed: int, *, max_rows: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divide into training and validation; rows that share a prompt stay together.
 

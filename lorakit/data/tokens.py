@@ -48,6 +48,16 @@ class Example:
     id: int
     """Its place in the data set, 0-based; keys dropout, and stays the same in every batch."""
 
+    @property
+    def size(self) -> int:
+        """Its tokens."""
+        return len(self.ids)
+
+    @property
+    def weight(self) -> int:
+        """Its tokens that are predicted with a loss; nothing predicts the first."""
+        return int(np.count_nonzero(self.supervised[1:]))
+
 
 @dataclass(frozen=True)
 class Item:

@@ -11,10 +11,12 @@ from lorakit.data import PromptItem, TokenData
 from lorakit.errors import DataError
 from lorakit.evaluate.losses import LossResult, loss
 from lorakit.evaluate.metrics import text_metrics
-from lorakit.infer import Answer, PackedModel, answers
+from lorakit.infer import Answer, answers
 from lorakit.infer.generation import end_ids
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
+from lorakit.tasks.causal import CAUSAL
+from lorakit.tasks.task import Task
 
 #: tokens beyond the longest reference that an answer may have: enough to see that it goes on
 _BEYOND = 16
@@ -67,7 +69,7 @@ def compare(
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
     token_budget: int | None = None,
-    packed: PackedModel | None = None,
+    task: Task | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_judged: Callable[[Judgement], None] | None = None,
 ) -> list[Judgement]:
@@ -96,8 +98,8 @@ def compare(
         indices = [index for item in items for index in item.indices]
     if metrics and items:  # what cannot be judged is known before anything is generated
         text_metrics(["" for _ in items], [item.references for item in items], metrics)
-    packed = packed or PackedModel(base.model, handle)
-    of = functools.partial(loss, base.model, handle, token_budget=token_budget, packed=packed)
+    task = task or CAUSAL.on(base.model, handle)
+    of = functools.partial(loss, base.model, handle, token_budget=token_budget, task=task)
     judged = []
     for one in contestants:
         tell = _teller(on_progress, one.name)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
 
-from lorakit.data import TokenData, pack
 from lorakit.errors import DataError
-from lorakit.infer import PackedModel
 from lorakit.infer.packed import evaluating
-from lorakit.layers import Handle, Routing
+from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
+from lorakit.tasks.causal import CAUSAL
+from lorakit.tasks.causal import perplexity as perplexity
+from lorakit.tasks.task import Examples, Task
 
 #: tokens of one forward where the caller does not say. More would not be faster on a CPU, where
 #: the products fill the cores from a few hundred tokens on
@@ -36,6 +37,8 @@ class LossResult:
     """float64, one an example in the given order: its summed negative log-likelihood."""
     counts: np.ndarray = field(repr=False)
     """int64, one an example: its supervised tokens."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the kind of task tells beside the loss, by name."""
 
     @property
     def not_finite(self) -> np.ndarray:
@@ -43,15 +46,26 @@ class LossResult:
         return np.flatnonzero(~np.isfinite(self.sums))
 
 
+class Losses(NamedTuple):
+    """Of each example, in the given order."""
+
+    sums: np.ndarray
+    """[E] float64: its summed loss."""
+    counts: np.ndarray
+    """[E] int64: what the mean divides by, such as its supervised tokens."""
+    outputs: np.ndarray | None = None
+    """[E, …]: what metrics are computed from, where the task gives any."""
+
+
 def loss(
     model: nn.Module,
     handle: Handle | None,
     adapter: MixLike,
-    data: TokenData,
+    data: Examples,
     indices: Sequence[int] | None = None,
     *,
     token_budget: int | None = None,
-    packed: PackedModel | None = None,
+    task: Task | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> LossResult:
     """Mean loss of ``model`` with ``adapter`` over examples.
@@ -64,7 +78,7 @@ def loss(
         adapter: a name, ``None`` for the bare base, or weights.
         indices: which examples of ``data``; ``None`` means all.
         token_budget: most tokens of one forward; a longer example runs alone.
-        packed: the model, studied already; made here otherwise.
+        task: the model as a task; that of a causal language model is made here otherwise.
         on_batch: called with the examples done and those to do.
 
     Raises:
@@ -72,25 +86,26 @@ def loss(
         RoutingError: an adapter that is not attached.
     """
     return mean_loss(
-        *example_losses(
+        example_losses(
             model,
             handle,
             adapter,
             data,
             indices,
             token_budget=token_budget,
-            packed=packed,
+            task=task,
             on_batch=on_batch,
         )
     )
 
 
-def mean_loss(sums: np.ndarray, counts: np.ndarray) -> LossResult:
+def mean_loss(losses: Losses) -> LossResult:
     """The mean over all supervised tokens, of what :func:`example_losses` gives.
 
     Raises:
         DataError: no token of these examples is supervised.
     """
+    sums, counts, _ = losses
     total = int(counts.sum())
     if not total:
         raise DataError(
@@ -105,37 +120,35 @@ def example_losses(
     model: nn.Module,
     handle: Handle | None,
     adapter: MixLike,
-    data: TokenData,
+    data: Examples,
     indices: Sequence[int] | None = None,
     *,
     token_budget: int | None = None,
-    packed: PackedModel | None = None,
+    task: Task | None = None,
     on_batch: Callable[[int, int], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each example's summed negative log-likelihood (float64) and supervised tokens (int64), [E].
+) -> Losses:
+    """Each example's summed loss, its weight, and what it gives for metrics.
 
     Arguments as those of :func:`loss`.
     """
-    packed = packed or PackedModel(model, handle)
+    task = task or CAUSAL.on(model, handle)
     chosen = list(range(len(data))) if indices is None else [int(i) for i in indices]
-    routing = Routing.uniform(adapter) if handle is not None else None
-    budget = token_budget or _TOKENS.get(packed.device.type, _TOKENS_ACCELERATOR)
+    budget = token_budget or _TOKENS.get(task.device.type, _TOKENS_ACCELERATOR)
     sums, counts = np.zeros(len(chosen)), np.zeros(len(chosen), np.int64)
+    outputs: np.ndarray | None = None
     done = 0
     with evaluating(model):
-        for places in _batches([int(data.lengths[i]) for i in chosen], budget, packed.mode):
-            batch = pack([data[chosen[place]] for place in places])
-            each, tokens = packed.per_example_loss(batch, routing)
-            sums[places], counts[places] = each.cpu().numpy(), tokens.cpu().numpy()
+        for places in _batches([int(data.lengths[i]) for i in chosen], budget, task.mode):
+            found = task.measured([data[chosen[place]] for place in places], adapter)
+            sums[places], counts[places] = found.sums.cpu().numpy(), found.weights.cpu().numpy()
+            if found.outputs is not None:
+                each = found.outputs.double().cpu().numpy()
+                outputs = np.zeros((len(chosen), *each.shape[1:])) if outputs is None else outputs
+                outputs[places] = each
             done += len(places)
             if on_batch is not None:
                 on_batch(done, len(chosen))
-    return sums, counts
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where it overflows."""
-    return math.exp(loss) if loss < 700 else (math.inf if loss >= 700 else math.nan)
+    return Losses(sums, counts, outputs)
 
 
 def _batches(lengths: Sequence[int], budget: int, mode: str) -> Iterator[list[int]]:

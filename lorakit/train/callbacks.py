@@ -103,8 +103,8 @@ class EvalMetrics:
     """Steps made before it."""
     loss: float
     """Mean over all supervised tokens of the validation part."""
-    perplexity: float
-    """exp(loss)."""
+    perplexity: float | None = None
+    """exp(loss), where the loss is that of text."""
     best: bool = False
     """Whether it is the lowest so far, step 0 included; that adapter is kept."""
     seconds: float | None = None
@@ -112,6 +112,8 @@ class EvalMetrics:
     examples: tuple[Any, Any] | None = field(default=None, repr=False, compare=False)
     """Each example's summed loss (float64) and supervised tokens (int64), as arrays, in the order
     of the validation part; not part of the row."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else the kind of task tells, such as ``{"accuracy": 0.9}``."""
 
     def to_row(self) -> dict[str, Any]:
         """Plain data, as ``metrics.jsonl`` holds it."""
@@ -149,6 +151,8 @@ class RunResult:
 def _to_row(kind: str, event: StepMetrics | EvalMetrics) -> dict[str, Any]:
     values = {one.name: getattr(event, one.name) for one in dataclasses.fields(event)}
     values.pop("examples", None)
+    if not values.get("metrics", True):
+        del values["metrics"]
     return {"kind": kind, **{name: v for name, v in values.items() if v is not None}}
 
 

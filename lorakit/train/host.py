@@ -10,13 +10,13 @@ from torch import nn
 from lorakit.core.adapter import Adapter
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import SpecError
-from lorakit.infer import PackedModel
 from lorakit.layers import Handle, attach
 from lorakit.layers.initial import Initial
+from lorakit.tasks.names import Recompute
+from lorakit.tasks.task import Kind, Task
 from lorakit.train.full import Full, TrainedBase
 from lorakit.train.randomness import Generators, random_tensors, set_random_tensors
-from lorakit.train.recompute import own_checkpointing_kept, recomputing
-from lorakit.train.settings import Recompute
+from lorakit.train.recompute import own_checkpointing_kept
 from lorakit.train.trained import Trained, TrainedAdapter
 
 
@@ -28,7 +28,8 @@ class Host:
         self.generators = Generators()
         self._handle: Handle | None = None
         self._names: set[str] = set()
-        self._packed: PackedModel | None = None
+        self._task: Task | None = None
+        self._kind: Kind | None = None
         self._notes: list[str] = []
         self._recompute: Recompute = "none"
 
@@ -39,9 +40,8 @@ class Host:
 
     @property
     def layers(self) -> str | None:
-        """How the decoder layers ran, if any can run fused."""
-        fused = None if self._packed is None else self._packed.fused
-        return None if fused is None else fused.summary()
+        """How the layers ran, if the task tells."""
+        return None if self._task is None else self._task.layers
 
     def put(self, what: LoRASpec | Adapter | Initial | Full, name: str, seed: int) -> Trained:
         """Put an adapter on the model, trainable; or make the model's own weights so.
@@ -77,31 +77,39 @@ class Host:
             self._handle.remove(trained.name)
             self._names.discard(trained.name)
 
-    def packed(
-        self, recompute: Recompute, share: Callable[[], list[str]]
-    ) -> tuple[PackedModel, list[str]]:
-        """The model for training, and sentences on what was decided about it.
+    def task(
+        self, kind: Kind, recompute: Recompute, share: Callable[[], list[str]]
+    ) -> tuple[Task, list[str]]:
+        """The model as a task, and sentences on what was decided about it.
 
         Args:
+            kind: of the task, the same for all who share the model.
             recompute: what its layers make again, the same for all who share it.
             share: spreads the base over several processes where that is wanted, before the model
                 is looked at.
 
         Raises:
-            BaseError: this model can make nothing again, or nothing can be offloaded here.
+            BaseError: a model of another kind; it can make nothing again, or nothing can be
+                offloaded here.
             SpecError: somebody else is on the model who lets it make again something else.
         """
-        if self._packed is None:
+        if self._task is None:
             shared = share()
-            packed, notes = recomputing(self.model, self._handle, recompute)
-            self._packed, self._notes = packed, [*shared, *notes]
+            self._task = kind.on(self.model, self._handle, recompute)
+            self._kind, self._notes = kind, [*shared, *self._task.notes]
             self._recompute = recompute
+        elif kind != self._kind:
+            assert self._kind is not None
+            raise SpecError(
+                f"the task is {kind.name!r}, and {self._kind.name!r} in the runs that this one "
+                "shares its model with (or they differ in their settings). Train it alone"
+            )
         elif recompute != self._recompute:
             raise SpecError(
                 f"recompute is {recompute!r}, and {self._recompute!r} in the runs that this one "
                 "shares its forwards with. Give all the same, or train it alone"
             )
-        return self._packed, self._notes
+        return self._task, self._notes
 
     def close(self) -> None:
         """Leave the model as it was."""

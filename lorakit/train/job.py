@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lorakit.bases.quiet import quiet_transformers
 from lorakit.core.adapter import Adapter
-from lorakit.data import Batch, Example, TokenData, indices_at
+from lorakit.data import indices_at
 from lorakit.errors import InputError
-from lorakit.layers import Routing, token_keys
 from lorakit.optional import require
+from lorakit.tasks.task import Example, Examples, Stretch
 from lorakit.train.distributed import World
 from lorakit.train.settings import EIGHT_BIT, TrainSettings, rate_at
 from lorakit.train.trained import Lend, Trained
@@ -48,7 +48,8 @@ class Window:
     """The examples of each forward of this process, in the order of the stream."""
     num_tokens: int
     num_supervised: int
-    """Supervised tokens of all examples; every part's loss is divided by it."""
+    """The weight of all examples, such as their supervised tokens; every part's loss is divided
+    by it."""
     idle: int = 0
     """Forwards to make without a use of one's own, where the others need one's part of the base."""
 
@@ -75,7 +76,7 @@ class Job:
     def __init__(
         self,
         trained: Trained,
-        data: TokenData,
+        data: Examples,
         indices: Sequence[int] | np.ndarray,
         settings: TrainSettings,
         *,
@@ -152,7 +153,7 @@ class Job:
         size = self.settings.batch_size
         places = indices_at(len(self._indices), self.settings.seed, step * size, size)
         examples = [self._data[int(index)] for index in self._indices[places]]
-        lengths = [len(example.ids) for example in examples]
+        lengths = [example.size for example in examples]
         shares = shared(lengths, self._world.size)
         parts = tuple(self._cut([examples[i] for i in shares[self._world.rank]]))
         return Window(
@@ -160,8 +161,8 @@ class Job:
             examples=tuple(examples),
             parts=parts,
             idle=self._most_parts(lengths, shares) - len(parts) if self._world.sharded else 0,
-            num_tokens=sum(len(example.ids) for example in examples),
-            num_supervised=sum(num_supervised(example) for example in examples),
+            num_tokens=sum(lengths),
+            num_supervised=sum(example.weight for example in examples),
         )
 
     def largest_part(self) -> tuple[Example, ...]:
@@ -189,7 +190,7 @@ class Job:
 
     def _cut(self, examples: Sequence[Example]) -> Iterator[tuple[Example, ...]]:
         start = 0
-        for part in self._cut_lengths([len(example.ids) for example in examples]):
+        for part in self._cut_lengths([example.size for example in examples]):
             yield tuple(examples[start : start + len(part)])
             start += len(part)
 
@@ -208,23 +209,15 @@ class Job:
         if part:
             yield part
 
-    def routing(self, batch: Batch) -> Routing:
-        """These weights for the whole batch, with keys for their dropout."""
-        routing = Routing.uniform(self.trained.name)
-        keys = self.dropout_keys(batch.example_ids, batch.lengths)
-        return routing if keys is None else routing.with_dropout_keys(keys[None])
-
-    def dropout_keys(self, ids: Tensor, lengths: Sequence[int]) -> Tensor | None:
-        """One key for each token of these examples, [n]; ``None`` without dropout.
-
-        Args:
-            ids: int64 [B], the examples' places in the data.
-        """
-        if not self.trained.dropout:
-            return None
-        example = torch.repeat_interleave(ids.cpu(), torch.tensor(lengths))
-        position = torch.cat([torch.arange(length) for length in lengths])
-        return token_keys(self.settings.seed, self.step, example, position)
+    def stretch(self, examples: Sequence[Example]) -> Stretch:
+        """Examples of this run, as a forward of this step takes them."""
+        return Stretch(
+            examples,
+            self.trained.name,
+            seed=self.settings.seed,
+            step=self.step,
+            dropout=bool(self.trained.dropout),
+        )
 
     # --- the gradient ----------------------------------------------------------------------
 
@@ -479,11 +472,6 @@ def shared(lengths: Sequence[int], size: int) -> list[list[int]]:
         shares[who].append(place)
         tokens[who] += lengths[place]
     return [sorted(share) for share in shares]
-
-
-def num_supervised(example: Example) -> int:
-    """Tokens of an example that are predicted with a loss; nothing predicts the first."""
-    return int(np.count_nonzero(example.supervised[1:]))
 
 
 def _parameter_groups(

@@ -25,6 +25,7 @@ Between two forwards the loop looks whether somebody asked to stop.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -37,15 +38,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorakit.data import Example, TokenData, pack
-from lorakit.errors import TrainingError
+from lorakit.errors import SpecError, TrainingError, collected
 from lorakit.evaluate import LossResult, example_losses, mean_loss
-from lorakit.infer import PackedModel
-from lorakit.layers import Routing
+from lorakit.evaluate.losses import Losses
+from lorakit.tasks.causal import CAUSAL
+from lorakit.tasks.task import Example, Examples, Kind, Stretch, Task
 from lorakit.train.distributed import PeerLost, World
 from lorakit.train.interrupt import StopRequest
 from lorakit.train.job import Job, Window
-from lorakit.train.mixing import needs_plain_layers, why_not_mixed
 from lorakit.train.randomness import seeded
 from lorakit.train.room import (
     MARGIN,
@@ -54,7 +54,6 @@ from lorakit.train.room import (
     give_back_memory,
     is_memory_error,
     num_tokens,
-    shortened,
 )
 from lorakit.train.run import Run
 
@@ -75,7 +74,7 @@ class Share(NamedTuple):
     run: Run
     examples: Sequence[Example]
     divisor: float
-    """What their summed loss is divided by: the supervised tokens of the run's window."""
+    """What their summed loss is divided by: the weight of the run's window."""
 
 
 class _Failed(Exception):
@@ -90,7 +89,8 @@ class Loop:
     """Runs on one model.
 
     Args:
-        packed: the model, with an adapter attached for each run.
+        task: the model, with an adapter attached for each run.
+        kind: of the task; names the metrics of an evaluation.
         stop: asked between two forwards.
         world: the processes that train together; where there are several, there is one run.
         budget: tokens of a forward of several runs; by default the largest
@@ -99,26 +99,28 @@ class Loop:
 
     def __init__(
         self,
-        packed: PackedModel,
+        task: Task,
         *,
         world: World,
         stop: StopRequest,
         budget: int | None = None,
+        kind: Kind = CAUSAL,
     ) -> None:
-        self._packed = packed
-        self._model = packed.model
+        self._task = task
+        self._kind = kind
+        self._model = task.model
         self._world = world
         self._stop = stop
         self._wanted = budget
         self._room = math.inf
-        self._base_losses: list[tuple[TokenData, tuple[int, ...], LossResult]] = []
+        self._base_losses: list[tuple[Examples, tuple[int, ...], LossResult]] = []
         """Tokens of a shared forward that the memory has room for, once that was felt."""
         self._proven = 0
         """Tokens of the largest forward that went through."""
         self._apart: dict[Run, str | None] = {}
         """Who takes part, and why its forwards are its own; ``None`` where they are not."""
-        self._plain: set[Run] = set()
-        """Those whose layers cannot run fused."""
+        self._kin: dict[Run, str] = {}
+        """Those that share forwards do so with their kin."""
         self._buffer: Tensor | None = None
         self.bytes_per_token = 0.0
         """Of a forward and its backward, where it was measured."""
@@ -132,9 +134,8 @@ class Loop:
 
     @property
     def layers(self) -> str | None:
-        """How the decoder layers ran, if any can run fused."""
-        fused = self._packed.fused
-        return None if fused is None else fused.summary()
+        """How the layers ran, if the task tells."""
+        return self._task.layers
 
     def enter(self, run: Run) -> None:
         """Let a run take part.
@@ -143,9 +144,10 @@ class Loop:
             TrainingError: the memory has no room for one of its examples.
             Stopped: somebody asked.
         """
-        self._apart[run] = why_not_mixed(self._packed, run.job)
-        if self._packed.fused is not None and needs_plain_layers(run.job):
-            self._plain.add(run)
+        adapter = run.job.snapshot()
+        self._apart[run] = self._task.why_apart(adapter)
+        self._check_whole(run)
+        self._kin[run] = self._task.kin(adapter)
         if len(self._apart) > 1:
             for one, reason in self._apart.items():
                 if reason is not None and (one is run or len(self._apart) == 2):
@@ -161,10 +163,33 @@ class Loop:
             self.leave(run)
             raise
 
+    def _check_whole(self, run: Run) -> None:
+        """Refuse what would cut a batch that must be one forward.
+
+        Raises:
+            SpecError: another run, another process, or a limit on forwards.
+        """
+        why = self._task.whole
+        if why is None:
+            return
+        settings = run.job.settings
+        problems = [
+            text
+            for is_so, text in (
+                (len(self._apart) > 1, "several runs share the model; train them one by one"),
+                (self._world.size > 1, "several processes share each batch; start one"),
+                (settings.micro_batch is not None, "micro_batch would cut it; leave it out"),
+            )
+            if is_so
+        ]
+        if problems:
+            self._apart.pop(run)
+            raise SpecError(collected(f"A batch must be one forward, for {why}", problems))
+
     def leave(self, run: Run) -> None:
         """It takes part no more."""
         self._apart.pop(run, None)
-        self._plain.discard(run)
+        self._kin.pop(run, None)
         run.job.clear_gradient()
 
     # --- a round ---------------------------------------------------------------------------
@@ -263,7 +288,7 @@ class Loop:
                 else:
                     for run, window in windows.items():
                         for _ in range(window.idle):  # with a weight of zero
-                            shortest = min(window.examples, key=lambda e: len(e.ids))
+                            shortest = min(window.examples, key=lambda e: e.size)
                             self._backward([Share(run, [shortest], math.inf)])
                     return windows, {
                         run: loss / windows[run].num_supervised for run, loss in losses.items()
@@ -275,15 +300,16 @@ class Loop:
         """The windows' examples as forwards: those of a run stand together, in their order."""
         queues: dict[Run, list[Example]] = {}
         for run, window in windows.items():
-            if len(windows) == 1 or self._apart[run] is not None:
+            if self._task.whole is not None:
+                yield [Share(run, window.examples, window.num_supervised)]
+            elif len(windows) == 1 or self._apart[run] is not None:
                 for part in window.parts:
                     yield [Share(run, part, window.num_supervised)]
             else:
                 queues[run] = [example for part in window.parts for example in part][::-1]
-        fused = {run: queue for run, queue in queues.items() if run not in self._plain}
-        plain = {run: queue for run, queue in queues.items() if run in self._plain}
-        yield from self._filled(fused, windows)
-        yield from self._filled(plain, windows)
+        for kin in sorted({self._kin[run] for run in queues}):
+            family = {run: queue for run, queue in queues.items() if self._kin[run] == kin}
+            yield from self._filled(family, windows)
 
     def _filled(
         self, queues: dict[Run, list[Example]], windows: Mapping[Run, Window]
@@ -380,6 +406,10 @@ class Loop:
             return
         run, part, _ = shares[0]
         job = run.job
+        if self._task.whole is not None:
+            run.save()
+            told = f"{why}, and the batch must be one forward, for {self._task.whole}"
+            raise _Failed(run, TrainingError(f"Stopped: {told}. Lower --batch-size"))
         if len(part) == 1:
             run.save()
             told = f"Stopped in step {job.step + 1}: {_no_room(job, part[0], why)}"
@@ -402,35 +432,14 @@ class Loop:
 
     def _backward(self, shares: Sequence[Share]) -> list[float]:
         """Add the gradient of each share's losses / its divisor; gives the sums, float64."""
-        batch = pack([example for share in shares for example in share.examples])
-        groups = [len(share.examples) for share in shares]
         with torch.enable_grad():
-            sums = self._packed.group_losses(batch, self._routing(shares, batch), groups)
+            sums = self._task.losses([share.run.job.stretch(share.examples) for share in shares])
             divisors = [share.divisor for share in shares]
             each = sums / torch.tensor(divisors, dtype=sums.dtype, device=sums.device)
             each.sum().backward()  # type: ignore[no-untyped-call]
-        self._proven = max(self._proven, batch.num_tokens)
+        self._proven = max(self._proven, _tokens(shares))
         found: list[float] = sums.detach().double().tolist()
         return found
-
-    def _routing(self, shares: Sequence[Share], batch: Any) -> Routing:
-        """Each run's adapter for its own stretch, with the keys of its dropout."""
-        if len(shares) == 1:
-            return shares[0].run.job.routing(batch)
-        routing = Routing.tokens(
-            [(share.run.job.trained.name, num_tokens(share.examples)) for share in shares]
-        )
-        keys, start = [], 0
-        for share in shares:
-            end = start + len(share.examples)
-            own = share.run.job.dropout_keys(batch.example_ids[start:end], batch.lengths[start:end])
-            keys.append((own, num_tokens(share.examples)))
-            start = end
-        if all(own is None for own, _ in keys):
-            return routing
-        # nothing asks for the keys of a run without dropout
-        row = torch.cat([torch.zeros(n, dtype=torch.long) if k is None else k for k, n in keys])
-        return routing.with_dropout_keys(row[None])
 
     def _problem_of(self, run: Run, example: Example) -> str | None:
         """What is not finite about an example alone."""
@@ -447,9 +456,11 @@ class Loop:
     def _largest(self, run: Run) -> list[Share]:
         """The largest forward with this run in it."""
         own = run.job.largest_part()
+        if self._task.whole is not None:
+            return [Share(run, run.job.window().examples, 1)]
         shares, room = [Share(run, own, 1)], self._budget(self._apart) - num_tokens(own)
         for other in self._apart if self._apart[run] is None else ():
-            together = (other in self._plain) == (run in self._plain)
+            together = self._kin[other] == self._kin[run]
             if other is not run and together and self._apart[other] is None and room > 0:
                 queue = list(other.job.largest_part())[::-1]
                 taken = _taken(queue, other.job, room, first=False)
@@ -465,7 +476,7 @@ class Loop:
         with training_mode(self._model, adapted), seeded(run.job.settings.seed):
             try:
                 while _tokens(shares := self._largest(run)) > self._proven:
-                    if self._packed.device.type == "cpu":
+                    if self._task.device.type == "cpu":
                         self._compare_with_free(shares)
                         break
                     if self._with_room(shares) is not None:
@@ -489,10 +500,10 @@ class Loop:
             _Failed: there is not as much.
         """
         size = run.job.bytes_to_come
-        if self._packed.device.type == "cpu":  # where it is subtracted from what is free
+        if self._task.device.type == "cpu":  # where it is subtracted from what is free
             return None
         try:
-            return torch.empty(size, dtype=torch.uint8, device=self._packed.device)
+            return torch.empty(size, dtype=torch.uint8, device=self._task.device)
         except (RuntimeError, MemoryError) as error:
             if not is_memory_error(error):
                 raise
@@ -516,13 +527,13 @@ class Loop:
         if free is not None:
             free = max(0, free - shares[0].run.job.bytes_to_come)
         tokens = _tokens(shares)
-        small = _shortened(shares, 1 / 8)
+        small = self._smaller(shares, 1 / 8)
         needed = self._measured(small)
         if needed is not None and _tokens(small) >= _TELLING_TOKENS:
             self.bytes_per_token = max(self.bytes_per_token, needed / _tokens(small))
         if free is None or needed is None or needed * tokens <= MARGIN * free * _tokens(small):
             return
-        larger, constant = _shortened(shares, 1 / 4), 0.0
+        larger, constant = self._smaller(shares, 1 / 4), 0.0
         each = needed / _tokens(small)
         if _tokens(larger) > _tokens(small) and 2 * needed < MARGIN * free:
             more = (self._measured(larger) or 0) - needed
@@ -534,10 +545,16 @@ class Loop:
         fit = max(fit, 0)
         why = f"the memory that is free ({free / 2**20:,.0f} MB) has room for about {fit} tokens"
         run, part, divisor = shares[0]
-        longest = max(part, key=lambda example: len(example.ids))
-        if len(longest.ids) > fit:
+        longest = max(part, key=lambda example: example.size)
+        if longest.size > fit:
             shares = [Share(run, [longest], divisor)]
         self._cut_smaller(shares, fit, why)
+
+    def _smaller(self, shares: Sequence[Share], part: float) -> list[Share]:
+        """Shares that need about as much memory for each token."""
+        return [
+            share._replace(examples=self._task.smaller(share.examples, part)) for share in shares
+        ]
 
     def _measured(self, shares: Sequence[Share]) -> int | None:
         """Bytes that a forward and its backward need at their peak; ``None``: not known."""
@@ -590,21 +607,38 @@ class Loop:
         world = self._world
         mine = slice(None) if world.sharded else slice(world.rank, None, world.size)
 
-        def losses() -> tuple[np.ndarray, np.ndarray]:
+        def losses() -> Losses:
             while True:
                 found = self._losses_with_room(run, adapter, data, indices[mine])
                 if found is not None:
                     return found
 
         both = np.zeros((2, len(indices)))
-        both[:, mine] = self._together(losses)
+        found = self._together(losses)
+        both[:, mine] = found.sums, found.counts
+        outputs = found.outputs
         if not world.sharded:
             world.sum_(torch.from_numpy(both))
-        return mean_loss(both[0], both[1].astype(np.int64))
+            outputs = self._outputs_of_all(outputs, mine, len(indices))
+        result = mean_loss(Losses(both[0], both[1].astype(np.int64), outputs))
+        return dataclasses.replace(
+            result, metrics=self._kind.metrics(result.loss, data, indices, outputs)
+        )
+
+    def _outputs_of_all(
+        self, outputs: np.ndarray | None, mine: slice, count: int
+    ) -> np.ndarray | None:
+        """What all processes found, each for its own examples."""
+        if outputs is None or self._world.size == 1:
+            return outputs
+        whole = np.zeros((count, *outputs.shape[1:]))
+        whole[mine] = outputs
+        self._world.sum_(torch.from_numpy(whole))
+        return whole
 
     def _losses_with_room(
-        self, run: Run, adapter: str | None, data: TokenData, indices: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray] | None:
+        self, run: Run, adapter: str | None, data: Examples, indices: Sequence[int]
+    ) -> Losses | None:
         """Each example's loss; ``None`` if it does not fit and forwards are smaller from now on.
 
         Raises:
@@ -614,12 +648,12 @@ class Loop:
         try:
             return example_losses(
                 self._model,
-                self._packed.handle,
+                self._task.handle,
                 adapter,
                 data,
                 indices,
                 token_budget=job.most_tokens,
-                packed=self._packed,
+                task=self._task,
                 on_batch=lambda *_: self.look_for_stop(),
             )
         except (RuntimeError, MemoryError) as error:
@@ -627,8 +661,8 @@ class Loop:
                 raise
             message = str(error).strip().split("\n")[0]
         give_back_memory()
-        examples = sorted((data[i] for i in indices), key=lambda e: len(e.ids), reverse=True)
-        alone = len(examples[0].ids) >= (job.most_tokens or math.inf)
+        examples = sorted((data[i] for i in indices), key=lambda e: e.size, reverse=True)
+        alone = examples[0].size >= (job.most_tokens or math.inf)
         part = examples[:1] if alone else examples
         tokens = min(num_tokens(part), job.most_tokens or num_tokens(part)) // 2
         why = f"the memory was too small in an evaluation ({message})"
@@ -638,10 +672,6 @@ class Loop:
 
 def _tokens(shares: Sequence[Share]) -> int:
     return sum(num_tokens(share.examples) for share in shares)
-
-
-def _shortened(shares: Sequence[Share], part: float) -> list[Share]:
-    return [share._replace(examples=shortened(share.examples, part)) for share in shares]
 
 
 def _taken(queue: list[Example], job: Job, room: float, *, first: bool) -> list[Example]:
@@ -655,7 +685,7 @@ def _taken(queue: list[Example], job: Job, room: float, *, first: bool) -> list[
     room = min(room, job.most_tokens or math.inf)
     taken: list[Example] = []
     while queue and len(taken) < most:
-        length = len(queue[-1].ids)
+        length = queue[-1].size
         if tokens + length > room and (taken or not first):
             break
         taken.append(queue.pop())
@@ -726,18 +756,18 @@ def _with_gradient(value: Any) -> Any:
     return value
 
 
-def check_first_forward(packed: PackedModel, job: Job) -> None:
+def check_first_forward(task: Task, job: Job) -> None:
     """Run one example, so that what cannot work is known before anything is written.
 
     Raises:
         TargetError: adapted modules that are never called.
-        BaseError: a model that computes no loss over tokens.
+        BaseError: a model that computes no loss of this task.
         TrainingError: the memory has no room for it.
     """
     example = job.window().examples[0]
     try:
-        with training_mode(packed.model, []), torch.no_grad():
-            packed.supervised_loss(pack([example]), Routing.uniform(job.trained.name))
+        with training_mode(task.model, []), torch.no_grad():
+            task.losses([Stretch([example], job.trained.name)])
     except (RuntimeError, MemoryError) as error:
         if not is_memory_error(error):
             raise
@@ -748,6 +778,6 @@ def check_first_forward(packed: PackedModel, job: Job) -> None:
 def _no_room(job: Job, example: Example, why: str) -> str:
     return (
         f"{why}, and this example does not fit even alone: {job.where(example)}, "
-        f"{len(example.ids)} tokens. What would help: leave it out or cut it with --max-length; "
+        f"{example.size} tokens. What would help: leave it out or cut it with --max-length; "
         "--recompute layers; --quantize nf4."
     )

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.bases import Base, context_length, load_base
+from lorakit.bases import Base
 from lorakit.core.identity import BaseIdentity
 from lorakit.core.spec import LoRASpec
-from lorakit.data import DataSpec, TokenData, load_data
 from lorakit.errors import BaseError, DataError, InputError, collected
+from lorakit.tasks.causal import CAUSAL
+from lorakit.tasks.task import Examples, Kind
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,24 @@ class Origin:
     """How the base and the data of a run were loaded."""
 
     base: Mapping[str, Any]
-    """Arguments of ``load_base``, among them ``ref``."""
-    data: DataSpec | None = None
-    """``None``: the caller made the data, and has to give it again."""
-    validation: DataSpec | None = None
+    """Arguments of the kind's ``load_base``, among them ``ref``."""
+    data: Any = None
+    """A ``DataSpec``, or what else the kind's ``load_data`` takes; ``None``: the caller made the
+    data, and has to give it again."""
+    validation: Any = None
+    kind: Kind = CAUSAL
+    """Of the task: how base and data are loaded."""
 
     @classmethod
-    def of(cls, base: Base, data: TokenData, validation: TokenData | None) -> Origin:
+    def of(
+        cls, base: Base, data: Examples, validation: Examples | None, kind: Kind = CAUSAL
+    ) -> Origin:
         """What the objects themselves know."""
         return cls(
             base={"ref": base.ref},
             data=getattr(data, "spec", None),
             validation=getattr(validation, "spec", None),
+            kind=kind,
         )
 
     def to_dict(self, base: Base) -> dict[str, Any]:
@@ -53,18 +60,22 @@ class Origin:
         }
 
     @classmethod
-    def from_dict(cls, sections: Mapping[str, Any]) -> Origin:
+    def from_dict(cls, sections: Mapping[str, Any], kind: Kind = CAUSAL) -> Origin:
         """The inverse of :meth:`to_dict`.
+
+        Args:
+            kind: of the task, which says what the sections mean.
 
         Raises:
             InputError: a section is missing or malformed.
         """
         try:
-            inspect.signature(load_base).bind(**sections["base"])
+            inspect.signature(kind.load_base).bind(**sections["base"])
             return cls(
                 base=dict(sections["base"]),
-                data=_spec_from_dict(sections["data"]),
-                validation=_spec_from_dict(sections["validation"]),
+                data=_spec_from_dict(sections["data"], kind),
+                validation=_spec_from_dict(sections["validation"], kind),
+                kind=kind,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"run.yaml does not say how to load the run again: {error}") from error
@@ -76,9 +87,10 @@ class Origin:
 
     def load_base(self) -> Base:
         """Load the base as it was loaded before."""
-        return load_base(**self.base)
+        base: Base = self.kind.load_base(**self.base)
+        return base
 
-    def load_data(self, base: Base) -> TokenData:
+    def load_data(self, base: Base) -> Any:
         """Load the training data as before.
 
         Raises:
@@ -91,29 +103,22 @@ class Origin:
                 "this run's data did not come from files that lorakit read; give it again: "
                 "Trainer.resume(out, data=…)"
             )
-        return self._load(self.data, base)
+        return self.kind.load_data(self.data, base)
 
-    def load_validation(self, base: Base) -> TokenData | None:
+    def load_validation(self, base: Base) -> Any:
         """Load the validation data as before; ``None`` if there were no files of it.
 
         Raises:
             DataError: the data cannot be read.
             BaseError: the base has no tokenizer.
         """
-        return None if self.validation is None else self._load(self.validation, base)
-
-    @staticmethod
-    def _load(spec: DataSpec, base: Base) -> TokenData:
-        if base.tokenizer is None:
-            raise BaseError(
-                f"{base.ref} has no tokenizer, so text cannot become tokens. Put its tokenizer "
-                "files (tokenizer.json and tokenizer_config.json) beside the weights."
-            )
-        return load_data(spec, base.tokenizer, context_length=context_length(base.model))
+        if self.validation is None:
+            return None
+        return self.kind.load_data(self.validation, base)
 
 
 def content_hashes(
-    base: Base, data: TokenData, validation: TokenData | None
+    base: Base, data: Examples, validation: Examples | None
 ) -> dict[str, str | None]:
     """Section ``content`` of run.yaml: what a resumed run must find unchanged."""
     return {
@@ -202,12 +207,13 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _spec_to_dict(spec: DataSpec | None) -> dict[str, Any] | None:
+def _spec_to_dict(spec: Any) -> dict[str, Any] | None:
     if spec is None:
         return None
     data: dict[str, Any] = plain(spec.to_dict())
-    data["path"] = [_absolute(path) for path in data["path"]]
-    if data["template"] is not None:
+    path = data["path"]
+    data["path"] = _absolute(path) if isinstance(path, str) else [_absolute(one) for one in path]
+    if data.get("template") is not None:
         data["template"] = _absolute(data["template"])
     return data
 
@@ -220,10 +226,8 @@ def _absolute(text: str) -> str:
         return text
 
 
-def _spec_from_dict(data: Mapping[str, Any] | None) -> DataSpec | None:
-    if data is None:
-        return None
-    return DataSpec(**data)
+def _spec_from_dict(data: Mapping[str, Any] | None, kind: Kind) -> Any:
+    return None if data is None else kind.data_spec(data)
 
 
 def _identity_hash(identity: BaseIdentity) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.core.adapter import Adapter
-from lorakit.data import TokenData
+from lorakit.tasks.task import Examples
 from lorakit.train.job import Job
 
 #: settings that cannot change the adapter
@@ -22,7 +22,7 @@ _PACKAGES = ("lorakit", "torch", "transformers")
 
 
 def provenance(
-    job: Job, data: TokenData, validation: TokenData | None, start: Adapter | None
+    job: Job, data: Examples, validation: Examples | None, start: Adapter | None
 ) -> dict[str, Any]:
     """JSON data for ``Adapter.provenance``, about the job's present weights."""
     settings = {
@@ -41,7 +41,7 @@ def provenance(
     return found
 
 
-def _about(data: TokenData) -> dict[str, Any]:
+def _about(data: Examples) -> dict[str, Any]:
     report = data.report
     return {
         "digest": data.digest,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import os
 import sys
@@ -18,10 +17,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from lorakit.data import Example
+from lorakit.tasks.task import Example
 
 #: share of the free memory that a forward and its backward may take
 MARGIN = 0.9
@@ -151,16 +149,5 @@ def _resident() -> int | None:
 
 
 def num_tokens(part: Sequence[Example]) -> int:
-    """Tokens of a forward."""
-    return sum(len(example.ids) for example in part)
-
-
-def shortened(part: Sequence[Example], share: float) -> list[Example]:
-    """Each example cut to ``share`` of its tokens, at least two, as many of them supervised."""
-    cut = []
-    for example in part:
-        length = max(min(2, len(example.ids)), round(len(example.ids) * share))
-        learnt = max(1, round(float(example.supervised.mean()) * length))
-        supervised = np.arange(length) >= length - learnt
-        cut.append(dataclasses.replace(example, ids=example.ids[:length], supervised=supervised))
-    return cut
+    """The size of a forward: its tokens, or what stands for them."""
+    return sum(example.size for example in part)

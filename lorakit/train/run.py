@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.data import TokenData
 from lorakit.errors import TrainingError, collected
 from lorakit.evaluate import LossResult
+from lorakit.tasks.task import Examples
 from lorakit.train.callbacks import Callback, EvalMetrics, StepMetrics
 from lorakit.train.checkpoint import (
     Checkpoint,
@@ -67,7 +67,7 @@ class Run:
         *,
         world: World,
         continued: bool,
-        validation: tuple[TokenData, Sequence[int]] | None,
+        validation: tuple[Examples, Sequence[int]] | None,
         events: Callback,
         folder: RunFolder,
         metrics: MetricsFile | None,
@@ -264,13 +264,15 @@ class Run:
         job = self.job
         if job.step == 0:
             job.base_loss = base_loss
+        others = dict(result.metrics)
         metrics = EvalMetrics(
             step=job.step,
             loss=result.loss,
-            perplexity=result.perplexity,
+            perplexity=others.pop("perplexity", None),
             best=job.observe(result.loss),
             seconds=seconds,
             examples=(result.sums, result.counts),
+            metrics=others,
         )
         self.row(metrics.to_row())
         if not math.isfinite(result.loss):

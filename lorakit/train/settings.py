@@ -15,13 +15,12 @@ from typing import Any, Literal, Self, get_args
 
 from lorakit.core.frozen import FrozenDict
 from lorakit.errors import SpecError, collected
+from lorakit.tasks.names import Recompute
 
 Schedule = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw8bit", "paged-adamw8bit", "sgd"]
 #: those of bitsandbytes, whose averages take a byte each
 EIGHT_BIT = ("adamw8bit", "paged-adamw8bit")
-
-Recompute = Literal["none", "mlp", "layers", "offload"]
 
 DEFAULT_EPOCHS = 3.0
 DEFAULT_BETAS = (0.9, 0.999)

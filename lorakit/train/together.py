@@ -223,8 +223,11 @@ class _Session:
             run = trainer.enter(host, closing)
             place = _Place(number, trainer, run, closing)
             if self._loop is None:
-                packed, _ = host.packed(trainer.settings.recompute, list)
-                self._loop = Loop(packed, world=trainer.world, stop=stop, budget=self.budget)
+                kind = trainer.kind
+                task, _ = host.task(kind, trainer.settings.recompute, list)
+                self._loop = Loop(
+                    task, world=trainer.world, stop=stop, budget=self.budget, kind=kind
+                )
             self._places.append(place)
         except Exception as error:
             self._close(closing, error)

@@ -94,7 +94,10 @@ class Tracker(Callback):
         self._log(numbers, metrics.step)
 
     def on_eval(self, metrics: EvalMetrics) -> None:
-        numbers = {"validation/loss": metrics.loss, "validation/perplexity": metrics.perplexity}
+        numbers = {"validation/loss": metrics.loss}
+        if metrics.perplexity is not None:
+            numbers["validation/perplexity"] = metrics.perplexity
+        numbers |= {f"validation/{name}": value for name, value in metrics.metrics.items()}
         self._log(numbers, metrics.step)
 
     def on_end(self, result: RunResult) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from lorakit.bases import Base, check_base
 from lorakit.core.adapter import Adapter
 from lorakit.core.spec import LoRASpec
-from lorakit.data import Example, TokenData, indices_at, order, split
+from lorakit.data import Example, indices_at, order, split
 from lorakit.errors import (
     BaseError,
     DataError,
@@ -30,6 +30,9 @@ from lorakit.formats import load_adapter, save_adapter
 from lorakit.layers import Handle
 from lorakit.layers.initial import DRAWN, NEEDS, Initial, initial
 from lorakit.layers.targets import resolve_targets, whole_modules
+from lorakit.tasks.causal import CAUSAL
+from lorakit.tasks.registry import kind_of, named
+from lorakit.tasks.task import Examples, Kind
 from lorakit.train.callbacks import Callback, CallbackList, Ending, RunInfo, RunResult
 from lorakit.train.checkpoint import Checkpoint, latest_checkpoint
 from lorakit.train.distributed import PeerLost, World, current_world, shard_
@@ -52,7 +55,6 @@ from lorakit.train.randomness import seed_all
 from lorakit.train.record import environment
 from lorakit.train.report import write_report
 from lorakit.train.run import Run
-from lorakit.train.samples import answers_of, samples_of
 from lorakit.train.settings import LEAST_TO_HOLD_OUT, Facts, TrainSettings
 from lorakit.train.trained import TrainedAdapter
 
@@ -94,6 +96,7 @@ class Trainer:
         shard: spread the base over these processes. It stays spread after the run.
         calibrate: for initialisations that look at more than the base's weights; such as
             ``partial(lorakit.workflows.calibrate.calibrate, base)``.
+        task: what the examples are, and what is minimised.
 
     Raises:
         SpecError: settings that are impossible or cannot act.
@@ -105,11 +108,11 @@ class Trainer:
         self,
         base: Base,
         what: LoRASpec | Adapter | Initial | Full,
-        data: TokenData,
+        data: Examples,
         settings: TrainSettings | None = None,
         out: str | os.PathLike[str] = "run",
         *,
-        validation: TokenData | None = None,
+        validation: Examples | None = None,
         callbacks: Iterable[Callback] = (),
         origin: Origin | None = None,
         extra: dict[str, Any] | None = None,
@@ -117,7 +120,9 @@ class Trainer:
         world: World | None = None,
         shard: bool = False,
         calibrate: Calibrate | None = None,
+        task: Kind = CAUSAL,
     ) -> None:
+        self._kind = task
         self._calibrate = calibrate
         world = world or current_world()
         self._world = world.sharing() if shard else world
@@ -126,7 +131,7 @@ class Trainer:
         self._data = data
         self._validation_data = validation
         self._callbacks = list(callbacks) if self._world.first else []
-        self._origin = origin or Origin.of(base, data, validation)
+        self._origin = origin or Origin.of(base, data, validation, task)
         self._extra = dict(extra or {})
         self._folder = RunFolder(Path(out))
         self._resuming = False
@@ -154,7 +159,7 @@ class Trainer:
         return self._settings
 
     @property
-    def validation(self) -> tuple[TokenData, Sequence[int]] | None:
+    def validation(self) -> tuple[Examples, Sequence[int]] | None:
         """The data that is evaluated on, and which of it; ``None`` if there is none."""
         return self._validation
 
@@ -331,6 +336,11 @@ class Trainer:
         return self._base
 
     @property
+    def kind(self) -> Kind:
+        """Of the task."""
+        return self._kind
+
+    @property
     def world(self) -> World:
         """The processes that train together."""
         return self._world
@@ -381,9 +391,9 @@ class Trainer:
         job = Job(trained, self._data, self._training, self._settings, world=self._world)
         closing.callback(self._leave_base, job)
         job.share()  # a decomposition may differ by rounding
-        packed, notes = host.packed(self._settings.recompute, self._share_base)
-        self._check_forwards(packed.mode)
-        check_first_forward(packed, job)
+        task, notes = host.task(self._kind, self._settings.recompute, self._share_base)
+        self._check_forwards(task.mode)
+        check_first_forward(task, job)
         if not self._resuming:
             self.notes += notes
             self._world.share(lambda: self._create(job))
@@ -563,6 +573,7 @@ class Trainer:
             **self._origin.to_dict(self._base),
             "lora": None if spec is None else spec_to_dict(spec),  # None: all weights are trained
             "train": self._settings.to_dict(),
+            **({} if self._kind is CAUSAL else {"task": named(self._kind)}),
             **plain(self._extra),
             "content": self._content,
             "data_report": plain(self._data.report.to_dict()),
@@ -608,7 +619,9 @@ class Trainer:
             save_model(self._base, self._folder.model, history)
         else:
             save_adapter(
-                adapter.with_(base=self._base.identity, provenance=history, task_type="CAUSAL_LM"),
+                adapter.with_(
+                    base=self._base.identity, provenance=history, task_type=self._kind.peft_type
+                ),
                 self._folder.adapter,
             )
         self._kept = job.weights_step
@@ -641,20 +654,15 @@ class Trainer:
 
     def _asked(self) -> list[dict[str, Any]]:
         assert self._validation is not None
-        return samples_of(self._base, *self._validation, count=self._settings.samples)
+        return self._kind.questions(self._base, *self._validation, self._settings.samples)
 
     def _answer(
         self, samples: list[dict[str, Any]], handle: Handle | None, name: str | None, key: str
     ) -> None:
         """Add an answer to each sample."""
         assert self._validation is not None
-        answers = answers_of(
-            self._base,
-            handle,
-            name,
-            *self._validation,
-            count=len(samples),
-            max_new_tokens=self._settings.sample_tokens,
+        answers = self._kind.answers(
+            self._base, handle, name, *self._validation, len(samples), self._settings.sample_tokens
         )
         for sample, answer in zip(samples, answers, strict=True):
             sample[key] = answer
@@ -682,11 +690,12 @@ class Trainer:
         out: str | os.PathLike[str],
         *,
         base: Base | None = None,
-        data: TokenData | None = None,
-        validation: TokenData | None = None,
+        data: Examples | None = None,
+        validation: Examples | None = None,
         callbacks: Iterable[Callback] = (),
         world: World | None = None,
         shard: bool = False,
+        task: Kind | None = None,
     ) -> RunResult:
         """Go on with a run exactly where its last checkpoint is; a finished one gives its result.
 
@@ -696,6 +705,7 @@ class Trainer:
                 program.
             callbacks: who is told what happens.
             world, shard: as for a new one; neither need be what it was before.
+            task: the kind that the run was made with, where that is none of ``lorakit.tasks``.
 
         Raises:
             InputError: there is no run, another process runs it, or data that did not come from
@@ -714,6 +724,7 @@ class Trainer:
             callbacks=callbacks,
             world=world,
             shard=shard,
+            task=task,
         ).run()
 
     @classmethod
@@ -722,11 +733,12 @@ class Trainer:
         out: str | os.PathLike[str],
         *,
         base: Base | None = None,
-        data: TokenData | None = None,
-        validation: TokenData | None = None,
+        data: Examples | None = None,
+        validation: Examples | None = None,
         callbacks: Iterable[Callback] = (),
         world: World | None = None,
         shard: bool = False,
+        task: Kind | None = None,
     ) -> Trainer:
         """A trainer that goes on with a run that has not ended, alone or with others.
 
@@ -735,7 +747,8 @@ class Trainer:
         folder = RunFolder(Path(out))
         sections = folder.read_settings()
         world = world or current_world()
-        origin = Origin.from_dict(sections).on(world.device)
+        kind = task or kind_of(sections.get("task"))
+        origin = Origin.from_dict(sections, kind).on(world.device)
         if base is None:
             base = origin.load_base()
         if data is None:
@@ -768,6 +781,7 @@ class Trainer:
             allow_other_base=True,  # decided when the run began; the base itself is compared here
             world=world,
             shard=shard,
+            task=kind,
         )
         check_content(content, trainer._content)
         trainer._resuming = True

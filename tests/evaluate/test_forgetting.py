@@ -22,6 +22,7 @@ from lorakit.evaluate import (
     mean_loss,
 )
 from lorakit.evaluate.forgetting import PIECE, SHIPPED
+from lorakit.evaluate.losses import Losses
 from lorakit.layers import attach
 from tests.models import randomize
 
@@ -49,7 +50,7 @@ def made_up(m, seed=0):
     counts = rng.integers(20, 200, m)
     sums = counts * rng.normal(3.0, 0.5, m)
     change = counts * rng.normal(0.1, 0.2, m)
-    return mean_loss(sums, counts), mean_loss(sums + change, counts)
+    return mean_loss(Losses(sums, counts)), mean_loss(Losses(sums + change, counts))
 
 
 def test_before_and_after_against_float64_sums(base, load, general, all_double):

@@ -12,6 +12,7 @@ from lorakit.errors import DataError, RoutingError
 from lorakit.evaluate import loss, perplexity
 from lorakit.infer import PackedModel
 from lorakit.layers import attach
+from lorakit.tasks import CausalTask
 from tests.models import randomize
 
 
@@ -73,7 +74,7 @@ def test_every_mode_within_the_budget(mode, base, load, monkeypatch):
 
     monkeypatch.setattr(packed, "per_example_loss", counting)
     longest = int(data.lengths.max())
-    found = loss(base.model, None, None, data, token_budget=longest + 8, packed=packed)
+    found = loss(base.model, None, None, data, token_budget=longest + 8, task=CausalTask(packed))
     assert found.loss == pytest.approx(loss(base.model, None, None, data).loss, rel=1e-5)
     assert max(widths) <= longest + 8
     assert len(widths) > 1
@@ -86,7 +87,7 @@ def test_examples_that_are_not_finite_are_named(base, load):
     base.model.lm_head.weight = torch.nn.Parameter(torch.randn(259, 16))  # no longer tied
     base.model.model.embed_tokens.weight = torch.nn.Parameter(weight)
     packed = PackedModel(base.model, mode="packed")
-    found = loss(base.model, None, None, data, packed=packed)
+    found = loss(base.model, None, None, data, task=CausalTask(packed))
     assert math.isnan(found.loss)
     assert math.isnan(found.perplexity)
     with_z = [i for i in range(4) if "z" in data.item(i).prompt + data.item(i).completion]

@@ -88,7 +88,7 @@ def test_gradients_are_those_of_a_plain_loop(shop, base, micro, recompute):
     assert len(window.parts) == 8 // micro
     for part in window.parts:
         batch = pack(part)
-        loss, _ = packed.supervised_loss(batch, job.routing(batch))
+        loss, _ = packed.supervised_loss(batch)
         (loss / window.num_supervised).backward()
     gradient = job.collect_gradient()
     plain_gradient(reference, window.examples)

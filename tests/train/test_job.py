@@ -16,6 +16,7 @@ from lorakit.core.spec import LoRASpec
 from lorakit.data import pack
 from lorakit.infer import PackedModel
 from lorakit.layers import attach
+from lorakit.tasks.causal import routing_of
 from lorakit.train.job import Job
 from lorakit.train.loop import training_mode
 from lorakit.train.settings import TrainSettings
@@ -51,7 +52,7 @@ class Bench:
         for part in window.parts:
             batch = pack(part)
             with training_mode(self.model, paths):
-                loss, _ = self.packed.supervised_loss(batch, self.job.routing(batch))
+                loss, _ = self.packed.supervised_loss(batch, routing_of([self.job.stretch(part)]))
                 (loss / window.num_supervised).backward()
         return self.job.collect_gradient().clone()
 
@@ -109,7 +110,9 @@ def test_dropout_depends_on_step_and_seed_alone(shop):
         return dict(
             zip(
                 [e.id for e in examples],
-                bench.job.routing(batch).dropout_keys[0].split(list(batch.lengths)),
+                routing_of([bench.job.stretch(examples)])
+                .dropout_keys[0]
+                .split(list(batch.lengths)),
                 strict=True,
             )
         )
@@ -127,7 +130,7 @@ def test_dropout_depends_on_step_and_seed_alone(shop):
     other = routing_keys(Bench(shop, seed=1), data)
     assert not any(torch.equal(together[i], other[i]) for i in together)
     without = Bench(shop, spec=LoRASpec(rank=3))
-    assert without.job.routing(pack(data)).dropout_keys is None
+    assert routing_of([without.job.stretch(data)]).dropout_keys is None
 
 
 def adamw(gradients, start, *, lr, betas, eps, decay, clip):

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from lorakit.bases import load_base
 from lorakit.errors import BaseError, Interrupted, TrainingError
 from lorakit.infer import PackedModel
+from lorakit.tasks.causal import shortened
 from lorakit.train import Trainer
 from lorakit.train import loop as loop_module
 from lorakit.train.job import Job
 from lorakit.train.loop import Loop
-from lorakit.train.room import PeakMemory, available_bytes, is_memory_error, num_tokens, shortened
+from lorakit.train.room import PeakMemory, available_bytes, is_memory_error, num_tokens
 from tests.train.test_resume import Signal
 
 ERRORS = {

@@ -227,9 +227,9 @@ def test_the_fused_layers_serve_several_adapters(shop, base, monkeypatch):
     own = Loop._backward
 
     def counted(self, shares):
-        before = self._packed.fused.counts["fused"]
+        before = self._task.packed.fused.counts["fused"]
         result = own(self, shares)
-        counts.append((len(shares), self._packed.fused.counts["fused"] - before))
+        counts.append((len(shares), self._task.packed.fused.counts["fused"] - before))
         return result
 
     monkeypatch.setattr(Loop, "_backward", counted)
