@@ -16,9 +16,9 @@ inputs of a forward, and what is minimised is the task's.
 The rule that a `Task` keeps, on which splitting a batch, sharing forwards, resuming, and comparing
 runs stand: **an example's loss and gradient depend on the example, the adapter, and (seed, step,
 id) alone.** Whichever examples are in the forward with it, and however a batch was cut, the sums
-are the same up to rounding. What would couple examples (statistics of a batch) is left out, or makes runs go
-apart with the reason said; a loss that contrasts the examples of a batch takes it whole
-(:attr:`Task.whole`). Random numbers, be it dropout, noise or time steps, are drawn from
+are the same up to rounding. What would couple examples (statistics of a batch) is left out, or
+makes runs go apart with the reason said; a loss that contrasts the examples of a batch takes it
+whole (:attr:`Task.whole`). Random numbers, be it dropout, noise or time steps, are drawn from
 :meth:`Stretch.keys`, never from torch's generator.
 """
 
