@@ -41,6 +41,24 @@ def token_keys(seed: int, step: int, example: Tensor, position: Tensor) -> Tenso
     return key
 
 
+def keys_of(x: Tensor, keys: Tensor) -> Tensor:
+    """Keys in the shape of what a site sees, ``x [..., d]``: int64 ``x.shape[:-1]``.
+
+    Args:
+        keys: one per token, in any shape of as many elements; or one per row of the batch, of
+            which a site sees several positions each (tokens, patches, pixels, or rows multiplied
+            in place). A position's key then is that of its row, mixed with its number there, so
+            that padding behind it changes nothing.
+    """
+    wanted = x.shape[:-1]
+    if keys.shape == wanted:
+        return keys
+    if keys.dim() == 1 and len(keys) and x.shape[0] % len(keys) == 0:
+        positions = torch.arange(wanted.numel() // len(keys), device=keys.device)
+        return _mix(keys[:, None] * _GOLDEN + positions + 1).reshape(wanted)
+    return keys.reshape(wanted)
+
+
 def site_number(path: str) -> int:
     """A number for a site that is the same in every process."""
     return zlib.crc32(path.encode())

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from lorakit.errors import RoutingError
 from lorakit.layers.bank import LowRankParameters, ReplaceParameters
 from lorakit.layers.dora import Magnitude
-from lorakit.layers.dropout import keyed_dropout, site_number
+from lorakit.layers.dropout import keyed_dropout, keys_of, site_number
 from lorakit.layers.forwards import Forwards
 from lorakit.layers.kinds import delta
 from lorakit.layers.routing import Plan, Share
@@ -268,9 +268,7 @@ class SiteForward:
             return x
         if keys is None:
             return F.dropout(x, site.dropout)
-        if keys.shape != x.shape[:-1]:
-            keys = keys.reshape(x.shape[:-1])
-        return keyed_dropout(x, keys, self.number, site.dropout)
+        return keyed_dropout(x, keys_of(x, keys), self.number, site.dropout)
 
     def _replace(
         self,

@@ -7,7 +7,7 @@ import torch
 
 from lorakit import LoRASpec
 from lorakit.layers import Routing, attach, token_keys
-from lorakit.layers.dropout import _mix, keyed_dropout, site_number
+from lorakit.layers.dropout import _mix, keyed_dropout, keys_of, site_number
 
 from .. import models
 
@@ -88,3 +88,19 @@ def test_without_keys_it_is_ordinary_dropout():
     assert not torch.equal(model(ids).logits, model(ids).logits)
     model.eval()
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("width", [5, 9])
+def test_keys_of_rows_reach_every_position_and_no_padding_changes_them(width):
+    """One key a row stands for tokens, patches, and rows that a model multiplies in place."""
+    keys = token_keys(7, 3, torch.arange(3), torch.zeros(3, dtype=torch.long))
+    wide = keyed_dropout(torch.ones(3, width, 64), keys_of(torch.ones(3, width, 64), keys), 1, 0.5)
+    short = torch.ones(3, 5, 64)
+    assert torch.equal(keyed_dropout(short, keys_of(short, keys), 1, 0.5), wide[:, :5])
+    assert len({tuple(row.tolist()) for row in wide.reshape(-1, 64)}) == 3 * width
+    flat = short.reshape(15, 64)
+    assert torch.equal(
+        keyed_dropout(flat, keys_of(flat, keys), 1, 0.5), wide[:, :5].reshape(15, 64)
+    )
+    alone = keyed_dropout(short[1:2], keys_of(short[1:2], keys[1:2]), 1, 0.5)
+    assert torch.equal(alone, wide[1:2, :5])
