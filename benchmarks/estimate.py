@@ -1,7 +1,8 @@
 """How near `lorakit estimate` comes: settings drawn by a seed, predicted, then run.
 
-Each setting is trained for a few steps in a process of its own, and its peak of resident memory
-and mean step are set beside the prediction, which was made before from config and data alone. The
+Each setting is a whole training run of a few steps in a process of its own: its peak of resident
+memory, from the start of the process to its last file, and its mean step are set beside the
+prediction, which was made before from config and data alone. The
 second base has random weights and Qwen 3's shape; it is made in the work folder. The settings
 that the constants were fitted on are not among the drawn: other lengths and batches.
 
@@ -16,9 +17,12 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
             "ref": bases[setting["base"]],
             "data": str(_texts(Path(options.data), work, setting["length"])),
             "steps": options.steps,
+            "runs": str(work / "runs"),
             "cpu_seconds": options.cpu_seconds,
         }
         row = _row(setting, _alone({**task, "what": "predict"}), _alone(task))
@@ -230,87 +235,52 @@ def _no_rates() -> Any:
 
 def _trained(task: dict[str, Any]) -> dict[str, Any]:
     from lorakit.bases import context_length, load_base
+    from lorakit.core.spec import LoRASpec
     from lorakit.data import load_data
-    from lorakit.train.settings import Facts
+    from lorakit.train import Full, Trainer
 
     base = load_base(
         task["ref"], device="cpu", dtype="float32",
         quantize="nf4" if task["how"] == "nf4" else None,
     )  # fmt: skip
     data = load_data(_data_spec(task), base.tokenizer, context_length=context_length(base.model))
-    facts = Facts(len(data), hidden_size=base.model.config.hidden_size)
-    settings, _ = _settings(task).resolve(facts)
-    clock = time.process_time if task["cpu_seconds"] else time.perf_counter
-    run = _full_steps if task["how"] == "full" else _adapter_steps
-    times = run(task, base.model, data, settings, clock)
+    times = _Times(time.process_time if task["cpu_seconds"] else time.perf_counter)
+    trainer = Trainer(
+        base,
+        Full() if task["how"] == "full" else LoRASpec(rank=task["rank"]),
+        data,
+        _settings(task),
+        Path(task["runs"]) / uuid.uuid4().hex,
+        callbacks=[times.callback()],
+    )
+    trainer.run()
+    shutil.rmtree(trainer.out)
     return {
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "seconds": sum(times[1:]) / len(times[1:]),  # the first warms up
-        "times": times,
+        "seconds": sum(times.steps[1:]) / len(times.steps[1:]),  # the first warms up
+        "times": times.steps,
     }
 
 
-def _adapter_steps(task: Any, model: Any, data: Any, settings: Any, clock: Any) -> list[float]:
-    """What ``lorakit train`` does in each step, without its files."""
-    import torch
+class _Times:
+    """Seconds of each step by one clock: from the end of the step before to its own."""
 
-    from lorakit.core.spec import LoRASpec
-    from lorakit.data import pack
-    from lorakit.infer import PackedModel
-    from lorakit.layers import attach
-    from lorakit.tasks.causal import routing_of
-    from lorakit.train.job import Job
-    from lorakit.train.loop import training_mode
-    from lorakit.train.trained import TrainedAdapter
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.steps: list[float] = []
+        self._clock = clock
+        self._last = clock()
 
-    handle = attach(model, LoRASpec(rank=task["rank"]), "a", trainable=True, seed=0)
-    job = Job(TrainedAdapter("a", handle), data, range(len(data)), settings)
-    packed = PackedModel(model, handle, recompute=settings.recompute)
-    adapted = job.trained.adapted
-    times = []
-    for _ in range(settings.steps):
-        started = clock()
-        window = job.window()
-        total = 0.0
-        with training_mode(model, adapted):
-            job.clear_gradient()
-            for part in window.parts:
-                batch = pack(part)
-                with torch.enable_grad():
-                    loss, _ = packed.supervised_loss(batch, routing_of([job.stretch(part)]))
-                    (loss / window.num_supervised).backward()
-                total += loss.item()
-        job.take_step(total / window.num_supervised, job.gradient_norm())
-        times.append(clock() - started)
-    return times
+    def callback(self) -> Any:
+        from lorakit.train import Callback
 
+        def on_step(_: Any) -> None:
+            now = self._clock()
+            self.steps.append(now - self._last)
+            self._last = now
 
-def _full_steps(task: Any, model: Any, data: Any, settings: Any, clock: Any) -> list[float]:
-    """All weights, each with its gradient and AdamW's two averages; clipped as an adapter is."""
-    import numpy as np
-    import torch
-
-    from lorakit.data import indices_at, pack
-    from lorakit.infer import PackedModel
-
-    model.train()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    packed = PackedModel(model)
-    times = []
-    for step in range(settings.steps):
-        started = clock()
-        size = settings.batch_size
-        rows = indices_at(len(data), settings.seed, step * size, size)
-        optimizer.zero_grad(set_to_none=True)
-        batch = pack([data[int(row)] for row in np.asarray(rows)])
-        loss, count = packed.supervised_loss(batch)
-        (loss / count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        times.append(clock() - started)
-    return times
+        listener = Callback()
+        listener.on_step = on_step  # type: ignore[method-assign]
+        return listener
 
 
 def _row(

@@ -13,8 +13,8 @@ from benchmarks.contestants import task as shared
 
 
 def prepare(task: dict[str, Any]) -> dict[str, Any]:
-    base, data, _ = shared.load(task)
-    return {"task": task, "base": base, "data": data, "loops": None}
+    base, data, batches = shared.load(task)
+    return {"task": task, "base": base, "data": data, "batches": batches, "loops": None}
 
 
 def _begin(state: dict[str, Any]) -> None:
@@ -31,6 +31,7 @@ def _begin(state: dict[str, Any]) -> None:
     one = task["variant"] == "one_adapter"
     ranks = [shared.RANK] if one else task["ranks"]
     batch = task["batch_size"]
+    rows = shared.job_rows(state["batches"], len(ranks))
     handle, runs = None, []
     for number, rank in enumerate(ranks):
         name = f"job {number}"
@@ -39,9 +40,8 @@ def _begin(state: dict[str, Any]) -> None:
             handle.activate(None)
         else:
             handle.add(spec(rank), name, trainable=True, seed=number)
-        rows = range(len(data)) if one else range(number, len(data), len(ranks))
         trained = TrainedAdapter(name, handle)
-        job = Job(trained, data, list(rows), settings(batch if one else batch // len(ranks)))
+        job = Job(trained, data, unshuffled(rows[number]), settings(batch // len(ranks)))
         runs.append(Run(job, world=_world(), continued=False, validation=None, events=_events(),
                         folder=_Folder(), metrics=None, keep=_nothing, decided={},
                         hold=_nothing))  # fmt: skip
@@ -76,6 +76,16 @@ def step(state: dict[str, Any], i: int) -> dict[str, float]:
 
 _LOSSES: list[float] = []
 _TOKENS: list[int] = []
+
+
+def unshuffled(rows: list[int]) -> list[int]:
+    """Rows in such an order that a job's own shuffling, with seed 0, leaves them as they were."""
+    from lorakit.data import order
+
+    arranged = [0] * len(rows)
+    for place, row in zip(order(len(rows), 0, 0).tolist(), rows, strict=True):
+        arranged[place] = row
+    return arranged
 
 
 def spec(rank: int) -> Any:

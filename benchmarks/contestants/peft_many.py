@@ -16,8 +16,8 @@ from benchmarks.contestants.peft_loop import step as one_step
 
 
 def prepare(task: dict[str, Any]) -> dict[str, Any]:
-    base, data, _ = shared.load(task)
-    return {"task": task, "base": base, "data": data, "states": None}
+    base, data, batches = shared.load(task)
+    return {"task": task, "base": base, "data": data, "batches": batches, "states": None}
 
 
 def _begin(state: dict[str, Any]) -> None:
@@ -39,20 +39,18 @@ def _begin(state: dict[str, Any]) -> None:
             model.add_adapter(f"job{number}", config)
     model.train()
     batch = task["batch_size"] // len(ranks)
+    rows = shared.job_rows(state["batches"], len(ranks))
     states = []
     for number in range(len(ranks)):
         own = f".job{number}."
         parameters = [p for n, p in model.named_parameters() if own in n]
-        rows = list(range(number, len(data), len(ranks)))
-        batches = [
-            [rows[(i * batch + k) % len(rows)] for k in range(batch)]
-            for i in range(task["steps"] + 1)
-        ]
         states.append(
             {
                 "model": model,
                 "data": data,
-                "batches": batches,
+                "batches": [
+                    rows[number][i * batch : (i + 1) * batch] for i in range(task["steps"] + 1)
+                ],
                 "optimizer": torch.optim.AdamW(parameters, lr=shared.LR, weight_decay=0.0),
                 "parameters": parameters,
                 "pad": base.tokenizer.pad_token_id,

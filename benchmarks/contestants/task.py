@@ -25,7 +25,7 @@ def load(task: dict[str, Any], quantize: Any = None) -> tuple[Any, Any, list[lis
         parts = getattr(parameter, "__tensor_flatten__", None)  # torchao keeps several tensors
         for tensor in [getattr(parameter, name) for name in parts()[0]] if parts else [parameter]:
             tensor.sum()  # weights mapped from a file count as loaded, for everybody
-    spec = DataSpec(path=(task["data"],), map={"prompt": "mr", "completion": "ref"})
+    spec = DataSpec(path=(task["data"],), map={"prompt": "mr", "completion": "ref"}, format="plain")
     data = load_data(spec, base.tokenizer, context_length=context_length(base.model))
     rows = order(len(data), 0, 0).tolist()
     size = task["batch_size"]
@@ -84,6 +84,15 @@ def _random(task: dict[str, Any]) -> tuple[Any, Any, list[list[int]]]:
         data.append(Example(ids, np.arange(length) >= length // 2, i + 1, "random", i))
     base = SimpleNamespace(model=model, tokenizer=SimpleNamespace(pad_token_id=0))
     return base, data, [list(range(i * size, (i + 1) * size)) for i in range(count)]
+
+
+def job_rows(batches: list[list[int]], jobs: int) -> list[list[int]]:
+    """Each job's rows, an equal part of every batch, in the order in which they come."""
+    share = len(batches[0]) // jobs
+    return [
+        [row for batch in batches for row in batch[k * share : (k + 1) * share]]
+        for k in range(jobs)
+    ]
 
 
 def start(task: dict[str, Any]) -> Path:

@@ -30,7 +30,6 @@ from lorakit.errors import BaseError, SpecError, collected
 from lorakit.layers.handle import handle_of
 from lorakit.layers.targets import matches_pattern
 from lorakit.train.settings import EIGHT_BIT, TrainSettings
-from lorakit.train.trained import Lend
 
 #: beside a trained model, what it was made of
 RECORD = "lorakit_training.json"
@@ -183,7 +182,7 @@ class TrainedBase:
             self._has_one.add(parameter)
         parameter.grad = None
 
-    def gradient(self, lend: Lend | None) -> Tensor:
+    def gradient(self) -> Tensor:
         buffer = self._buffer()
         for parameter, span in self._spans.items():
             if parameter not in self._has_one:

@@ -27,7 +27,7 @@ from lorakit.optional import require
 from lorakit.tasks.task import Example, Examples, Stretch
 from lorakit.train.distributed import World
 from lorakit.train.settings import EIGHT_BIT, TrainSettings, rate_at
-from lorakit.train.trained import Lend, Trained
+from lorakit.train.trained import Trained
 
 #: numbers of four bytes that an optimizer keeps of each parameter
 _KEPT = {"adamw": 2.0, "adamw8bit": 0.51, "paged-adamw8bit": 0.51, "sgd": 0.0}
@@ -107,6 +107,8 @@ class Job:
         stretches = trained.arrange(settings)
         self._flat = trained.flat
         self._gradient: Tensor | None = None
+        self._largest = math.inf
+        """Bound on the size of the weights; infinite: not known."""
         self._optimizer = _make_optimizer(self._flat, settings, stretches)
         self._stretches = list(stretches.values())
         self.clear_gradient()
@@ -228,15 +230,11 @@ class Job:
         for group in self._optimizer.param_groups:
             group["params"][0].grad = None
 
-    def collect_gradient(self, lend: Lend | None = None) -> Tensor:
-        """What was accumulated, [P], laid out as the weights.
-
-        Args:
-            lend: gives memory for it, where it is not in one piece.
-        """
+    def collect_gradient(self) -> Tensor:
+        """What was accumulated, [P], laid out as the weights."""
         if self._gradient is not None:
             return self._gradient
-        gradient = self.trained.gradient(lend)
+        gradient = self.trained.gradient()
         for group, (begin, end) in zip(self._optimizer.param_groups, self._stretches, strict=True):
             group["params"][0].grad = gradient[begin:end]
         self._gradient = gradient
@@ -308,23 +306,37 @@ class Job:
         Of averages of 8 bits less is known: the first is at most the longest clipped gradient, as
         rounding stays below the largest of its block, and the denominator at least ε.
         """
-        settings = self.settings
-        if settings.optimizer in EIGHT_BIT and not settings.clip:
-            return False
-        largest = _largest(self._flat)
         rate = rate * max(group["factor"] for group in self._optimizer.param_groups)
         limit = torch.finfo(self._flat.dtype).max / 16
-        if settings.optimizer == "sgd":
-            return rate < limit and largest + rate * norm < limit
-        beta1, beta2 = settings.betas
-        if settings.optimizer in EIGHT_BIT:
-            ratio = settings.clip / (settings.eps * (1 - beta1))
-        elif beta1**2 < beta2:
-            ratio = 1 / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
-        else:
+        farthest = self._farthest(norm)
+        if not (farthest < math.inf and rate < limit):
             return False
-        moved = largest * (1 + rate * settings.weight_decay) + rate * ratio
-        return rate < limit and moved < limit and norm < math.sqrt(limit)
+        if self.settings.optimizer != "sgd" and not norm < math.sqrt(limit):
+            return False
+
+        def moved(largest: float) -> float:
+            return largest * (1 + rate * self.settings.weight_decay) + rate * farthest
+
+        # the weights are looked at only where what is known of them from the steps before is not
+        # enough: of many adapters that is a pass over much memory
+        largest = moved(self._largest)
+        if not largest < limit:
+            largest = moved(_largest(self._flat))
+        self._largest = largest if largest < limit else math.inf
+        return largest < limit
+
+    def _farthest(self, norm: float) -> float:
+        """Bound on what one step of rate 1 adds to a weight, its decay apart; infinite: not
+        known."""
+        settings = self.settings
+        beta1, beta2 = settings.betas
+        if settings.optimizer == "sgd":
+            return norm
+        if settings.optimizer in EIGHT_BIT:
+            return settings.clip / (settings.eps * (1 - beta1)) if settings.clip else math.inf
+        if beta1**2 < beta2:
+            return 1 / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+        return math.inf
 
     def _is_finite(self) -> bool:
         """Whether everything is that a step moves."""
@@ -372,6 +384,7 @@ class Job:
 
     def share(self) -> None:
         """Let every process have the first one's weights."""
+        self._largest = math.inf
         self._world.copy_(self.flat)
         self.trained.moved()
 
@@ -446,6 +459,7 @@ class Job:
     def _go_back(self, tensors: Mapping[str, Tensor]) -> None:
         """To what :meth:`_moving` gave."""
         self.clear_gradient()
+        self._largest = math.inf
         self._flat.copy_(tensors["flat"])
         self.trained.moved()
         inner: dict[int, dict[str, Any]] = {}

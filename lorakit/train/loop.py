@@ -121,7 +121,6 @@ class Loop:
         """Who takes part, and why its forwards are its own; ``None`` where they are not."""
         self._kin: dict[Run, str] = {}
         """Those that share forwards do so with their kin."""
-        self._buffer: Tensor | None = None
         self.bytes_per_token = 0.0
         """Of a forward and its backward, where it was measured."""
 
@@ -218,24 +217,16 @@ class Loop:
             except Exception as error:
                 run.job.clear_gradient()
                 failed[run] = error
-        self._buffer = None  # the next forward can use its memory
         return failed
 
     def _finish_step(self, run: Run, window: Window, share: float, started: float) -> None:
         job = run.job
         loss = float(self._world.sum_(torch.tensor(share, dtype=torch.float64)))
-        self._world.sum_(job.collect_gradient(partial(self._borrowed, job)))
+        self._world.sum_(job.collect_gradient())
         norm = job.gradient_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise run.not_finite(window, loss, norm, partial(self._problem_of, run))
         run.step(window, loss, norm, started)
-
-    def _borrowed(self, job: Job) -> Tensor:
-        """Memory for a gradient; one after the other, all runs use the same."""
-        size = max(run.job.num_parameters for run in self._apart)
-        if self._buffer is None or len(self._buffer) < size or self._buffer.dtype != job.flat.dtype:
-            self._buffer = job.flat.new_empty(size)
-        return self._buffer
 
     def look_for_stop(self) -> None:
         """Between two forwards.

@@ -6,7 +6,6 @@ them (order of the data, clipping, optimizer, best) is the job's. Legend: ``P`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -14,11 +13,9 @@ from torch import Tensor, nn
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank
 from lorakit.layers import Handle
+from lorakit.layers.gradients import FlatGradient
 from lorakit.train.rates import rate_factors
 from lorakit.train.settings import TrainSettings
-
-#: lends memory for a gradient, [P or more]
-Lend = Callable[[], Tensor]
 
 
 class Trained(Protocol):
@@ -51,7 +48,7 @@ class Trained(Protocol):
             SpecError: settings of rates that cannot act.
         """
 
-    def gradient(self, lend: Lend | None) -> Tensor:
+    def gradient(self) -> Tensor:
         """What backwards have added up since :meth:`clear`, laid out as :attr:`flat`."""
 
     def clear(self) -> None:
@@ -96,38 +93,24 @@ class TrainedAdapter:
         stretches = self._handle.arrange(self.name, factors)
         self._flat = self._handle.flat(self.name)
         self._flat.grad = None
-        self._parameters = self._handle.parameters(self.name)
+        # here, so that whoever measures a forward does not count it
+        self._gradient = FlatGradient(self._handle.parameters(self.name))
         return stretches  # type: ignore[return-value]
 
-    def gradient(self, lend: Lend | None) -> Tensor:
-        """Between two steps an adapter has no gradient. A backward leaves one tensor at each of its
-        parameters, made when the activations behind it are let go, so that together they need
-        little memory of their own; here they become one, for the moment of the step."""
-        flat = self._flat.detach()
-        gradient = (flat.new_empty(len(flat)) if lend is None else lend())[: len(flat)]
-        offset = 0
-        for parameter in self._parameters:
-            mine = gradient[offset : offset + parameter.numel()]
-            if parameter.grad is None:
-                mine.zero_()
-            else:
-                mine.copy_(parameter.grad.reshape(-1))
-                parameter.grad = None
-            offset += parameter.numel()
-        return gradient
+    def gradient(self) -> Tensor:
+        return self._gradient.collect()
 
     def clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._gradient.clear()
 
     def moved(self) -> None:
         pass  # the model uses the buffer itself
 
     def release(self) -> None:
-        pass
+        self._gradient.release()
 
     def remove(self) -> None:
-        pass  # the host takes it off
+        self.release()  # the host takes it off
 
     def snapshot(self) -> Adapter:
         return self._handle.snapshot(self.name)
