@@ -263,7 +263,7 @@ def test_data_is_loaded_where_it_is_not_given(shop, given, monkeypatch):
         opened.append(Path(spec.path[0]).name)
         return load_data(spec, *args, **kwargs)
 
-    monkeypatch.setattr(origin, "load_data", load)
+    monkeypatch.setattr("lorakit.tasks.causal.load_data", load)
     result = Trainer.resume(shop.out / "run", **{name: loaded[name] for name in given})
     assert result.steps == 6
     files = {"data": "data.jsonl", "validation": "valid.jsonl"}
