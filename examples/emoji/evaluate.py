@@ -1,0 +1,189 @@
+"""What a style adapter did: to the style of held-out captions, and to what they show.
+
+For each style, the same captions and noise are drawn by the base and by its adapter. The style
+classifier says which share looks like the style; that number stands beside what the classifier says
+of the style's real pictures, of the real pictures that the base learnt from, and of the base's own.
+*Way* is how far the adapter went from the base's share to the real one. *Shown* is the share of
+pictures whose nearest real emoji is the one that the caption names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from examples.emoji import captions, data, sheets
+from examples.emoji.judge import Judges, Nearest
+
+#: mix of adapters, captions → pictures [N, 32, 32, 3] uint8
+Draw = Callable[[Any, list[str]], np.ndarray]
+PARTS: tuple[captions.Part, ...] = ("known", "new")
+WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+
+def judged(judges: Judges, pictures: data.Pictures, draw: Draw) -> dict[str, Any]:
+    """Style and content of base and adapters, on each part of the test."""
+    found: dict[str, Any] = {}
+    candidates = captions.of_part(pictures.emoji, *PARTS)
+    nearest = Nearest(judges, pictures, candidates)
+    for part in PARTS:
+        emoji = captions.of_part(pictures.emoji, part)
+        told = [one.caption for one in emoji]
+        rows = [candidates.index(one) for one in emoji]
+        by_base = draw(None, told)
+        for style in data.STYLES:
+            by_adapter = draw(style, told)
+            real = np.stack([pictures.of(style, one) for one in emoji])
+            real_base = np.stack([pictures.of("noto", one) for one in emoji])
+            found.setdefault(style, {})[part] = _numbers(
+                {
+                    "real style": judges.share(real, style),
+                    "real base art": judges.share(real_base, style),
+                    "base": judges.share(by_base, style),
+                    "adapter": judges.share(by_adapter, style),
+                },
+                {
+                    "base": nearest.right(by_base, rows),
+                    "adapter": nearest.right(by_adapter, rows),
+                    "real base art": nearest.right(real_base, rows),
+                    "real style": nearest.right(real, rows),
+                },
+            )
+    return found
+
+
+def _numbers(share: dict[str, float], shown: dict[str, dict[str, float]]) -> dict[str, Any]:
+    gap = share["real style"] - share["base"]
+    way = (share["adapter"] - share["base"]) / gap if gap else float("nan")
+    kept = {
+        among: shown["adapter"][among] / shown["base"][among] if shown["base"][among] else None
+        for among in shown["base"]
+    }
+    return {"share": share, "way": way, "shown": shown, "shown, adapter to base": kept}
+
+
+def smoothness(steps: np.ndarray) -> dict[str, float]:
+    """How evenly pictures change with a weight.
+
+    Args:
+        steps: [weights, N, 32, 32, 3] uint8.
+
+    Returns:
+        ``largest step``: the largest of the mean changes from one weight to the next, as a share of
+        their sum; even steps give 1 / (weights - 1). ``way``: their sum over the distance of the
+        ends; 1 is a straight line.
+    """
+    values = steps.astype(np.float64)
+    changes = np.abs(np.diff(values, axis=0)).mean(axis=(1, 2, 3, 4))
+    ends = np.abs(values[-1] - values[0]).mean()
+    return {
+        "largest step": float(changes.max() / changes.sum()),
+        "way": float(changes.sum() / ends),
+    }
+
+
+def run(options: Any) -> None:
+    """The command."""
+    from lorakit import load_adapter
+    from lorakit.images.base import load_pipeline
+    from lorakit.layers import attach
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    work = Path(options.work)
+    out = work / "judged"
+    out.mkdir(exist_ok=True)
+    pictures = data.Pictures.read(work / "data")
+    judges = Judges.load(work / "judges.pt")
+    base = load_pipeline(options.base or work / "base", dtype="float32")
+    adapters = {s: load_adapter(work / "styles" / s / "adapter") for s in data.STYLES}
+    first, *others = adapters
+    handle = attach(base.model, adapters[first], first)
+    for name in others:
+        handle.add(adapters[name], name)
+
+    def draw(mix: Any, told: list[str]) -> np.ndarray:
+        return sheets.draw_cells(base, handle, mix, told)
+
+    found = judged(judges, pictures, draw)
+    found["weights"] = weight_sheets(pictures, draw, out)
+    blend_sheet(pictures, draw, out)
+    beside_sheets(pictures, draw, out)
+    handle.detach()
+    found["merged, largest difference of a pixel"] = merged(base, adapters, pictures)
+    (out / "numbers.json").write_text(json.dumps(found, indent=1))
+    print(json.dumps(found, indent=1))
+
+
+def shown(pictures: data.Pictures, number: int) -> list[str]:
+    """Captions for a sheet: half of emoji that the base knows, half of new ones."""
+    chosen = []
+    for part in PARTS:
+        emoji = captions.of_part(pictures.emoji, part)
+        chosen += [emoji[i * len(emoji) // (number // 2)].caption for i in range(number // 2)]
+    return chosen
+
+
+def weight_sheets(pictures: data.Pictures, draw: Draw, out: Path) -> dict[str, Any]:
+    """A sheet per style: captions down, weights of 0 to 1 across; and how smoothly they change."""
+    told = shown(pictures, 10)
+    found = {}
+    for style in data.STYLES:
+        steps = np.stack([draw({style: weight}, told) for weight in WEIGHTS])
+        found[style] = smoothness(steps)
+        page = sheets.table(steps.swapaxes(0, 1), told, [f"{weight:g}" for weight in WEIGHTS])
+        page.save(out / f"weights-{style}.png")
+    return found
+
+
+def blend_sheet(pictures: data.Pictures, draw: Draw, out: Path) -> None:
+    """Two styles at once: one across, the other down, for two captions."""
+    one, other = data.STYLES
+    weights = (0.0, 0.25, 0.5, 0.75, 1.0)
+    for i, caption in enumerate(shown(pictures, 4)[:2]):
+        rows = [[draw({one: x, other: y}, [caption])[0] for x in weights] for y in weights]
+        page = sheets.table(
+            rows,
+            [f"{other} {y:g}" for y in weights],
+            [f"{one} {x:g}" for x in weights],
+        )
+        page.save(out / f"blend-{i}.png")
+
+
+def beside_sheets(pictures: data.Pictures, draw: Draw, out: Path) -> None:
+    """Real base art, the base, each adapter, and each style's real picture, beside one another."""
+    for part in PARTS:
+        emoji = captions.of_part(pictures.emoji, part)[:24]
+        told = [one.caption for one in emoji]
+        columns: dict[str, Any] = {
+            "noto, real": [pictures.of("noto", one) for one in emoji],
+            "base": draw(None, told),
+        }
+        for style in data.STYLES:
+            columns[f"{style}"] = draw(style, told)
+            columns[f"{style}, real"] = [pictures.of(style, one) for one in emoji]
+        rows = list(zip(*columns.values(), strict=True))
+        sheets.table(rows, told, list(columns)).save(out / f"beside-{part}.png")
+
+
+def merged(base: Any, adapters: Mapping[str, Any], pictures: data.Pictures) -> dict[str, float]:
+    """Pictures of an attached adapter beside those of the base with the adapter merged into it."""
+    import lorakit
+    from lorakit.layers import attach
+
+    told = shown(pictures, 8)
+    found = {}
+    for name, adapter in adapters.items():
+        handle = attach(base.model, adapter, name)
+        unmerged = sheets.draw_cells(base, handle, name, told)
+        handle.detach()
+        undo = lorakit.merge(base.model, [(adapter, 1.0)])
+        once = sheets.draw_cells(base, None, None, told)
+        undo()
+        found[name] = float(np.abs(once.astype(int) - unmerged.astype(int)).max() / 255)
+    return found
