@@ -1,6 +1,6 @@
 """Emoji, from packages to style adapters.
 
-python -m examples.emoji data|base|judges|styles|evaluate            # each with --help
+python -m examples.emoji data|base|export|curve|styles|judges|evaluate            # each with --help
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ def _parser() -> argparse.ArgumentParser:
     base.add_argument("--sheet", type=int, default=2000, help="steps between sheets of pictures")
     base.add_argument("--save-minutes", type=float, default=3.0, help="between states")
     base.set_defaults(run=_base)
+    export = commands.add_parser("export", help="the pipeline of what is trained so far")
+    export.set_defaults(run=_export)
+    curve = commands.add_parser("curve", help="plot the base's loss")
+    curve.set_defaults(run=_curve)
     styles = commands.add_parser("styles", help="train the style adapters, or go on with them")
     styles.add_argument("--base", help="a pipeline; WORK/base where it is not given")
     styles.add_argument("--steps", type=int, default=600)
@@ -60,6 +64,18 @@ def _base(options: argparse.Namespace) -> None:
     from examples.emoji import train_base
 
     train_base.run(options)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from examples.emoji import train_base
+
+    train_base.export(options)
+
+
+def _curve(options: argparse.Namespace) -> None:
+    from examples.emoji import train_base
+
+    train_base.curve(options)
 
 
 def _styles(options: argparse.Namespace) -> None:

@@ -91,33 +91,60 @@ def run(options: Any) -> None:
     """The command."""
     from lorakit import load_adapter
     from lorakit.images.base import load_pipeline
-    from lorakit.layers import attach
 
     if options.threads:
         torch.set_num_threads(options.threads)
     work = Path(options.work)
     out = work / "judged"
     out.mkdir(exist_ok=True)
-    pictures = data.Pictures.read(work / "data")
-    judges = Judges.load(work / "judges.pt")
-    base = load_pipeline(options.base or work / "base", dtype="float32")
-    adapters = {s: load_adapter(work / "styles" / s / "adapter") for s in data.STYLES}
-    first, *others = adapters
-    handle = attach(base.model, adapters[first], first)
-    for name in others:
-        handle.add(adapters[name], name)
+    found = report(
+        load_pipeline(options.base or work / "base", dtype="float32"),
+        {style: load_adapter(work / "styles" / style / "adapter") for style in data.STYLES},
+        data.Pictures.read(work / "data"),
+        Judges.load(work / "judges.pt"),
+        out,
+    )
+    (out / "numbers.json").write_text(json.dumps(found, indent=1))
+    print(json.dumps(found, indent=1))
+
+
+def report(
+    base: Any,
+    adapters: Mapping[str, Any],
+    pictures: data.Pictures,
+    judges: Judges,
+    out: Path,
+    *,
+    steps: int = sheets.STEPS,
+) -> dict[str, Any]:
+    """All numbers; and all sheets, as files in ``out``.
+
+    Args:
+        base: of `lorakit.images.base.load_pipeline`.
+        adapters: style → adapter.
+        steps: of denoising.
+    """
+    from lorakit.layers import attach
+
+    (first, adapter), *others = adapters.items()
+    handle = attach(base.model, adapter, first)
+    for name, other in others:
+        handle.add(other, name)
 
     def draw(mix: Any, told: list[str]) -> np.ndarray:
-        return sheets.draw_cells(base, handle, mix, told)
+        return sheets.draw_cells(base, handle, mix, told, steps=steps)
 
     found = judged(judges, pictures, draw)
     found["weights"] = weight_sheets(pictures, draw, out)
-    blend_sheet(pictures, draw, out)
+    blend_sheets(pictures, draw, out)
     beside_sheets(pictures, draw, out)
+    unmerged = {name: draw(name, shown(pictures, 8)) for name in adapters}
     handle.detach()
-    found["merged, largest difference of a pixel"] = merged(base, adapters, pictures)
-    (out / "numbers.json").write_text(json.dumps(found, indent=1))
-    print(json.dumps(found, indent=1))
+    found["merged, largest difference of a pixel"] = {
+        name: merged_difference(base, adapters[name], pictures, drawn, steps)
+        for name, drawn in unmerged.items()
+    }
+    return found
 
 
 def shown(pictures: data.Pictures, number: int) -> list[str]:
@@ -141,8 +168,8 @@ def weight_sheets(pictures: data.Pictures, draw: Draw, out: Path) -> dict[str, A
     return found
 
 
-def blend_sheet(pictures: data.Pictures, draw: Draw, out: Path) -> None:
-    """Two styles at once: one across, the other down, for two captions."""
+def blend_sheets(pictures: data.Pictures, draw: Draw, out: Path) -> None:
+    """Two styles at once, one across and the other down: a sheet for each of two captions."""
     one, other = data.STYLES
     weights = (0.0, 0.25, 0.5, 0.75, 1.0)
     for i, caption in enumerate(shown(pictures, 4)[:2]):
@@ -171,19 +198,13 @@ def beside_sheets(pictures: data.Pictures, draw: Draw, out: Path) -> None:
         sheets.table(rows, told, list(columns)).save(out / f"beside-{part}.png")
 
 
-def merged(base: Any, adapters: Mapping[str, Any], pictures: data.Pictures) -> dict[str, float]:
-    """Pictures of an attached adapter beside those of the base with the adapter merged into it."""
+def merged_difference(
+    base: Any, adapter: Any, pictures: data.Pictures, unmerged: np.ndarray, steps: int
+) -> float:
+    """Largest difference, of 1, between pictures of an attached adapter and of a merged one."""
     import lorakit
-    from lorakit.layers import attach
 
-    told = shown(pictures, 8)
-    found = {}
-    for name, adapter in adapters.items():
-        handle = attach(base.model, adapter, name)
-        unmerged = sheets.draw_cells(base, handle, name, told)
-        handle.detach()
-        undo = lorakit.merge(base.model, [(adapter, 1.0)])
-        once = sheets.draw_cells(base, None, None, told)
-        undo()
-        found[name] = float(np.abs(once.astype(int) - unmerged.astype(int)).max() / 255)
-    return found
+    undo = lorakit.merge(base.model, [(adapter, 1.0)])
+    once = sheets.draw_cells(base, None, None, shown(pictures, 8), steps=steps)
+    undo()
+    return float(np.abs(once.astype(int) - unmerged.astype(int)).max() / 255)

@@ -14,16 +14,22 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from examples.emoji import captions, data, pipeline, sheets
 from lorakit.core.files import atomic_file
+
+#: in the work folder: what a training goes on from
+STATE = Path("training", "state.pt")
+#: weights that came with the project, half precision; used where nothing was trained
+SHIPPED = Path(__file__).parent / "unet.safetensors"
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,7 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             torch.save(self.state(), file)
 
@@ -193,13 +200,41 @@ def run(options: argparse.Namespace) -> None:
     encoder, tokenizer = pipeline.text_encoder()
     examples, held_out = _examples(pictures, encoder, tokenizer, recipe, work)
     training = Training(recipe, options.device)
-    if (out / "state.pt").exists():
-        training.load(out / "state.pt")
+    if (work / STATE).exists():
+        training.load(work / STATE)
         print(f"goes on at step {training.step}", flush=True)
-    _loop(training, examples, held_out, options, out, lambda: _sheet(training, encoder, tokenizer))
-    made = pipeline.assemble(copy.deepcopy(training.average).half(), encoder, tokenizer)
-    made.save_pretrained(work / "base")
+    told = {**asdict(recipe), "steps": options.steps, "torch": torch.__version__}
+    (out / "recipe.json").write_text(json.dumps(told, indent=1))
+    _loop(training, examples, held_out, options, work, lambda: _sheet(training, encoder, tokenizer))
+    export(options)
+
+
+def export(options: argparse.Namespace) -> None:
+    """The pipeline of what was trained so far, or of the weights that came with the project."""
+    work = Path(options.work)
+    unet = pipeline.new_unet()
+    unet.load_state_dict(weights_of(work))
+    pipeline.assemble(unet.half(), *pipeline.text_encoder()).save_pretrained(work / "base")
     print(f"the pipeline is {work / 'base'}", flush=True)
+
+
+def weights_of(work: Path) -> dict[str, Tensor]:
+    """The moving average of a training; without one, the weights that came with the project.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    if (work / STATE).exists():
+        return _stored(work)["average"]
+    if SHIPPED.exists():
+        return load_file(SHIPPED)
+    raise FileNotFoundError(
+        f"{work / STATE} is not there: train with `python -m examples.emoji base`"
+    )
+
+
+def _stored(work: Path) -> dict[str, Any]:
+    return torch.load(work / STATE, map_location="cpu", weights_only=True)
 
 
 def _loop(
@@ -207,9 +242,10 @@ def _loop(
     examples: Examples,
     held_out: Examples,
     options: argparse.Namespace,
-    out: Path,
-    sheet: Any,
+    work: Path,
+    sheet: Callable[[], Any],
 ) -> None:
+    out = work / "training"
     started, cpu = time.monotonic(), time.process_time()
     saved, losses = started, []
     while training.step < options.steps:
@@ -232,7 +268,7 @@ def _loop(
             print(row, flush=True)
             losses, started, cpu = [], time.monotonic(), time.process_time()
         if time.monotonic() - saved > 60 * options.save_minutes or last:
-            training.save(out / "state.pt")
+            training.save(work / STATE)
             saved = time.monotonic()
         if training.step % options.sheet == 0 or last:
             sheet().save(out / f"step-{training.step:06d}.png")
@@ -280,3 +316,23 @@ def _sheet(training: Training, encoder: Any, tokenizer: Any) -> Any:
     made = pipeline.assemble(training.average, encoder, tokenizer)
     made.to(training.device)
     return sheets.grid(sheets.draw(made, SHOWN), columns=6, titles=SHOWN)
+
+
+def curve(options: argparse.Namespace) -> None:
+    """``training/curve.png``: the loss over the pictures seen, of every report."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    out = Path(options.work) / "training"
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    size = json.loads((out / "recipe.json").read_text())["batch_size"]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    seen = [row["step"] * size / 1e6 for row in rows]
+    axes.plot(seen, [row["loss"] for row in rows], label="pictures that are trained on")
+    axes.plot(seen, [row["held_out"] for row in rows], label="held out, moving average of weights")
+    axes.set(xlabel="million pictures seen", ylabel="loss", yscale="log")
+    axes.legend()
+    figure.savefig(out / "curve.png", dpi=120)
+    pyplot.close(figure)

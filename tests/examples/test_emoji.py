@@ -227,9 +227,9 @@ def test_a_training_that_was_stopped_gives_the_weights_of_one_that_was_not(tmp_p
         return training
 
     whole = go_on(base.Training(RECIPE, "cpu", _tiny_unet()), 4)
-    go_on(base.Training(RECIPE, "cpu", _tiny_unet()), 2).save(tmp_path / "state.pt")
+    go_on(base.Training(RECIPE, "cpu", _tiny_unet()), 2).save(tmp_path / base.STATE)
     resumed = base.Training(RECIPE, "cpu", _tiny_unet())
-    resumed.load(tmp_path / "state.pt")
+    resumed.load(tmp_path / base.STATE)
     assert resumed.step == 2
     go_on(resumed, 4)
     for mine, theirs in zip(
@@ -238,9 +238,11 @@ def test_a_training_that_was_stopped_gives_the_weights_of_one_that_was_not(tmp_p
         strict=True,
     ):
         assert torch.equal(mine, theirs)
+    kept = base.weights_of(tmp_path)
+    assert all(torch.equal(kept[k], v) for k, v in base._stored(tmp_path)["average"].items())
     other = base.Training(base.Recipe(batch_size=5), "cpu", _tiny_unet())
     with pytest.raises(ValueError, match="'batch_size': 4"):
-        other.load(tmp_path / "state.pt")
+        other.load(tmp_path / base.STATE)
 
 
 def test_batches_mix_noise_in_as_diffusers_does_and_see_every_picture_once_an_epoch():
@@ -357,6 +359,36 @@ def test_smoothness_tells_even_steps_from_a_jump():
     jump = copy.copy(even)
     jump[:3], jump[3:] = 0, 80
     assert evaluate.smoothness(jump)["largest step"] == pytest.approx(1.0)
+
+
+def test_adapters_are_judged_drawn_over_weights_blended_and_merged(tmp_path, monkeypatch):
+    from lorakit import LoRASpec
+    from lorakit.images.base import base_of
+    from lorakit.images.targets import picture_targets
+    from lorakit.layers import attach
+
+    for name in ("NUM_STYLE", "NUM_KNOWN", "NUM_NEW"):
+        monkeypatch.setattr(captions, name, 4)
+    monkeypatch.setattr(evaluate, "WEIGHTS", (0.0, 0.5, 1.0))
+    pictures = _pictures(16)
+    loaded = base_of(pipeline.assemble(_tiny_unet(), *_text(tmp_path)))
+    spec = LoRASpec(rank=2, targets=picture_targets(loaded, "conv"))
+    adapters = {}
+    for seed, style in enumerate(data.STYLES):
+        torch.manual_seed(seed)
+        handle = attach(loaded.model, spec, style)
+        handle.flat(style).data.normal_(std=0.1)
+        adapters[style] = handle.snapshot(style)
+        handle.detach()
+    judges = judge.Judges.new(pictures.sets)
+    found = evaluate.report(loaded, adapters, pictures, judges, tmp_path, steps=2)
+    names = {f"weights-{style}.png" for style in data.STYLES}
+    names |= {"blend-0.png", "blend-1.png", "beside-known.png", "beside-new.png"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+    for style in data.STYLES:
+        assert found["merged, largest difference of a pixel"][style] <= 1 / 255  # of rounding
+        assert found["weights"][style]["way"] >= 1 - 1e-9  # of more than nothing
+        assert set(found[style]) == {"known", "new"}
 
 
 def test_sheets_hold_every_picture():
