@@ -36,7 +36,7 @@ from lorakit.optional import require
 
 _log = logging.getLogger(__name__)
 
-Task = Literal["causal-lm", "seq2seq", "classify", "features"]
+Task = Literal["causal-lm", "seq2seq", "classify", "features", "vision", "speech", "vision-chat"]
 
 #: task → transformers' class that picks the model's class
 _AUTO_CLASSES = {
@@ -44,7 +44,20 @@ _AUTO_CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "classify": "AutoModelForSequenceClassification",
     "features": "AutoModel",
+    "vision": "AutoModelForImageClassification",
+    "speech": "AutoModelForSpeechSeq2Seq",
+    "vision-chat": "AutoModelForImageTextToText",
 }
+#: task → transformers' class that picks what reads pictures or sound
+_PROCESSORS = {
+    "vision": "AutoImageProcessor",
+    "speech": "AutoFeatureExtractor",
+    "vision-chat": "AutoProcessor",
+}
+#: tasks whose head has classes
+_WITH_CLASSES = ("classify", "vision")
+#: tasks of which no weight may be new
+_COMPLETE = ("causal-lm", "seq2seq", "speech", "vision-chat")
 
 
 @dataclass
@@ -61,6 +74,10 @@ class Base:
     placement: Placement
     notes: list[str] = field(default_factory=list)
     """What the user should know, one sentence each."""
+    processor: Any | None = None
+    """What reads pictures or sound, where the task has such and the base brings it."""
+    new_weights: tuple[str, ...] = ()
+    """Parameters that its files lack: they are random, and the same in every run."""
 
     def require_tokenizer(self) -> Any:
         """The tokenizer.
@@ -108,9 +125,10 @@ def load_base(
             ``"int8"`` through bitsandbytes, ``"int8-torchao"`` or ``"int4-torchao"`` as tensors
             of torchao, ``"bf16"`` as bfloat16 with all else, and what is computed, in ``dtype``;
             ``None`` keeps the weights.
-        task: ``"causal-lm"``, ``"seq2seq"``, ``"classify"`` (with a head for ``num_labels``
-            classes) or ``"features"`` (the bare model).
-        num_labels: classes of ``task="classify"``; ``None`` means what the config says.
+        task: ``"causal-lm"``, ``"seq2seq"``, ``"classify"`` or ``"vision"`` (of texts, of
+            pictures, with a head for ``num_labels`` classes), ``"speech"``, ``"vision-chat"`` or
+            ``"features"`` (the bare model).
+        num_labels: classes of the head; ``None`` means what the config says.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run the Python code that the model's repository brings.
         say: called at once with what takes long (a dequantisation, another process that is
@@ -168,8 +186,14 @@ def _load(
         "revision": source.revision,
         "trust_remote_code": trust_remote_code,
     }
-    model, notes = _load_model(source, located, placement, quantize, task, num_labels, options)
-    tokenizer, tokenizer_notes = _find_tokenizer(located.location, model, options)
+    model, notes, new = _load_model(source, located, placement, quantize, task, num_labels, options)
+    tokenizer: Any | None = None
+    tokenizer_notes: list[str] = []
+    if task != "vision":
+        tokenizer, tokenizer_notes = _find_tokenizer(located.location, model, options)
+    processor, processor_notes = _find_processor(located.location, task, options)
+    if task == "classify":
+        tokenizer_notes += _pad_alike(model, tokenizer)
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     return Base(
         model=model,
@@ -182,7 +206,9 @@ def _load(
             revision=commit if source.kind == "hub" else None,
         ),
         placement=placement,
-        notes=[*located.notes, *notes, *tokenizer_notes],
+        notes=[*located.notes, *notes, *tokenizer_notes, *processor_notes],
+        processor=processor,
+        new_weights=new,
     )
 
 
@@ -202,7 +228,7 @@ def _check_settings(quantize: Any, task: Any, num_labels: Any) -> None:
         problems.append(f"quantize is {quantize!r}; it must be one of {', '.join(CHOICES)}")
     if task not in get_args(Task):
         problems.append(f"task is {task!r}; it must be one of {', '.join(get_args(Task))}")
-    if num_labels is not None and task != "classify":
+    if num_labels is not None and task not in _WITH_CLASSES:
         problems.append(f"num_labels={num_labels!r} cannot act: the task is {task!r}")
     elif num_labels is not None and (not isinstance(num_labels, int) or num_labels < 1):
         problems.append(f"num_labels is {num_labels!r}; it must be a whole number of at least 1")
@@ -218,8 +244,8 @@ def _load_model(
     task: Task,
     num_labels: int | None,
     options: dict[str, Any],
-) -> tuple[Any, list[str]]:
-    """The model, and what to say about it."""
+) -> tuple[Any, list[str], tuple[str, ...]]:
+    """The model, what to say about it, and its new parameters."""
     import transformers
 
     place: dict[str, Any] = {"dtype": placement.dtype}
@@ -266,7 +292,8 @@ def _load_model(
             "them is the base. Give the adapter as --adapter and the model it was trained on as "
             "--base."
         )
-    return model.eval(), _what_was_loaded(source, model, task, report)
+    notes = _what_was_loaded(source, model, task, report)
+    return model.eval(), notes, tuple(sorted(report.get("missing_keys") or ()))
 
 
 def _is_bfloat16(config: Any) -> bool:
@@ -327,7 +354,7 @@ def _what_was_loaded(source: Source, model: Any, task: Task, report: dict[str, A
             "and the num_labels that the head was trained with."
         )
     in_blocks = [key for key in missing if any(part.isdigit() for part in key.split("."))]
-    if missing and (in_blocks or task in ("causal-lm", "seq2seq")):
+    if missing and (in_blocks or task in _COMPLETE):
         other = f" The file holds others, such as {left_over[0]}." if left_over else ""
         raise BaseError(
             f"{source.location} lacks {len(missing)} weights of {type(model).__name__}, such as "
@@ -339,10 +366,37 @@ def _what_was_loaded(source: Source, model: Any, task: Task, report: dict[str, A
         notes.append(
             f"these weights are new and random until they are trained: {', '.join(missing[:6])}"
         )
-    if left_over and task in ("causal-lm", "seq2seq"):
+    if left_over and task in _COMPLETE:
         shown = ", ".join(left_over[:3]) + (", …" if len(left_over) > 3 else "")
         notes.append(f"{len(left_over)} weights of the file have no place in the model: {shown}")
     return notes
+
+
+def _find_processor(
+    location: str, task: Task, options: dict[str, Any]
+) -> tuple[Any | None, list[str]]:
+    """What reads pictures or sound for a base; ``None`` where it brings nothing."""
+    import transformers
+
+    if task not in _PROCESSORS:
+        return None, []
+    try:
+        with quiet_transformers():
+            auto = getattr(transformers, _PROCESSORS[task])
+            return auto.from_pretrained(location, **options), []
+    except (OSError, ValueError, ImportError) as error:
+        message = str(error).strip().split("\n")[0]
+        return None, [f"the base brings nothing that reads its input: {message}"]
+
+
+def _pad_alike(model: Any, tokenizer: Any | None) -> list[str]:
+    """Let a classifier know the padding token, by which a decoder finds a text's last one."""
+    config = model.config.get_text_config()
+    padding = getattr(tokenizer, "pad_token_id", None)
+    if getattr(config, "pad_token_id", None) is not None or padding is None:
+        return []
+    config.pad_token_id = padding
+    return [f"the config names no padding token; token {padding} of the tokenizer pads"]
 
 
 def _find_tokenizer(

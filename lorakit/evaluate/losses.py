@@ -15,7 +15,7 @@ from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.tasks.causal import CAUSAL
 from lorakit.tasks.causal import perplexity as perplexity
-from lorakit.tasks.task import Examples, Task
+from lorakit.tasks.task import Contrasting, Examples, Task
 
 #: tokens of one forward where the caller does not say. More would not be faster on a CPU, where
 #: the products fill the cores from a few hundred tokens on
@@ -148,6 +148,8 @@ def example_losses(
             done += len(places)
             if on_batch is not None:
                 on_batch(done, len(chosen))
+    if isinstance(task, Contrasting) and outputs is not None:
+        sums = task.contrasted(outputs)
     return Losses(sums, counts, outputs)
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -168,6 +168,14 @@ class Task(Protocol):
 
     def kin(self, adapter: Adapter | None) -> str:
         """Runs that share forwards do so with those of the same kin alone."""
+
+
+@runtime_checkable
+class Contrasting(Protocol):
+    """A task whose losses of an evaluation are known once all of its examples are."""
+
+    def contrasted(self, outputs: np.ndarray) -> np.ndarray:
+        """Each example's summed loss, [E] float64, of what :meth:`Task.measured` gave, [E, …]."""
 
 
 class Kind(Protocol):

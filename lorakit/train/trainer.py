@@ -611,6 +611,8 @@ class Trainer:
             self._validation_data,
             self._what if isinstance(self._what, Adapter) else None,
         )
+        if self._kind is not CAUSAL:
+            history["task"] = plain(named(self._kind))
         if began is not None:
             history["init"] = {"method": began.init, "rank": began.rank}
         adapter = job.snapshot()

@@ -1,0 +1,287 @@
+"""``embed``: vectors of texts, near where texts belong together (in-batch contrast).
+
+Each anchor is to be nearer to its own positive than to the other positives of its batch, and to
+the given negatives (the multiple-negatives loss of Henderson et al., arXiv 1705.00652; InfoNCE,
+arXiv 1807.03748): the negative log of ``softmax(scale · cos(anchor, candidate))`` at its own one.
+So an example's loss depends on its batch, which is why a batch is one forward of one run. An
+evaluation contrasts each anchor with all candidates of the validation part, so that it does not
+depend on how that is cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.bases import Base
+from lorakit.core.adapter import Adapter
+from lorakit.data.columns import checked_text
+from lorakit.data.rows import Row
+from lorakit.errors import DataError, InputError
+from lorakit.layers import Handle
+from lorakit.layers.routing import MixLike
+from lorakit.tasks.forwards import RowTask, padded
+from lorakit.tasks.kinds import RowKind, Texts, pad_id, random_ids
+from lorakit.tasks.names import Recompute
+from lorakit.tasks.rows import Fields, Made, RowData, RowSpec, load_rows
+from lorakit.tasks.task import Measured, Stretch
+
+Pooling = Literal["mean", "cls", "last"]
+
+_WHY = (
+    "the loss of a pair contrasts it with the other pairs of its batch (in-batch negatives), which "
+    "couples them"
+)
+#: rows of similarities that an evaluation has at a time
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Embed(RowKind):
+    """Sentence embeddings.
+
+    Args:
+        pooling: what the vector is: the mean over the tokens, the first token's, or the last's.
+        scale: factor on the cosines; 20 is a temperature of 0.05.
+    """
+
+    pooling: Pooling = "mean"
+    scale: float = 20.0
+
+    name: ClassVar[str] = "embed"
+    peft_type: ClassVar[str | None] = "FEATURE_EXTRACTION"
+    base_task: ClassVar[str] = "features"
+    fields: ClassVar[Fields] = Fields(
+        {
+            "anchor": ("anchor", "query", "question", "sentence1", "premise"),
+            "positive": ("positive", "answer", "document", "passage", "sentence2"),
+        },
+        {"negative": ("negative",)},
+    )
+
+    def __post_init__(self) -> None:
+        if self.pooling not in ("mean", "cls", "last"):
+            raise DataError(f"pooling is {self.pooling!r}; expected mean, cls or last")
+        if not self.scale > 0:
+            raise DataError(f"scale is {self.scale!r}; expected a number above 0")
+
+    def fitted(self, spec: RowSpec, config: Mapping[str, Any]) -> Embed:
+        found = _pooling_of(str(config.get("_folder", "")))
+        return self if found is None else replace(self, pooling=found)
+
+    def load_data(self, spec: RowSpec, base: Base) -> RowData:
+        texts = Texts(spec, base, "anchor")
+
+        def make(row: Row, values: Mapping[str, Any]) -> Made:
+            parts = [checked_text(values[name], f"the {name}", name) for name in values]
+            ids = [texts.ids(part, what=name) for name, part in zip(values, parts, strict=True)]
+            inputs = {
+                "ids": [np.array(one, np.int32) for one in ids],
+                "same": _number(parts[1]),
+                "asked": parts[0],
+                "expected": parts[1],
+            }
+            size = sum(map(len, ids))
+            return Made(inputs, size, 1, "\0".join(parts).encode(), parts[0].encode())
+
+        data = load_rows(spec, self.fields, make, task=self.name, unit=self.unit)
+        if len(data) < 2:
+            raise DataError(
+                f"{', '.join(spec.path)}: there is one pair, and nothing to contrast it with; give "
+                "at least two"
+            )
+        return data
+
+    def on(
+        self, model: nn.Module, handle: Handle | None, recompute: Recompute = "none"
+    ) -> EmbedTask:
+        return EmbedTask(model, handle, self.pooling, self.scale, recompute)
+
+    def metrics(
+        self, loss: float, examples: Any, indices: Sequence[int], outputs: np.ndarray | None
+    ) -> dict[str, float]:
+        """How often an anchor's own positive is the nearest of all, and the mean of 1/rank."""
+        assert outputs is not None
+        vectors, same = torch.from_numpy(outputs[:, :, :-1]), torch.from_numpy(outputs[:, 0, -1])
+        first, reciprocal = [], []
+        for rows in torch.split(torch.arange(len(vectors)), _CHUNK):
+            near = vectors[rows, 0] @ vectors[:, 1].T
+            own = near[torch.arange(len(rows)), rows]
+            other = near.masked_fill(same[rows, None] == same[None], -torch.inf)
+            rank = 1 + (other >= own[:, None]).sum(1).double()
+            first.append(rank == 1)
+            reciprocal.append(1 / rank)
+        return {
+            "accuracy": float(torch.cat(first).double().mean()),
+            "mrr": float(torch.cat(reciprocal).mean()),
+        }
+
+    def questions(
+        self, base: Base, examples: RowData, indices: Sequence[int], count: int
+    ) -> list[dict[str, Any]]:
+        return []  # a vector is nothing to read
+
+    def predict(
+        self,
+        base: Base,
+        handle: Handle | None,
+        adapter: MixLike,
+        inputs: Sequence[Any],
+        max_new_tokens: int,
+    ) -> list[str]:
+        raise InputError(
+            "the task embed makes vectors, not text, so there is nothing to generate. lorakit eval "
+            "--data PAIRS says how well the right text is found"
+        )
+
+
+class EmbedTask:
+    """A model as a :class:`~lorakit.tasks.task.Task` of sentence vectors.
+
+    Legend: ``E`` pairs, ``C`` candidates (positives, then negatives), ``d`` width.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        handle: Handle | None,
+        pooling: Pooling,
+        scale: float,
+        recompute: Recompute = "none",
+    ) -> None:
+        self._pooling, self._scale = pooling, scale
+        pad = pad_id(model)
+
+        def batch(texts: Sequence[Any]) -> dict[str, Tensor]:
+            return {
+                "input_ids": padded(texts, pad),
+                "attention_mask": padded([np.ones(len(one), np.int64) for one in texts], 0),
+            }
+
+        def vectors(output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+            return pooled(output[0], batch["attention_mask"], pooling), None
+
+        probe = [np.array(random_ids(model, n)) for n in (7, 4)]
+        self._rows = RowTask(model, handle, batch, vectors, recompute=recompute, probe=probe)
+        self.model, self.handle, self.device = model, handle, self._rows.device
+        self.notes, self.mode = self._rows.notes, self._rows.mode
+        self.layers: str | None = None
+        self.whole: str | None = _WHY
+
+    def losses(self, stretches: Sequence[Stretch]) -> Tensor:
+        (stretch,) = stretches
+        anchors, candidates = self._vectors(stretch.examples, stretch.adapter, stretch)
+        same = torch.tensor([example.inputs["same"] for example in stretch.examples])
+        return contrast(anchors, candidates, same.to(anchors.device), self._scale).sum()[None]
+
+    @torch.no_grad()
+    def measured(self, examples: Sequence[Any], adapter: MixLike) -> Measured:
+        anchors, candidates = self._vectors(examples, adapter, None)
+        weights = torch.ones(len(examples), dtype=torch.int64)
+        pairs = torch.stack([anchors, candidates[: len(anchors)]], 1)
+        same = torch.tensor([[example.inputs["same"]] for example in examples])
+        # whose loss is known once all are: the positive's number rides along in 48 bits
+        marks = same.double()[:, :, None].expand(-1, 2, 1).to(pairs.device)
+        outputs = torch.cat([pairs.double(), marks], 2)
+        return Measured(torch.zeros(len(examples)).double(), weights, outputs)
+
+    def contrasted(self, outputs: np.ndarray) -> np.ndarray:
+        found = torch.from_numpy(outputs)
+        vectors, same = found[:, :, :-1], found[:, 0, -1]
+        parts = [
+            contrast(vectors[rows, 0], vectors[:, 1], same, self._scale, own=rows)
+            for rows in torch.split(torch.arange(len(vectors)), _CHUNK)
+        ]
+        each: np.ndarray = torch.cat(parts).numpy()
+        return each
+
+    def smaller(self, examples: Sequence[Any], share: float) -> list[Any]:
+        return list(examples[: max(1, round(len(examples) * share))])
+
+    def why_apart(self, adapter: Adapter | None) -> str | None:
+        return _WHY
+
+    def kin(self, adapter: Adapter | None) -> str:
+        return "embed"
+
+    def _vectors(
+        self, examples: Sequence[Any], adapter: MixLike, stretch: Stretch | None
+    ) -> tuple[Tensor, Tensor]:
+        """Anchors [E, d] and candidates [C, d], each of length 1."""
+        columns = list(zip(*[example.inputs["ids"] for example in examples], strict=True))
+        texts = [one for column in columns for one in column]
+        keys = None
+        if stretch is not None and stretch.dropout:
+            # each text of a pair has keys of its own
+            keys = torch.cat([stretch.keys() + (i << 32) for i in range(len(columns))])
+        found = self._rows.rows(texts, adapter, keys)
+        return found[: len(examples)], found[len(examples) :]
+
+
+def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """One vector a text, of length 1, float32 or wider: [E, d].
+
+    Args:
+        hidden: [E, T, d].
+        mask: [E, T], 1 where there is a token; padding is on the right.
+    """
+    hidden = hidden.to(torch.promote_types(torch.float32, hidden.dtype))
+    if pooling == "mean":
+        weights = mask[:, :, None].to(hidden.dtype)
+        found = (hidden * weights).sum(1) / weights.sum(1)
+    else:
+        place = torch.zeros_like(mask[:, 0]) if pooling == "cls" else mask.sum(1) - 1
+        found = hidden[torch.arange(len(hidden), device=hidden.device), place]
+    return F.normalize(found, dim=1)
+
+
+def contrast(
+    anchors: Tensor, candidates: Tensor, same: Tensor, scale: float, own: Tensor | None = None
+) -> Tensor:
+    """Negative log-likelihood of each anchor's own candidate, [E].
+
+    Args:
+        anchors: [E, d], of length 1.
+        candidates: [C, d], of length 1, the positives first.
+        same: [P], the same number for equal positives, which are no negatives of each other.
+        own: [E], the place of each anchor's positive; by default its own.
+    """
+    place = torch.arange(len(anchors), device=anchors.device) if own is None else own
+    logits = scale * anchors @ candidates.T
+    equal = same[place][:, None] == same[None]
+    equal[torch.arange(len(place)), place] = False
+    logits = torch.cat(
+        [logits[:, : len(same)].masked_fill(equal, -torch.inf), logits[:, len(same) :]], 1
+    )
+    return F.cross_entropy(logits, place, reduction="none")
+
+
+def _number(text: str) -> int:
+    """48 bits of a text, which a float64 holds."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def _pooling_of(folder: str) -> Pooling | None:
+    """What a folder of sentence-transformers says of itself."""
+    path = Path(folder) / "1_Pooling" / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    for key, name in (
+        ("pooling_mode_cls_token", "cls"),
+        ("pooling_mode_lasttoken", "last"),
+        ("pooling_mode_mean_tokens", "mean"),
+    ):
+        if isinstance(config, dict) and config.get(key) is True:
+            return name  # type: ignore[return-value]
+    return None

@@ -1,0 +1,241 @@
+"""``vision``: one label of a picture; the head is part of the adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorakit.bases import Base
+from lorakit.core.spec import LoRASpec
+from lorakit.data.rows import Row, RowError, shown
+from lorakit.errors import BaseError, InputError
+from lorakit.layers import Handle
+from lorakit.layers.routing import MixLike
+from lorakit.optional import require
+from lorakit.tasks.classify import chosen_labels, class_of, class_sums, labels_of, said
+from lorakit.tasks.forwards import RowTask
+from lorakit.tasks.kinds import RowKind, class_metrics, with_head
+from lorakit.tasks.names import Recompute
+from lorakit.tasks.rows import Fields, Made, RowData, RowExample, RowSpec, load_rows
+
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+#: a picture of more pixels is rather a mistake, or an attack
+_MOST_PIXELS = 200_000_000
+
+
+@dataclass(frozen=True)
+class Vision(RowKind):
+    """Image classification.
+
+    Args:
+        labels: what the head's outputs stand for, in their order.
+    """
+
+    labels: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "vision"
+    base_task: ClassVar[str] = "vision"
+    fields: ClassVar[Fields] = Fields(
+        {
+            "image": ("image", "img", "picture", "file_name", "image_path", "path"),
+            "label": ("label", "labels", "class", "category"),
+        }
+    )
+    unit: ClassVar[str] = "patches"
+    asks_for: ClassVar[str] = "picture"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))
+
+    @property
+    def num_labels(self) -> int | None:
+        return len(self.labels)
+
+    def fitted(self, spec: RowSpec, config: Mapping[str, Any]) -> Vision:
+        if self.labels:
+            return self
+        if holds_classes(spec.path):
+            found = [str(row.values["label"]) for row in class_folders(spec.path)]
+            return replace(self, labels=chosen_labels(found, config, ", ".join(spec.path)))
+        return replace(self, labels=labels_of(spec, self.fields, config, self.name))
+
+    def adapter_spec(self, spec: LoRASpec, base: Base) -> tuple[LoRASpec, list[str]]:
+        return with_head(spec, base)
+
+    def load_data(self, spec: RowSpec, base: Base) -> RowData:
+        processor = processor_of(base, "pictures")
+        patches = _patches(base.model)
+
+        def make(row: Row, values: Mapping[str, Any]) -> Made:
+            content, name = picture_bytes(values["image"], row.file)
+            opened(content, name)
+            label = class_of(values["label"], self.labels)
+            key = hashlib.sha256(content).digest()
+            inputs = {
+                "source": name if os.path.isfile(name) else content,
+                "processor": processor,
+                "label": label,
+                "asked": name,
+                "expected": self.labels[label],
+            }
+            return Made(inputs, patches, 1, key + str(label).encode(), key)
+
+        rows = class_folders(spec.path) if holds_classes(spec.path) else None
+        return load_rows(
+            spec, self.fields, make, task=self.name, unit=self.unit, rows=rows,
+            label=lambda made: str(made.inputs["expected"]),
+        )  # fmt: skip
+
+    def on(self, model: nn.Module, handle: Handle | None, recompute: Recompute = "none") -> RowTask:
+        return RowTask(model, handle, picture_batch, class_sums, recompute=recompute)
+
+    def metrics(
+        self, loss: float, examples: Any, indices: Sequence[int], outputs: np.ndarray | None
+    ) -> dict[str, float]:
+        assert outputs is not None
+        return class_metrics(outputs, [examples[int(i)].inputs["label"] for i in indices])
+
+    def predict(
+        self,
+        base: Base,
+        handle: Handle | None,
+        adapter: MixLike,
+        inputs: Sequence[Any],
+        max_new_tokens: int,
+    ) -> list[str]:
+        """The likeliest label of each picture, with its probability."""
+        processor = processor_of(base, "pictures")
+        task = RowTask(base.model.eval(), handle, picture_batch, class_sums)
+        found = []
+        for path in inputs:
+            one = {"source": str(path), "processor": processor, "label": 0}
+            if not os.path.isfile(str(path)):
+                raise InputError(f"{path}: there is no such picture")
+            try:
+                opened(Path(path).read_bytes(), str(path))
+            except RowError as error:
+                raise InputError(str(error)) from None
+            logits = task.measured([RowExample(0, 0, "", 1, 1, one)], adapter).outputs
+            assert logits is not None
+            found.append(said(logits[0], self.labels))
+        return found
+
+
+def picture_batch(examples: Sequence[RowExample]) -> dict[str, Tensor]:
+    """Pictures as the base's processor makes them, with their labels."""
+    pixels = []
+    for example in examples:
+        source = example.inputs["source"]
+        content = Path(source).read_bytes() if isinstance(source, str) else source
+        picture = opened(content, str(example.inputs.get("asked", "picture")))
+        pixels.append(example.inputs["processor"](picture, return_tensors="pt")["pixel_values"])
+    labels = torch.tensor([example.inputs["label"] for example in examples])
+    return {"pixel_values": torch.cat(pixels), "_labels": labels}
+
+
+def opened(content: bytes, name: str) -> Any:
+    """A picture, decoded, in RGB; what is transparent lies on white.
+
+    Raises:
+        RowError: it is broken, or no picture.
+    """
+    image = require("PIL.Image", extra="vision", purpose="reading pictures")
+    try:
+        with image.open(io.BytesIO(content)) as picture:
+            if picture.width * picture.height > _MOST_PIXELS:
+                raise RowError(
+                    "a picture too large", f"{name}: {picture.width} × {picture.height} pixels"
+                )
+            picture.load()
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                ground = image.new("RGBA", picture.size, "white")
+                return image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+        raise RowError("a broken picture", f"{name} is no picture that can be read: {error}") from (
+            None
+        )
+
+
+def picture_bytes(value: Any, file: str) -> tuple[bytes, str]:
+    """The content of a row's picture, and how it is called.
+
+    Args:
+        value: a path, beside the file of rows or absolute; or a column of ``datasets``.
+        file: the file of rows.
+
+    Raises:
+        RowError: there is none.
+    """
+    return file_bytes(value, file, "picture")
+
+
+def file_bytes(value: Any, file: str, what: str) -> tuple[bytes, str]:
+    """As :func:`picture_bytes`, of any kind of file."""
+    if isinstance(value, Mapping):
+        content, path = value.get("bytes"), value.get("path")
+        if isinstance(content, bytes):
+            return content, str(path or what)
+        value = path
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"no {what}", f"the {what} is {shown(value)}; expected a path")
+    beside = Path(file).parent / value if os.path.exists(file) else Path(value)
+    path = beside if beside.is_file() else Path(value)
+    try:
+        return path.read_bytes(), str(path)
+    except OSError as error:
+        why = error.strerror or "it cannot be read"
+        raise RowError(f"a missing {what}", f"{value}: {why} (looked in {beside.parent})") from None
+
+
+def holds_classes(path: Sequence[str]) -> bool:
+    """Whether it is one folder with a folder of pictures for each class."""
+    if len(path) != 1 or not os.path.isdir(path[0]):
+        return False
+    inner = [one for one in Path(path[0]).iterdir() if one.is_dir()]
+    return any(file.suffix.lower() in _ENDINGS for one in inner for file in one.iterdir())
+
+
+def class_folders(path: Sequence[str]) -> Iterator[Row]:
+    """Rows of :func:`holds_classes`: the pictures in order, each with its folder as the label."""
+    files = [
+        file
+        for folder in sorted(Path(path[0]).iterdir())
+        if folder.is_dir()
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in _ENDINGS
+    ]
+    for number, file in enumerate(files, 1):
+        values = {"image": str(file.resolve()), "label": file.parent.name}
+        yield Row(str(file), "picture", number, values)
+
+
+def processor_of(base: Base, what: str) -> Any:
+    """What a base reads pictures or sound with.
+
+    Raises:
+        BaseError: it has none.
+    """
+    if base.processor is None:
+        raise BaseError(
+            f"{base.ref} has no preprocessor_config.json, so {what} cannot be read for it. Copy "
+            "that file from the model that it was made of."
+        )
+    return base.processor
+
+
+def _patches(model: Any) -> int:
+    """What a picture is to the model: patches, where its config tells; otherwise 256."""
+    size, patch = (getattr(model.config, name, None) for name in ("image_size", "patch_size"))
+    if isinstance(size, int) and isinstance(patch, int) and patch:
+        return (size // patch) ** 2 + 1
+    return 256
