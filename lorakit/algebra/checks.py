@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from lorakit.algebra.svd import num_groups
 from lorakit.core.adapter import Adapter
 from lorakit.core.identity import BaseIdentity, compare_identities
-from lorakit.core.sites import LowRank, Replace, Site
+from lorakit.core.sites import LowRank, Prefix, Replace, Site
 from lorakit.errors import BaseError, InputError, collected
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,11 @@ def _site_problems(
     replaced = [site for site in sites if isinstance(site, Replace)]
     if len(low_rank) + len(replaced) < len(sites):
         odd = next(s for s in sites if not isinstance(s, (LowRank, Replace)))
+        if isinstance(odd, Prefix):
+            return [
+                "it is a prefix, and the attention to a sum of keys is no sum; leave it out, or "
+                "use one of the adapters beside the others in one routing"
+            ]
         return [f"it is of type {type(odd).__name__}, which is not combined"]
     if low_rank and replaced:
         by_type = {type(site).__name__: name for site, _, name in own}

@@ -348,7 +348,16 @@ def _notes(first: Adapter, second: Adapter) -> list[str]:
         biases = sum(s.bias is not None for s in adapter.low_rank.values())
         if biases:
             notes.append(f"adapter {k} has {biases} biases of B, which are not compared")
-    mixed = [p for p, s in first.sites.items() if type(s) is not type(second.sites.get(p, s))]
+        if adapter.prefixes:
+            notes.append(
+                f"adapter {k} has a prefix of {adapter.num_virtual_tokens} virtual tokens, which "
+                "is not compared"
+            )
+    mixed = [
+        p
+        for p, s in first.sites.items()
+        if type(s) is not type(second.sites.get(p, s)) and p not in first.prefixes
+    ]
     if mixed:
         notes.append(
             f"{len(mixed)} modules are low-rank in one and trained whole in the other, and not "

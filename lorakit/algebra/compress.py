@@ -206,7 +206,9 @@ def _for_parameters(
     budget = parameters - _fixed(adapter)
     found, best = allocate(rest, costs, budget)
     chosen = {path: number + least[path] for path, number in found.items()}
-    if not any(chosen.values()) and not adapter.replaced:  # every change is zero
+    if not any(chosen.values()) and len(adapter.sites) == len(
+        adapter.low_rank
+    ):  # every change is zero
         chosen[min(costs, key=costs.__getitem__)] = 1
     return chosen, best
 
@@ -214,7 +216,9 @@ def _for_parameters(
 def smallest_size(adapter: Adapter) -> int:
     """The fewest parameters to which this adapter can be compressed."""
     fixed = _fixed(adapter)
-    whole = bool(adapter.replaced) or any(s.bias is not None for s in adapter.low_rank.values())
+    whole = len(adapter.sites) > len(adapter.low_rank) or any(
+        s.bias is not None for s in adapter.low_rank.values()
+    )
     return fixed if whole else fixed + min(_cost(site) for site in adapter.low_rank.values())
 
 
@@ -223,7 +227,8 @@ def _fixed(adapter: Adapter) -> int:
 
     A site with a bias of B is not left out, so one direction of it is among them.
     """
-    fixed = sum(site.num_parameters for site in adapter.replaced.values())
+    fixed = adapter.num_parameters
+    fixed -= sum(site.num_parameters for site in adapter.low_rank.values())
     for site in adapter.low_rank.values():
         fixed += 0 if site.bias is None else site.bias.numel() + _cost(site)
     return fixed

@@ -105,6 +105,7 @@ def adapter_facts(ref: str, adapter: Adapter) -> dict[str, Any]:
         "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in adapter.dtypes),
         "low_rank_sites": len(adapter.low_rank),
         "replaced_sites": len(adapter.replaced),
+        "virtual_tokens": adapter.num_virtual_tokens,
         "ranks": sorted({site.rank for site in adapter.low_rank.values()}),
         "settings": {
             field.name: plain(getattr(adapter.spec, field.name))
@@ -117,8 +118,10 @@ def adapter_facts(ref: str, adapter: Adapter) -> dict[str, Any]:
 def site_facts(path: str, site: Any) -> SiteFacts:
     """Norm and effective rank of one site, from its factors."""
     from lorakit.core.linalg import effective_rank, factors, singular_values
-    from lorakit.core.sites import LowRank
+    from lorakit.core.sites import LowRank, Prefix
 
+    if isinstance(site, Prefix):
+        return SiteFacts(path, "prefix", tuple(site.key.shape), site.num_parameters)
     if not isinstance(site, LowRank):
         return SiteFacts(path, "trained whole", (site.num_parameters,), site.num_parameters)
     A, B = factors(site)
@@ -164,7 +167,11 @@ def _print_facts(out: Any, facts: Mapping[str, Any]) -> None:
         "task": facts["task_type"] or "not said by the file",
         "parameters": f"{facts['parameters']:,}",
         "size": f"{_size(facts['bytes'])} ({', '.join(facts['dtypes'])})",
-        "sites": f"{facts['low_rank_sites']} low-rank, {facts['replaced_sites']} trained whole",
+        "sites": f"{facts['low_rank_sites']} low-rank, {facts['replaced_sites']} trained whole"
+        + (
+            f", a prefix of {facts['virtual_tokens']} virtual tokens"
+            * bool(facts["virtual_tokens"])
+        ),
         "rank": ", ".join(map(str, facts["ranks"])) or "none",
         "alpha": f"{settings['alpha']:g}, scaling {settings['scaling']}",
         "targets": _joined(settings["targets"]),

@@ -8,6 +8,8 @@ examples:
   lorakit train --base smollm2 --data mine.jsonl --out runs/mine
   lorakit train --base smollm2 --data F.csv --map prompt=question,completion=answer --out runs/mine
   lorakit train --base B --data F --valid V --steps 200 --lr 1e-3 --rank 16 --out runs/mine
+  lorakit train --base B --data F --targets none --prefix 16 --out runs/p   # prefix tuning alone
+  lorakit train --base B --data F --prefix 8 --norms --bias new --out runs/all   # beside LoRA
   lorakit train --base B --data F --full --out runs/full   # all weights; then judge both:
   lorakit eval --base B --adapter runs/mine --full runs/full --data test.jsonl --forgetting
   lorakit train --base B --data new.jsonl --from runs/mine --out runs/more
@@ -70,8 +72,13 @@ if TYPE_CHECKING:
 #: flags that act on a resumed run too; all others are in its run.yaml
 _WITH_RESUME = {"resume", "json", "quiet", "debug", "command", "run", "shard"}
 #: flags of an adapter that are no fields of its spec, by name; and those called otherwise
-_OF_ADAPTERS = ("start", "init_examples", "eva_rho", "lora_plus_ratio")
+_OF_ADAPTERS = ("start", "init_examples", "eva_rho", "lora_plus_ratio", "prefix_lr_ratio")
 _FLAGS = {"start": "from"}
+#: fields of a spec that say nothing where no weight is adapted
+_OF_LOW_RANK = (
+    *("rank", "alpha", "exclude", "layers", "scaling", "dropout", "init", "variant"),
+    *("rank_pattern", "alpha_pattern"),
+)
 #: flags that act where there are many adapters
 _MANY = ("max_concurrent", "token_budget")
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -211,7 +218,8 @@ def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="T",
         help="all-linear (default: every linear but the output head), attention, mlp, or names, "
-        "name endings and regular expressions of modules",
+        "name endings and regular expressions of modules; none: no LoRA, for --prefix, --bias, "
+        "--norms or --train-modules alone",
     )
     group.add_argument("--exclude", nargs="+", metavar="T", help="modules to leave out again")
     group.add_argument("--layers", metavar="RANGE", help="blocks to adapt, such as 0-11, 20- or 3")
@@ -254,8 +262,28 @@ def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--bias",
-        choices=("none", "lora", "all"),
-        help="train biases too: of the adapted modules (lora) or all; default none",
+        choices=("none", "lora", "all", "new"),
+        help="train biases too (BitFit): of the adapted modules (lora), all, or new: all, and each "
+        "linear that has none gets one, from zero (Llama and its kind have none); default none",
+    )
+    group.add_argument(
+        "--norms",
+        action="store_true",
+        default=None,
+        help="train the weights of all norms too, and save them whole",
+    )
+    group.add_argument(
+        "--prefix",
+        type=positive_int,
+        metavar="N",
+        help="prefix tuning: also train the keys and values of N virtual tokens in front of the "
+        "text, in every layer",
+    )
+    group.add_argument(
+        "--prefix-lr-ratio",
+        type=positive_float,
+        metavar="X",
+        help="the prefix learns X times faster than the rest; default 10",
     )
     group.add_argument(
         "--train-modules", nargs="+", metavar="M", help="modules to train and save whole"
@@ -512,7 +540,19 @@ def spec_of(options: argparse.Namespace) -> LoRASpec:
     """
     from lorakit.core.spec import LoRASpec
 
-    return LoRASpec(**_given(options, LoRASpec))
+    given = _given(options, LoRASpec)
+    spec = LoRASpec(**given)
+    idle = [
+        f"--{name.replace('_', '-')}"
+        for name in (*_OF_LOW_RANK, "lora_plus_ratio", "init_examples", "eva_rho")
+        if not spec.targets and getattr(options, name, None) is not None
+    ]
+    if idle:
+        raise SpecError(
+            f"{', '.join(idle)}: about the products of LoRA, and --targets none trains none. Leave "
+            "out one or the other"
+        )
+    return spec
 
 
 def what_of(options: argparse.Namespace) -> LoRASpec | Full:

@@ -10,7 +10,7 @@ import torch
 
 from lorakit.core.frozen import FrozenDict
 from lorakit.core.identity import BaseIdentity
-from lorakit.core.sites import LowRank, Replace, Site
+from lorakit.core.sites import LowRank, Prefix, Replace, Site
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, collected
 
@@ -42,6 +42,12 @@ class Adapter:
         problems = [
             f"{path}: {problem}" for path, site in self.sites.items() for problem in site.problems()
         ]
+        lengths = sorted({site.length for site in self.prefixes.values()})
+        if len(lengths) > 1:
+            problems.append(
+                f"its layers have prefixes of {', '.join(map(str, lengths))} virtual tokens; all "
+                "that have one need the same number, for it shifts the positions of the text"
+            )
         if not self.sites:
             problems = ["it holds no site"]
         if problems:
@@ -56,6 +62,16 @@ class Adapter:
     def replaced(self) -> dict[str, Replace]:
         """The modules and parameters that were trained whole."""
         return {p: s for p, s in self.sites.items() if isinstance(s, Replace)}
+
+    @property
+    def prefixes(self) -> dict[str, Prefix]:
+        """The trained keys and values in front of the text, by attention module."""
+        return {p: s for p, s in self.sites.items() if isinstance(s, Prefix)}
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Of the prefix, which is as long in every layer that has one; 0 without one."""
+        return max((site.length for site in self.prefixes.values()), default=0)
 
     @property
     def num_parameters(self) -> int:

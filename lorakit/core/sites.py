@@ -119,7 +119,53 @@ class Replace:
         return _not_finite(self.tensors())
 
 
-Site = LowRank | Replace
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Trained keys and values in front of the text, for one attention layer.
+
+    The past of prefix tuning (Li & Liang, 2021, arXiv 2101.00190), and the prefix-layer tuning that
+    section 7 of the LoRA paper puts beside LoRA. It stands under the path of the attention module.
+    Every token of a row sees all of it, and the row's own tokens begin at position ``n``, as if
+    these keys had been read first; they are stored as a cache holds them, already rotated.
+    """
+
+    key: Tensor
+    """[n, H_kv, d]: ``n`` virtual tokens, ``H_kv`` key heads, ``d`` their size."""
+    value: Tensor
+    """[n, H_kv, d_v]"""
+
+    @property
+    def length(self) -> int:
+        """Virtual tokens."""
+        return int(self.key.shape[0])
+
+    @property
+    def num_parameters(self) -> int:
+        return self.key.numel() + self.value.numel()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their field name."""
+        return {"key": self.key, "value": self.value}
+
+    def problems(self) -> list[str]:
+        """What is wrong with it as a value; empty if nothing."""
+        k, v = tuple(self.key.shape), tuple(self.value.shape)
+        if len(k) != 3 or len(v) != 3 or k[:2] != v[:2] or 0 in k + v:
+            return [
+                f"its key has shape {k} and its value {v}; expected [tokens, heads, size] with "
+                "equal tokens and heads"
+            ]
+        return _not_finite(self.tensors())
+
+
+#: why a prefix is not merged, and the way out
+NOT_MERGED = (
+    "it is a prefix, keys and values in front of the text, which no weight can hold. Keep the "
+    "adapter attached (--adapter in generate and eval); or, if what it does without its prefix is "
+    "enough, merge the rest: adapter.with_(sites={**adapter.low_rank, **adapter.replaced})"
+)
+
+Site = LowRank | Replace | Prefix
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -12,7 +12,7 @@ from lorakit.core.frozen import FrozenDict
 from lorakit.errors import SpecError, collected
 
 Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
-BiasMode = Literal["none", "lora", "all"]
+BiasMode = Literal["none", "lora", "all", "new"]
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga", "loftq"]
 Variant = Literal["lora", "dora"]
 
@@ -47,7 +47,7 @@ class LoRASpec:
     targets: str | tuple[str, ...] = "all-linear"
     """``"all-linear"`` (every linear but the output head), ``"attention"``, ``"mlp"``, or one
     or several module paths, path suffixes (``"q_proj"``) or regular expressions that match a
-    whole path."""
+    whole path. ``"none"`` adapts none: biases, norms, modules or a prefix are trained alone."""
     exclude: tuple[str, ...] = ()
     """Paths, suffixes or regular expressions that are left out again."""
     layers: str | None = None
@@ -61,7 +61,15 @@ class LoRASpec:
     dropout: float = 0.0
     """Probability that an input element of A is dropped in training; in [0, 1)."""
     bias: BiasMode = "none"
-    """Biases trained too: ``"none"``, ``"lora"`` (of the adapted modules) or ``"all"``."""
+    """Biases trained too (BitFit, arXiv 2106.10199): ``"none"``, ``"lora"`` (of the adapted
+    modules), ``"all"``, or ``"new"``: all, and every linear but the output head that has no bias
+    gets one, which begins at zero. Llama and its kind have none."""
+    norms: bool = False
+    """Whether every norm's own weight (and bias) is trained and saved whole too."""
+    prefix: int = 0
+    """Virtual tokens in front of the text whose keys and values are trained in every attention
+    layer (prefix tuning, Li & Liang, arXiv 2101.00190); 0: none. They begin as those that the base
+    computes for a few drawn tokens, and take as many positions of its context."""
     train_modules: tuple[str, ...] = ()
     """Paths or suffixes of modules trained and saved whole, such as a new classifier head."""
     init: Init = "kaiming"
@@ -123,7 +131,7 @@ class LoRASpec:
             problems.append(f"dropout is {self.dropout!r}; it must lie in [0, 1)")
         for name, allowed in (
             ("scaling", ("alpha/r", "alpha/sqrt(r)")),
-            ("bias", ("none", "lora", "all")),
+            ("bias", get_args(BiasMode)),
             ("init", get_args(Init)),
             ("variant", ("lora", "dora")),
         ):
@@ -131,9 +139,26 @@ class LoRASpec:
                 problems.append(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}"
                 )
-        if not self.targets and not self.train_modules:
-            problems.append("targets is empty and train_modules too; nothing would be trained")
+        if isinstance(self.prefix, bool) or not isinstance(self.prefix, int) or self.prefix < 0:
+            problems.append(
+                f"prefix is {self.prefix!r}; it must be a whole number of virtual tokens, or 0"
+            )
+        if not isinstance(self.norms, bool):
+            problems.append(f"norms is {self.norms!r}; it must be true or false")
+        if not self.targets:
+            problems += self._without_targets()
         return problems
+
+    def _without_targets(self) -> list[str]:
+        """What is wrong where no weight is adapted by low rank."""
+        if self.bias == "lora":
+            return ['bias is "lora", but no module is adapted; give bias="all" or "new"']
+        if self.bias == "none" and not (self.train_modules or self.norms or self.prefix):
+            return [
+                "targets is empty, and so are train_modules, bias, norms and prefix; nothing would "
+                "be trained"
+            ]
+        return []
 
     def scaling_of(self, rank: int, alpha: float) -> float:
         """The factor on B·A: alpha/r, or alpha/√r under rsLoRA."""
@@ -166,6 +191,8 @@ def _as_tuple(value: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _as_targets(value: str | Sequence[str]) -> str | tuple[str, ...]:
+    if value == "none" or tuple(value) == ("none",):
+        return ()
     return value if isinstance(value, str) else tuple(value)
 
 

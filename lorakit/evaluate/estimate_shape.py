@@ -16,7 +16,8 @@ from torch import nn
 
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import BaseError
-from lorakit.layers.targets import output_heads, resolve_targets, whole_modules
+from lorakit.layers.past import numbers_per_token
+from lorakit.layers.targets import norm_modules, output_heads, resolve_targets, whole_modules
 
 #: names of what a fused layer is made of; see ``infer.fused.family``
 _FUSED_PARTS = (
@@ -158,16 +159,23 @@ def adapter_shape(model: nn.Module, spec: LoRASpec, shape: ModelShape) -> Adapte
         count += _product(A) + _product(B)
         count += target.shape.d_out if spec.variant == "dora" else 0
     whole = whole_modules(model, spec.train_modules)
+    if spec.norms:
+        whole = {**norm_modules(model), **whole}
+    count += spec.prefix * numbers_per_token(model) if spec.prefix else 0
     count += sum(p.numel() for module in whole.values() for p in module.parameters())
-    biases = _biases(model, spec, {target.path for target in targets}, set(whole))
+    adapted = {target.path for target in targets}
+    biases = _biases(model, spec, adapted, set(whole))
+    new, beside = _new_biases(model, spec, adapted, set(whole))
     in_blocks = {one.path for one in shape.linears}
     reason = None
     if spec.variant == "dora":
         reason = "DoRA's lengths need the plain path"
-    elif biases or any(_inside(path, in_blocks) for path in whole):
+    elif spec.norms:
+        reason = "an adapter trains a norm of the layer, or another part that is no linear"
+    elif biases or beside or any(_inside(path, in_blocks) for path in whole):
         reason = "an adapter trains a module or a bias of the layer whole"
     return AdapterShape(
-        num_parameters=count + biases,
+        num_parameters=count + biases + new,
         ranks={target.path: target.rank for target in targets if target.path in in_blocks},
         plain_reason=reason,
     )
@@ -225,9 +233,24 @@ def _biases(model: nn.Module, spec: LoRASpec, adapted: set[str], whole: set[str]
         parameter.numel()
         for path, parameter in model.named_parameters()
         if path.endswith(".bias")
-        and (spec.bias == "all" or path.removesuffix(".bias") in adapted)
+        and (spec.bias in ("all", "new") or path.removesuffix(".bias") in adapted)
         and not _inside(path, whole)
     )
+
+
+def _new_biases(
+    model: nn.Module, spec: LoRASpec, adapted: set[str], whole: set[str]
+) -> tuple[int, bool]:
+    """Numbers of biases that begin at zero, and whether some stand where no weight is adapted."""
+    if spec.bias != "new":
+        return 0, False
+    inside = whole | set(output_heads(model))
+    linears = {
+        path: module.out_features
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.bias is None and not _inside(path, inside)
+    }
+    return sum(linears.values()), bool(linears.keys() - adapted) or spec.variant == "dora"
 
 
 def _inside(path: str, parents: set[str]) -> bool:

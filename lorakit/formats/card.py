@@ -10,6 +10,7 @@ from typing import Any
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank
 from lorakit.formats.folder import CARD_MARK
+from lorakit.formats.peft.prefix import is_peft_prefix
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -37,7 +38,8 @@ def model_card(adapter: Adapter, base_name: str | None) -> str:
         "",
         "# LoRA adapter" + (f" for {base_name}" if base_name else ""),
         "",
-        f"A low-rank adapter of {_summary(adapter)}. It changes nothing by itself: load it on "
+        f"{'A low-rank adapter' if adapter.low_rank else 'An adapter'} of {_summary(adapter)}. "
+        "It changes nothing by itself: load it on "
         f"{'`' + base + '`' if base_name else base}.",
         "",
         "## Settings",
@@ -69,6 +71,8 @@ def _summary(adapter: Adapter) -> str:
     text = f"{low_rank} module{'s' * (low_rank != 1)}"
     if replaced:
         text += f", with {replaced} module{'s' * (replaced != 1)} or bias trained whole"
+    if adapter.prefixes:
+        text += f", with a prefix in {len(adapter.prefixes)} layers"
     return f"{text} ({adapter.num_parameters:,} parameters, {adapter.num_bytes / 1e6:.1f} MB)"
 
 
@@ -83,6 +87,7 @@ def _settings(adapter: Adapter) -> list[tuple[str, str]]:
         ("variant", "DoRA" if any(s.magnitude is not None for s in low_rank.values()) else None),
         ("modules", ", ".join(sorted({_last_name(p) for p in low_rank}))),
         ("trained whole", ", ".join(sorted({_last_name(p) for p in adapter.replaced}))),
+        ("prefix", _prefix(adapter)),
         ("dropout", f"{spec.dropout:g}" if spec.dropout else None),
         ("kinds", _kinds(low_rank)),
         ("dtype", ", ".join(sorted(str(d).removeprefix("torch.") for d in adapter.dtypes))),
@@ -90,8 +95,17 @@ def _settings(adapter: Adapter) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
+def _prefix(adapter: Adapter) -> str | None:
+    if not adapter.prefixes:
+        return None
+    text = f"{adapter.num_virtual_tokens} virtual tokens in {len(adapter.prefixes)} layers"
+    return text if is_peft_prefix(adapter) else f"{text}; PEFT has no form for this with the rest"
+
+
 def _usage(adapter: Adapter, base: str) -> list[str]:
     loader = _TASKS.get(adapter.task_type or "", ("", "AutoModelForCausalLM"))[1]
+    if adapter.prefixes and not is_peft_prefix(adapter):
+        return _own_usage(base)
     return [
         "```python",
         "# PEFT: ADAPTER is this folder or its id on the hub",
@@ -99,6 +113,12 @@ def _usage(adapter: Adapter, base: str) -> list[str]:
         'model = peft.PeftModel.from_pretrained(model, "ADAPTER")',
         "```",
         "",
+        *_own_usage(base),
+    ]
+
+
+def _own_usage(base: str) -> list[str]:
+    return [
         "```python",
         "# lorakit",
         f"base = lorakit.load_base({json.dumps(base)})",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lorakit.core.adapter import Adapter
 from lorakit.core.safetensors_io import write_safetensors
-from lorakit.core.sites import LowRank, Replace, Site
+from lorakit.core.sites import LowRank, Prefix, Replace, Site
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, collected
 from lorakit.formats.carried import adapter_of, header_of
@@ -253,6 +253,8 @@ def _unwritable(path: str, site: Site) -> str | None:
     component = path.partition(".")[0]
     if component not in COMPONENTS or "." not in path:
         return f"lies in no component of a pipeline; paths begin with {', '.join(COMPONENTS)}"
+    if isinstance(site, Prefix):
+        return "is a prefix of keys and values; diffusers' files hold low-rank changes only"
     if isinstance(site, Replace):
         return "was trained whole; diffusers' files hold low-rank changes only"
     if site.kind == "embedding":

@@ -7,7 +7,7 @@ and with it whatever would no longer be true.
 Fields, each left out where it says nothing: ``base`` (identity), ``provenance``, ``spec`` (settings
 that the config does not give back), ``replaced`` (paths of the sites that are no low-rank ones),
 ``task_type``, ``scaling`` (factors that no alpha divides to exactly), ``no_bias`` (sites whose bias
-in the file is PEFT's and not theirs).
+in the file is PEFT's and not theirs), ``prefix`` (modules of a prefix that the file only numbers).
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Header:
     task_type: str | None = None
     scaling: Mapping[str, float] = field(default_factory=dict)
     no_bias: tuple[str, ...] = ()
+    prefix: tuple[str, ...] = ()
+    """Attention modules of a prefix by layer, where the file has one tensor for all."""
 
 
 def write_header(header: Header) -> dict[str, str]:
@@ -60,6 +62,7 @@ def write_header(header: Header) -> dict[str, str]:
         "task_type": header.task_type,
         "scaling": header.scaling,
         "no_bias": sorted(header.no_bias),
+        "prefix": list(header.prefix),
     }
     said = {name: value for name, value in content.items() if value}
     try:
@@ -99,6 +102,7 @@ def read_header(metadata: Mapping[str, str]) -> Header | None:
             task_type=_optional_string(said, "task_type"),
             scaling={str(k): float(v) for k, v in _object(said, "scaling").items()},
             no_bias=_strings(said, "no_bias"),
+            prefix=_strings(said, "prefix"),
         )
     except FormatError:
         raise

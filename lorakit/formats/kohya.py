@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lorakit.core.adapter import Adapter
 from lorakit.core.safetensors_io import write_safetensors
-from lorakit.core.sites import LowRank, Replace, Site
+from lorakit.core.sites import LowRank, Prefix, Replace, Site
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, collected
 from lorakit.formats import fused
@@ -351,6 +351,8 @@ def _usable(site: Site | None) -> LowRank | None:
 
 def _unwritable(site: Site) -> str | None:
     """Why a site has no place in the format."""
+    if isinstance(site, Prefix):
+        return "is a prefix of keys and values; kohya's files hold low-rank changes only"
     if isinstance(site, Replace):
         return "was trained whole; kohya's files hold low-rank changes only"
     if site.kind == "embedding":

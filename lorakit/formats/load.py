@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lorakit.core.adapter import Adapter
-from lorakit.core.sites import LowRank, Replace, Site
+from lorakit.core.sites import LowRank, Prefix, Replace, Site
 from lorakit.errors import FormatError
 from lorakit.formats.folder import CONFIG, PICKLED, WEIGHTS, adapter_in
 from lorakit.formats.format import Hints
@@ -64,7 +64,7 @@ def cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     """
     sites: dict[str, Site] = {}
     for path, site in adapter.sites.items():
-        if isinstance(site, LowRank):
+        if isinstance(site, LowRank | Prefix):
             changed: dict[str, Any] = {n: t.to(dtype) for n, t in site.tensors().items()}
             sites[path] = replace(site, **changed)
         else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.adapter import Adapter
-from lorakit.core.sites import LowRank
+from lorakit.core.sites import LowRank, Prefix
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, collected
 
@@ -85,7 +85,9 @@ def plain_sites(
     kept: dict[str, LowRank] = {}
     lost: dict[str, str] = {}
     for path, site in adapter.sites.items():
-        if not isinstance(site, LowRank):
+        if isinstance(site, Prefix):
+            lost[path] = "a prefix, keys and values in front of the text; this format has none"
+        elif not isinstance(site, LowRank):
             lost[path] = "trained whole; this format holds low-rank changes alone"
         elif site.magnitude is not None:
             lost[path] = "DoRA, which rescales the whole weight; this format has no place for it"
@@ -109,7 +111,9 @@ def not_plain(adapter: Adapter, *, dora: bool = False) -> list[str]:
     """
     problems = []
     for path, site in adapter.sites.items():
-        if not isinstance(site, LowRank):
+        if isinstance(site, Prefix):
+            problems.append(f"{path}: is a prefix, keys and values in front of the text")
+        elif not isinstance(site, LowRank):
             problems.append(f"{path}: was trained whole, and is no low-rank change")
         elif site.magnitude is not None and not dora:
             problems.append(f"{path}: is DoRA, which rescales the whole weight")

@@ -29,7 +29,7 @@ from lorakit.infer.packed import accepted, close, evaluating, probe_sequences
 from lorakit.infer.sampling import Sampling, source
 from lorakit.infer.text import GrowingText
 from lorakit.layers import Handle
-from lorakit.layers.routing import MixLike, as_mix
+from lorakit.layers.routing import Mix, MixLike, as_mix
 
 log = logging.getLogger(__name__)
 
@@ -262,16 +262,22 @@ def _rows(
         problems.append("an adapter is named, but none is attached")
     room = context_length(base.model)
     encoder_decoder = _is_encoder_decoder(base.model)
+    fronts: dict[Mix, int] = {}
+    if handle is not None and not problems:
+        # raises for a name that is not attached
+        fronts = {as_mix(mix): handle.virtual_tokens(mix) for mix in each}
     rows = []
     for i, prompt in enumerate(prompts):
         ids = _encoded(base, prompt)
-        left = None if room is None or encoder_decoder else room - len(ids)
+        front = fronts.get(as_mix(each[i]), 0) if i < len(each) else 0
+        left = None if room is None or encoder_decoder else room - front - len(ids)
         if not ids:
             problems.append(f"prompt {i + 1} is empty")
         elif left is not None and left < 1:
             problems.append(
-                f"prompt {i + 1} has {len(ids)} tokens; the context of this model is {room}, so "
-                "there is no room for an answer. Shorten it"
+                f"prompt {i + 1} has {len(ids)} tokens; the context of this model is {room}"
+                + (f", of which its adapter's prefix takes {front}" if front else "")
+                + ", so there is no room for an answer. Shorten it"
             )
         capped = left is not None and left < max_new_tokens
         rows.append(
@@ -287,9 +293,6 @@ def _rows(
         )
     if problems:
         raise InputError(collected("Text cannot be generated", problems))
-    if handle is not None:
-        for mix in {as_mix(mix): mix for mix in each}.values():
-            handle.routing(mix)  # raises for a name that is not attached
     return rows
 
 

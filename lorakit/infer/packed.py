@@ -243,7 +243,8 @@ class PackedModel:
         if self.handle is not None:
             routing = self._arranged_routing(part, routing or self.handle.active)
         finish, head = self._finish, self._head
-        _forget_longest(self.model, max(part.lengths))
+        front = self.handle.virtual_tokens(routing) if self.handle and routing else 0
+        _forget_longest(self.model, max(part.lengths) + front)
         with self._scope(routing):
             if finish is None:
                 # the logits are there already; the head that remains does nothing
@@ -261,7 +262,7 @@ class PackedModel:
 
     def _states(self, part: _Input) -> tuple[Tensor, Tensor]:
         """Last hidden states [B, T, d], and the supervised positions in [B·T]."""
-        inputs, rows = self._arranged(part)
+        inputs, rows = self._arranged(part, shift=True)
         with self._attention(part), self._layers():
             states = self._body(**inputs, **accepted(self._body, use_cache=False))[0]
         return states, rows
@@ -271,7 +272,7 @@ class PackedModel:
         behind = [m for m in self._body.children() if not isinstance(m, nn.ModuleList)]
         wanted = any(_needs_all_tokens(one, routing) for m in behind for one in m.modules())
         if self.fused is not None and self.fused.selects and not wanted:
-            inputs, rows = self._arranged(part)
+            inputs, rows = self._arranged(part, shift=True)
             with self._attention(part), self._layers(rows):
                 selected = self._body(**inputs, **accepted(self._body, use_cache=False))[0]
             row: Tensor = selected[0]
@@ -297,12 +298,19 @@ class PackedModel:
             rows = rows // width * len(columns) + inverse
         return logits.flatten(0, 1).index_select(0, rows.to(logits.device))
 
-    def _arranged(self, part: _Input) -> tuple[dict[str, Tensor], Tensor]:
-        """The model's inputs [B, T], and where the supervised positions are in [B·T]."""
-        if self.mode == "packed":
-            return {"input_ids": part.ids, "position_ids": part.positions}, part.supervised
-        inputs, rows = part.padded()
-        if "position_ids" not in accepted(self._body, position_ids=None):
+    def _arranged(self, part: _Input, *, shift: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """The model's inputs [B, T], and where the supervised positions are in [B·T].
+
+        Args:
+            shift: let the text begin behind its prefix, as the model's own forward does.
+        """
+        rows = part.supervised
+        inputs = {"input_ids": part.ids, "position_ids": part.positions}
+        if self.mode != "packed":
+            inputs, rows = part.padded()
+        if shift and self.handle is not None:
+            inputs["position_ids"] = self.handle.shifted(inputs["position_ids"])
+        if self.mode != "packed" and "position_ids" not in accepted(self._body, position_ids=None):
             del inputs["position_ids"]
         return inputs, rows
 

@@ -18,11 +18,16 @@ from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lorakit.layers import prefix
+from lorakit.layers.attention import product
 
 #: the name under which both functions are registered with transformers
 NAME = "lorakit_packed"
+
+#: key and value, [n, H_kv, d], that stand in front of each segment; ``None``: nothing does
+Fronts = tuple[tuple[Tensor, Tensor] | None, ...]
 
 #: rows of a mask that are looked at together; bounds the memory for a very long segment
 _ROWS = 1024
@@ -50,6 +55,7 @@ def register() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    prefix.ASKING.add(NAME)
     ALL_ATTENTION_FUNCTIONS.register(NAME, segment_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, segment_mask)
 
@@ -172,6 +178,7 @@ def segment_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
+    fronts: Fronts | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What the attention layers call.
@@ -181,6 +188,8 @@ def segment_attention(
         key: [1, H_kv, N, d]; ``value`` [1, H_kv, N, d_v].
         attention_mask: a :class:`Segments`.
         softcap: bound of the scores, ``softcap · tanh(score / softcap)`` (Gemma 2).
+        fronts: keys and values in front of each segment, where the caller knows them; else they are
+            those that the forward's routing gives to this module (:mod:`lorakit.layers.prefix`).
 
     Returns:
         [1, N, H, d_v], and ``None`` for the weights, which never exist.
@@ -196,56 +205,34 @@ def segment_attention(
     if key.shape[2] != query.shape[2]:
         raise NotImplementedError("attention to another sequence")
     lengths = list(attention_mask.lengths)
+    if fronts is None:
+        fronts = fronts_of(prefix.stretches(module, lengths), len(lengths))
     parts = zip(
         torch.split(query, lengths, dim=2),
         torch.split(key, lengths, dim=2),
         torch.split(value, lengths, dim=2),
         attention_mask.masks,
+        fronts,
         strict=True,
     )
-    one = _fused if softcap is None else _softcapped(softcap)
-    done = [one(q, k, v, mask, dropout, scaling).transpose(1, 2) for q, k, v, mask in parts]
+    one = product(softcap)
+    done = []
+    for q, k, v, mask, front in parts:
+        if front is not None:
+            k, v, mask = prefix.in_front(front, k, v, mask)
+        done.append(one(q, k, v, mask, dropout, scaling).transpose(1, 2))
     return torch.cat(done, dim=1), None
 
 
-def _fused(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
-) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    mask = None if mask is None else mask.to(q.device)
-    if grouped and mask is not None and q.is_cuda:
-        # with a mask, grouped heads would take the slow unfused path on CUDA
-        k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
-        grouped = False
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=grouped,
-    )
+def fronts_of(
+    stretches: prefix.Stretches | None, count: int, tensors: Sequence[Tensor] | None = None
+) -> Fronts:
+    """The keys and values in front of each of ``count`` segments.
 
-
-def _softcapped(softcap: float) -> Callable[..., Tensor]:
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
-    ) -> Tensor:
-        k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
-        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) * softcap
-        if mask is None:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~mask.to(q.device), float("-inf"))
-        precision = torch.promote_types(torch.float32, q.dtype)
-        weights = F.softmax(scores, dim=-1, dtype=precision).to(q.dtype)
-        return F.dropout(weights, dropout, training=dropout > 0) @ v
-
-    return attention
-
-
-def _repeat(x: Tensor, heads: int) -> Tensor:
-    """Key or value heads [1, H_kv, n, d] repeated to [1, H, n, d]."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+    Args:
+        tensors: what stands for :meth:`Stretches.parameters`, by default they themselves.
+    """
+    if stretches is None:
+        return (None,) * count
+    given = stretches.parameters() if tensors is None else tensors
+    return tuple(None if i is None else (given[2 * i], given[2 * i + 1]) for i in stretches.of)

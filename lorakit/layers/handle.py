@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorakit.bases.identity import check_base, identify
 from lorakit.core.adapter import Adapter
 from lorakit.core.identity import BaseIdentity
-from lorakit.core.sites import LowRank, Replace, Site
+from lorakit.core.sites import LowRank, Prefix, Replace, Site
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import LorakitError, RoutingError, TargetError, collected
 from lorakit.layers.bank import Bank, LowRankParameters, ReplaceParameters
@@ -23,6 +23,7 @@ from lorakit.layers.forwards import Forwards
 from lorakit.layers.generating import CapturingGenerate
 from lorakit.layers.initial import Initial, initial, since_start
 from lorakit.layers.places import Places
+from lorakit.layers.prefix import Prefixes, PrefixForward, PrefixParameters
 from lorakit.layers.routing import MixLike, Order, Routing
 from lorakit.layers.site import SiteForward
 
@@ -33,6 +34,8 @@ CHILD = "lorakit_adapters"
 
 #: fields of a low-rank site → how its parameters are called behind its path
 _NAMES = {"A": "lora_A", "B": "lora_B", "bias": "lora_bias", "magnitude": "lora_magnitude"}
+#: the same of a prefix
+_PREFIX_NAMES = {"key": "prefix_key", "value": "prefix_value"}
 
 
 def attach(
@@ -124,6 +127,8 @@ class Handle:
         #: adapters whose source is subtracted from what they become
         self._subtracted: set[str] = set()
         self._sites: dict[str, SiteForward] = {}
+        self._prefixes = Prefixes(self._forwards)
+        self._fronts: dict[str, PrefixForward] = {}
         #: parameters whose gradient we switched off
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._frozen:
@@ -136,6 +141,7 @@ class Handle:
             model.register_forward_pre_hook(
                 self._forwards.before_forward, with_kwargs=True, prepend=True
             ),
+            model.register_forward_pre_hook(self._prefixes.shift, with_kwargs=True),
             model.register_forward_hook(self._forwards.after_forward, always_call=True),
         ]
         CapturingGenerate.install(model, self._forwards)
@@ -177,7 +183,8 @@ class Handle:
                 + ("taken; choose another, or remove that one first" if name else "empty")
             )
         if isinstance(what, LoRASpec):
-            what = initial(self.model, what, seed)
+            with self.use(None):  # a prefix begins as what the base computes
+                what = initial(self.model, what, seed)
         subtract = False
         if isinstance(what, Initial):
             adapter, trainable = what.adapter, trainable is not False
@@ -193,9 +200,17 @@ class Handle:
         )
         dropout = adapter.spec.dropout if trainable else 0.0
         bank = self._make_bank(adapter, owners, trainable, subtract)
+        self._check_prefix(adapter, owners)
         child[key] = bank
         for path, site in adapter.sites.items():
             owner_path, owner = owners[path]
+            if isinstance(site, Prefix):
+                front = self._front(owner_path, owner)
+                front.prefixes[name] = PrefixParameters(
+                    bank.get(f"{path}.prefix_key"), bank.get(f"{path}.prefix_value")
+                )
+                self._prefixes.lengths[name] = site.length
+                continue
             forward = self._site(owner_path, owner)
             if isinstance(site, LowRank):
                 forward.low_rank[name] = LowRankParameters(
@@ -240,6 +255,12 @@ class Handle:
         assert isinstance(child, _Child)
         del child[_key(name)]
         self._unchecked.discard(name)
+        self._prefixes.lengths.pop(name, None)
+        for path, front in list(self._fronts.items()):
+            front.prefixes.pop(name, None)
+            if not front.prefixes:
+                _restore(front)
+                del self._fronts[path]
         for path, site in list(self._sites.items()):
             site.low_rank.pop(name, None)
             site.replaced.pop(name, None)
@@ -254,9 +275,8 @@ class Handle:
         Raises:
             LorakitError: somebody else has overridden a forward since; it must go first.
         """
-        covered = [
-            s.path for s in self._sites.values() if s.module.__dict__.get("forward") is not s
-        ]
+        ours: list[SiteForward | PrefixForward] = [*self._sites.values(), *self._fronts.values()]
+        covered = [s.path for s in ours if s.module.__dict__.get("forward") is not s]
         if covered:
             raise LorakitError(
                 collected(
@@ -266,9 +286,11 @@ class Handle:
                     limit=5,
                 )
             )
-        for site in self._sites.values():
+        for site in ours:
             _restore(site)
         self._sites.clear()
+        self._fronts.clear()
+        self._prefixes.lengths.clear()
         self._banks.clear()
         self._sources.clear()
         self._subtracted.clear()
@@ -330,12 +352,25 @@ class Handle:
         else:
             routing = Routing.uniform(mix)
         self._known(sorted(routing.names))
+        self._prefixes.by_mix(routing)  # raises where prefixes would be blended
         return routing
 
     def forward_scope(self, routing: Routing) -> contextlib.AbstractContextManager[None]:
         """One forward made of several calls (a body, then its head) under this routing."""
         self._known(sorted(routing.names))
+        self._prefixes.by_mix(routing)
         return self._forwards.scope(routing)
+
+    def shifted(self, positions: Tensor) -> Tensor:
+        """Positions [B, T] of a text, behind the prefixes that its rows have in this forward.
+
+        For whoever calls a part of the model in a :meth:`forward_scope`; the root does it itself.
+        """
+        return self._prefixes.shifted(positions)
+
+    def virtual_tokens(self, mix: MixLike | Routing = None) -> int:
+        """Positions that the longest prefix of these adapters takes of the model's context."""
+        return self._prefixes.longest(self.routing(mix))
 
     # --- values ----------------------------------------------------------------------------
 
@@ -358,6 +393,8 @@ class Handle:
                     key: value(f"{path}.{_NAMES[key]}") for key in site.tensors()
                 }
                 sites[path] = replace(site, **tensors)
+            elif isinstance(site, Prefix):
+                sites[path] = Prefix(value(f"{path}.prefix_key"), value(f"{path}.prefix_value"))
             else:
                 sites[path] = Replace(
                     {k: value(f"{path}.{k}" if k else path) for k in site.tensors_by_name}
@@ -387,7 +424,8 @@ class Handle:
         Args:
             name: of a trainable adapter.
             group_of: of a tensor's name, ``"<path>.lora_A"``, ``"<path>.lora_B"``,
-                ``"<path>.lora_magnitude"`` or the path of a parameter that is trained whole.
+                ``"<path>.lora_magnitude"``, ``"<path>.prefix_key"``, ``"<path>.prefix_value"`` or
+                the path of a parameter that is trained whole.
 
         Returns:
             Group → (begin, end).
@@ -414,6 +452,28 @@ class Handle:
             self._sites[path] = site
         return self._sites[path]
 
+    def _front(self, path: str, module: nn.Module) -> PrefixForward:
+        if path not in self._fronts:
+            front = PrefixForward(module, path, self._prefixes)
+            module.__dict__["forward"] = front
+            self._fronts[path] = front
+        return self._fronts[path]
+
+    def _check_prefix(self, adapter: Adapter, owners: Mapping[str, tuple[str, nn.Module]]) -> None:
+        """A module whose own parameters are trained whole has one forward of ours already."""
+        fronts = {owners[p][0] for p in adapter.prefixes} | self._fronts.keys()
+        others = {owners[p][0] for p in adapter.sites if p not in adapter.prefixes}
+        both = sorted(fronts & (others | self._sites.keys()))
+        if both:
+            raise TargetError(
+                collected(
+                    "A prefix acts in these attention modules, and they are trained whole too; "
+                    "leave one of the two out",
+                    both,
+                    limit=4,
+                )
+            )
+
     def _make_bank(
         self,
         adapter: Adapter,
@@ -427,7 +487,8 @@ class Handle:
             device, dtype = self._places.home(owners[path][0])
             target = dtype if trainable else None
             for key, tensor in site.tensors().items():
-                key = _NAMES[key] if isinstance(site, LowRank) else key
+                if not isinstance(site, Replace):
+                    key = (_NAMES if isinstance(site, LowRank) else _PREFIX_NAMES)[key]
                 full = f"{path}.{key}" if key else path
                 # nobody writes into a value; what is trained is a copy of it
                 tensors[full] = tensor.detach().to(device=device, dtype=target, copy=trainable)
@@ -459,6 +520,11 @@ class Handle:
             and not site.routed
             and names & (site.low_rank.keys() | site.replaced.keys())
         ]
+        silent += [
+            path
+            for path, front in self._fronts.items()
+            if not front.called and names & front.prefixes.keys()
+        ]
         if silent:
             raise TargetError(
                 collected(
@@ -477,7 +543,7 @@ def _key(name: str) -> str:
     return "adapter " + name.replace(".", "·")
 
 
-def _restore(site: SiteForward) -> None:
+def _restore(site: SiteForward | PrefixForward) -> None:
     if site.module.__dict__.get("forward") is site:
         if site.previous is None:
             del site.module.__dict__["forward"]

@@ -12,13 +12,22 @@ from torch import Tensor, nn
 
 from lorakit.algebra.stack import stack
 from lorakit.core.adapter import Adapter
-from lorakit.core.sites import LowRank, Replace, Site
+from lorakit.core.sites import LowRank, Prefix, Replace, Site
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import SpecError, TargetError, collected
 from lorakit.inits import Factors, olora, pissa
 from lorakit.layers.dora import check_dense, dense_weight, output_rows, weight_lengths
+from lorakit.layers.kinds import shape_of
+from lorakit.layers.past import past_of
 from lorakit.layers.places import home_of
-from lorakit.layers.targets import Target, compact_targets, resolve_targets, whole_modules
+from lorakit.layers.targets import (
+    Target,
+    compact_targets,
+    norm_modules,
+    output_heads,
+    resolve_targets,
+    whole_modules,
+)
 
 #: initialisations whose A is drawn and whose B is zero
 DRAWN = ("kaiming", "gaussian", "orthogonal")
@@ -47,7 +56,7 @@ class Initial:
     @property
     def is_base(self) -> bool:
         """Whether the first forward is the base's."""
-        return self.adapter.spec.init != "loftq"
+        return self.adapter.spec.init != "loftq" and not self.adapter.prefixes
 
 
 def since_start(now: Adapter, start: Adapter) -> Adapter:
@@ -167,11 +176,15 @@ def initial(
             lengths = _lengths(target, spec, A, B, scaling, dtype)
         sites[target.path] = LowRank(A, B, scaling, target.shape.kind, magnitude=lengths)
     whole = whole_modules(model, spec.train_modules)
+    if spec.norms:
+        whole.update(_norms(model, whole))
     for path, module in whole.items():
         _refuse_running_statistics(path, module)
         sites[path] = Replace({n: p.detach().clone() for n, p in module.named_parameters()})
     if spec.bias != "none":
-        sites.update(_biases(model, spec, list(sites), whole))
+        sites.update(_biases(model, spec, sites, whole))
+    if spec.prefix:
+        sites.update(_prefix(model, spec.prefix, seed))
     targets = compact_targets(model, [p for p, s in sites.items() if isinstance(s, LowRank)])
     # the one fact about the base's layers that a PEFT folder states
     transposed = any(type(t.module).__name__ == "Conv1D" for t in targeted)
@@ -235,23 +248,69 @@ def _lengths(
     return lengths
 
 
+def _norms(model: nn.Module, whole: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The norms that no module contains which is trained whole already."""
+    norms = norm_modules(model)
+    if not norms:
+        raise TargetError("norms is true, but no norm of this model has a weight; leave it out")
+    return {
+        path: module
+        for path, module in norms.items()
+        if not any(path == w or path.startswith(w + ".") for w in whole)
+    }
+
+
 def _biases(
-    model: nn.Module, spec: LoRASpec, adapted: Sequence[str], whole: Mapping[str, nn.Module]
+    model: nn.Module, spec: LoRASpec, sites: Mapping[str, Site], whole: Mapping[str, nn.Module]
 ) -> dict[str, Site]:
-    wanted = set(adapted)
+    """Biases as values of their own; a new one where a weight is adapted is the bias of its B."""
+    wanted = {path for path, site in sites.items() if isinstance(site, LowRank)}
+    heads = output_heads(model)
     found: dict[str, Site] = {}
     for path, module in model.named_modules():
-        bias = module._parameters.get("bias")
         inside = any(path == w or path.startswith(w + ".") for w in whole)
-        if bias is None or inside or not path or (spec.bias == "lora" and path not in wanted):
+        if inside or not path or (spec.bias == "lora" and path not in wanted):
             continue
-        found[f"{path}.bias"] = Replace({"": bias.detach().clone()})
+        bias = module._parameters.get("bias")
+        shape = shape_of(module) if bias is None and "bias" in module._parameters else None
+        if bias is not None:
+            found[f"{path}.bias"] = Replace({"": bias.detach().clone()})
+        elif spec.bias != "new" or shape is None or shape.kind != "linear":
+            continue
+        elif not any(path == head or path.startswith(head + ".") for head in heads):
+            zeros = torch.zeros(shape.d_out, dtype=home_of(module)[1])
+            site = sites.get(path)
+            if isinstance(site, LowRank) and site.magnitude is None:
+                found[path] = replace(site, bias=zeros)
+            else:
+                found[f"{path}.bias"] = Replace({"": zeros})
     if not found:
         raise TargetError(
             f"bias is {spec.bias!r}, but there is no bias to train "
             + ("on the adapted modules" if spec.bias == "lora" else "in this model")
-            + '; use bias="none"'
+            + '; use bias="none", or bias="new" to add biases that begin at zero'
         )
+    return found
+
+
+def _prefix(model: nn.Module, length: int, seed: int) -> dict[str, Site]:
+    """Keys and values that the base computes for drawn tokens, its first one in front.
+
+    Activations of words, even of unrelated ones, are a far better beginning than random numbers (Li
+    & Liang, 2021, section 7.4), and a base's attention rests on its first token (Xiao et al.,
+    arXiv 2309.17453).
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = 1 if embedding is None else int(embedding.weight.shape[0])
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, rows, (length,), generator=generator)
+    first = getattr(getattr(model, "config", None), "bos_token_id", None)
+    if isinstance(first, int) and 0 <= first < rows:
+        ids[0] = first
+    found: dict[str, Site] = {}
+    for path, (key, value) in past_of(model, ids).items():
+        dtype = home_of(model.get_submodule(path))[1]
+        found[path] = Prefix(key.to("cpu", dtype), value.to("cpu", dtype))
     return found
 
 

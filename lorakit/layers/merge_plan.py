@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.bases.stored import Packed, packed_weight
 from lorakit.core.adapter import Adapter
 from lorakit.core.merging import Recipe, Term
-from lorakit.core.sites import LowRank, Replace
+from lorakit.core.sites import NOT_MERGED, LowRank, Prefix, Replace
 from lorakit.errors import BaseError, FormatError, InputError, collected
 from lorakit.layers.kinds import shape_of
 from lorakit.layers.places import Places
@@ -128,6 +128,9 @@ class _Planner:
                         self._problem(path, f"it is the same module as {met[id(owner)]}")
                     met[id(owner)] = path
                     self._low_rank(path, owner_path, owner, site, weight, number)
+                elif isinstance(site, Prefix):
+                    if path == next(iter(adapter.prefixes)):
+                        self._problem(path, NOT_MERGED)  # once for all layers
                 else:
                     self._replace(path, owner_path, owner, site, weight, number)
         changes = [c for draft in self._drafts.values() if (c := self._change(draft)) is not None]
@@ -209,6 +212,12 @@ class _Planner:
             # under the path of a parameter, what remains of it behind the module's path
             inner, _, own = (key or path.rpartition(".")[2]).rpartition(".")
             whole = ".".join(part for part in (owner_path, inner) if part)
+            if getattr(owner.get_submodule(inner), own, None) is None:
+                self._problem(
+                    path, "it is a new bias, and the module has none to put it into; keep the "
+                    "adapter attached, or give the module a bias of zeros first",
+                )  # fmt: skip
+                continue
             draft = self._draft(whole, owner.get_submodule(inner), own)
             if draft.value is not None:
                 self._problem(path, "two of the adapters trained it whole; merge one of them")

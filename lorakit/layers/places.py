@@ -7,14 +7,16 @@ hundredth adapter costs what the first did.
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit.core.adapter import Adapter
-from lorakit.core.sites import Replace, Site
+from lorakit.core.sites import Prefix, Replace, Site
 from lorakit.errors import FormatError, collected
 from lorakit.layers.kinds import Shape, shape_of
+from lorakit.layers.past import attention_modules
 
 
 def home_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -28,6 +30,10 @@ def home_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
         device = torch.device("cuda", device)
     double = parameter is not None and parameter.dtype == torch.float64
     return torch.device(device), torch.float64 if double else torch.float32
+
+
+#: how a site of a prefix is called whose file has the numbers of layers and not their names
+PAST = "past_key_values"
 
 
 class Places:
@@ -47,6 +53,7 @@ class Places:
             for key, parameter in module._parameters.items()
             if parameter is not None
         }
+        self._attentions: list[str] | None = None
         self._shapes: dict[str, Shape | None] = {}
         self._homes: dict[str, tuple[torch.device, torch.dtype]] = {}
 
@@ -79,7 +86,9 @@ class Places:
         problems = []
         for path, site in adapter.sites.items():
             if isinstance(site, Replace) and "" in site.tensors_by_name:
-                owner_path = path.rpartition(".")[0] if path in self._parameters else ""
+                owner_path = path.rpartition(".")[0] if self._is_parameter(path) else ""
+            elif isinstance(site, Prefix):
+                owner_path = self._attention(path)
             else:
                 owner_path = path
             owner = self._modules.get(owner_path)
@@ -97,13 +106,40 @@ class Places:
             )
         return owners
 
+    def _is_parameter(self, path: str) -> bool:
+        """Whether a parameter lies at a path, or a bias could: of a linear that has none."""
+        module, _, name = path.rpartition(".")
+        return path in self._parameters or (name == "bias" and self._without_bias(module))
+
+    def _without_bias(self, path: str) -> bool:
+        owner: Any = self._modules.get(path)
+        if owner is None or "bias" not in owner._parameters or owner.bias is not None:
+            return False
+        shape = shape_of(owner)
+        return shape is not None and shape.kind == "linear"
+
+    def _attention(self, path: str) -> str:
+        """The attention module of a prefix; a file of PEFT's numbers them and names none."""
+        head, _, number = path.rpartition(".")
+        if head != PAST or not number.isdigit():
+            return path
+        if self._attentions is None:
+            self._attentions = attention_modules(self._modules)
+        return self._attentions[int(number)] if int(number) < len(self._attentions) else path
+
     def _misfit(self, owner: nn.Module, path: str, site: Site) -> list[str]:
+        if isinstance(site, Prefix):
+            return _prefix_misfit(owner, site)
         if isinstance(site, Replace):
             own = dict(owner.named_parameters())
             found = []
             for key, tensor in site.tensors_by_name.items():
-                mine = own.get(key) if key else self._parameters[path]
-                if mine is None:
+                mine = own.get(key) if key else self._parameters.get(path)
+                if not key and mine is None:  # a new bias
+                    shape = shape_of(owner)
+                    if shape is not None and tuple(tensor.shape) != (shape.d_out,):
+                        found.append(f"it has shape {tuple(tensor.shape)}; expected {shape.d_out}")
+                elif mine is None:
                     found.append(f"it has no parameter {key!r}")
                 elif mine.shape != tensor.shape:
                     found.append(
@@ -125,3 +161,18 @@ class Places:
                 f"at rank {site.rank} this model needs {expected[0]} and {expected[1]}"
             ]
         return []
+
+
+def _prefix_misfit(owner: Any, site: Prefix) -> list[str]:
+    """What of a prefix's shape differs from what the attention module says of itself."""
+    config = getattr(owner, "config", None)
+    heads = getattr(config, "num_key_value_heads", None)
+    size = getattr(owner, "head_dim", None)
+    found = []
+    if config is None:
+        found.append(f"it is a prefix, and {type(owner).__name__} is no attention with a config")
+    if isinstance(heads, int) and site.key.shape[1] != heads:
+        found.append(f"its prefix has {site.key.shape[1]} heads; the model has {heads} there")
+    if isinstance(size, int) and site.key.shape[2] != size:
+        found.append(f"its prefix has heads of size {site.key.shape[2]}; the model's are {size}")
+    return found

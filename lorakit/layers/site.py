@@ -307,10 +307,10 @@ class SiteForward:
 
     def _with_parameters(self, share: Share, args: Any, kwargs: Any) -> Any:
         own = dict(self.module.named_parameters())
-        values = {
-            name: value.to(own[name].dtype) if own[name].is_floating_point() else value
-            for name, value in self.replaced[share.name].by_name.items()
-        }
+        values = {}
+        for name, value in self.replaced[share.name].by_name.items():
+            like = own.get(name, args[0] if args else value)  # a new bias, where there was none
+            values[name] = value.to(like.dtype) if like.is_floating_point() else value
         self._inside = True
         try:
             return functional_call(self.module, values, args, kwargs)

@@ -154,6 +154,23 @@ def whole_modules(model: nn.Module, words: Sequence[str]) -> dict[str, nn.Module
     }
 
 
+def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that normalise and have a weight of their own, by path; a shared one once.
+
+    They are known by their class's name, as that is all that the many RMS norms of transformers
+    have in common; those that keep running statistics are left out.
+    """
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if path
+        and "norm" in type(module).__name__.lower()
+        and isinstance(module._parameters.get("weight"), nn.Parameter)
+        and not any(True for _ in module.children())
+        and getattr(module, "running_mean", None) is None
+    }
+
+
 def compact_targets(model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
     """The shortest sorted list of path ends that selects exactly ``paths``, else the paths."""
     chosen = set(paths)

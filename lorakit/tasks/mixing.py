@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.adapter import Adapter
-from lorakit.core.sites import LowRank
+from lorakit.core.sites import LowRank, Prefix, Site
 from lorakit.infer import PackedModel
 
 
@@ -39,11 +39,7 @@ def why_not_mixed(packed: PackedModel, adapter: Adapter | None) -> str | None:
         return None
     if packed.fused is None or packed.fused.reasons:
         return "its base is int8, whose kernel treats all rows of a forward alike"
-    plain = [
-        path
-        for path, site in adapter.sites.items()
-        if not isinstance(site, LowRank) or site.magnitude is not None
-    ]
+    plain = [path for path, site in adapter.sites.items() if not _runs_fused(site)]
     if plain:
         return f"its base is int8, and {plain[0]} needs that kernel, which mixes rows"
     return None
@@ -56,9 +52,15 @@ def needs_plain_layers(adapter: Adapter | None) -> bool:
     forwards of their own, and slow nobody else down.
     """
     return adapter is not None and any(
-        "layers" in path.split(".") and not (isinstance(site, LowRank) and site.magnitude is None)
+        "layers" in path.split(".") and not _runs_fused(site)
         for path, site in adapter.sites.items()
     )
+
+
+def _runs_fused(site: Site) -> bool:
+    """Whether a fused layer takes it: plain products, and keys and values in front of a row's own,
+    which no other row sees."""
+    return isinstance(site, Prefix) or (isinstance(site, LowRank) and site.magnitude is None)
 
 
 def has_int8(model: nn.Module) -> bool:

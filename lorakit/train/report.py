@@ -469,6 +469,12 @@ def _change(record: Record) -> Html:
     if whole:
         text = f"Trained whole, parameters in brackets: {_some(whole, 12)}."
         parts.append(fill("<p>{text}</p>", text=text))
+    if record.adapter.prefixes:
+        text = (
+            f"In front of every text stand {record.adapter.num_virtual_tokens} virtual tokens, "
+            f"whose keys and values were trained in {len(record.adapter.prefixes)} layers."
+        )
+        parts.append(fill("<p>{text}</p>", text=text))
     return _section(
         "What changed in the model",
         "Each cell is one adapted weight: a layer across, a kind of module down, the row's mean "

@@ -49,6 +49,8 @@ class Facts:
     """How a new adapter begins; one that is gone on with counts as ``"kaiming"``."""
     full: bool = False
     """Whether all weights of the base are trained, and no adapter."""
+    prefix: bool = False
+    """Whether keys and values in front of the text are trained."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ class TrainSettings:
     lora_plus_ratio: float = 1.0
     """How many times faster every B learns than its A, whose rate is ``lr`` (LoRA+, arXiv
     2402.12354, which uses 16). 1: the same rate."""
+    prefix_lr_ratio: float | None = None
+    """How many times faster a prefix learns than the rest, whose rate is ``lr``. ``None``: 10 where
+    there is a prefix."""
     lr_pattern: Mapping[str, float] = field(default_factory=FrozenDict)
     """Regular expression that ends a path → factor on the learning rate there."""
     init_examples: int | None = None
@@ -275,6 +280,13 @@ class TrainSettings:
             choose("keep_checkpoints", 1, "one is three times the weights")
         choose("lr", *_learning_rate(facts.hidden_size, facts.init, self.lora_plus_ratio))
         choose("keep_checkpoints", 2, "")
+        if facts.prefix:
+            choose(
+                "prefix_lr_ratio",
+                10.0,
+                "keys and values are moved themselves and not as a product, for which rates near "
+                "1e-2 are usual (P-tuning v2, arXiv 2110.07602)",
+            )
         warmup = min(100, steps // 20)  # none in a short run, where there is nothing to say of it
         choose("warmup", warmup, "a twentieth of the steps, at most 100" if warmup else "")
         if self.warmup is not None and self.warmup >= steps:
@@ -441,6 +453,7 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "epochs": (lambda x: x > 0, "a number above 0"),
     "lr": (lambda x: x > 0, "a number above 0"),
     "lora_plus_ratio": (lambda x: x > 0, "a number above 0"),
+    "prefix_lr_ratio": (lambda x: x > 0, "a number above 0"),
     "eva_rho": (lambda x: x >= 1, "a number of at least 1"),
     "eps": (lambda x: x > 0, "a number above 0"),
     "weight_decay": (lambda x: x >= 0, "a number of at least 0"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.bases import Base, check_base
+from lorakit.bases import Base, check_base, context_length
 from lorakit.core.adapter import Adapter
 from lorakit.core.spec import LoRASpec
 from lorakit.data import Example, indices_at, order, split
@@ -29,7 +29,8 @@ from lorakit.errors import (
 from lorakit.formats import load_adapter, save_adapter
 from lorakit.layers import Handle
 from lorakit.layers.initial import DRAWN, NEEDS, Initial, initial
-from lorakit.layers.targets import resolve_targets, whole_modules
+from lorakit.layers.past import numbers_per_token
+from lorakit.layers.targets import norm_modules, resolve_targets, whole_modules
 from lorakit.tasks.causal import CAUSAL
 from lorakit.tasks.registry import kind_of, named
 from lorakit.tasks.task import Examples, Kind
@@ -173,6 +174,28 @@ class Trainer:
         return (self._what.adapter.spec if isinstance(self._what, Initial) else self._what).init
 
     @property
+    def _num_virtual_tokens(self) -> int:
+        """Positions that a prefix takes in front of each text."""
+        if isinstance(self._what, LoRASpec):
+            return self._what.prefix
+        adapter = self._what.adapter if isinstance(self._what, Initial) else self._what
+        return adapter.num_virtual_tokens if isinstance(adapter, Adapter) else 0
+
+    def _check_room(self) -> None:
+        """A text and the prefix in front of it share the positions of the base's context."""
+        taken, room = self._num_virtual_tokens, context_length(self._base.model)
+        if not taken or room is None:
+            return
+        for data in (self._data, self._validation_data):
+            longest = 0 if data is None or not len(data) else int(data.lengths.max())
+            if longest + taken > room:
+                raise SpecError(
+                    f"a prefix of {taken} virtual tokens leaves {room - taken} of the {room} "
+                    f"positions of this base, and the longest example has {longest} tokens. Give "
+                    f"--max-length {max(room - taken, 1)}, or a shorter prefix"
+                )
+
+    @property
     def is_full(self) -> bool:
         """Whether it trains the base itself."""
         return isinstance(self._what, Full)
@@ -207,7 +230,9 @@ class Trainer:
         """What is attached: the values of the beginning, where more than a seed makes them."""
         if isinstance(self._what, Initial):
             made = self._what
-        elif not isinstance(self._what, LoRASpec) or self._what.init in DRAWN:
+        elif not isinstance(self._what, LoRASpec) or (
+            self._what.init in DRAWN and not self._what.prefix
+        ):
             return self._what
         elif self._what.init not in NEEDS:
             made = initial(self._base.model, self._what, self._settings.seed)
@@ -237,12 +262,14 @@ class Trainer:
             device=self._base.placement.device.type,
             init=self._init,
             full=self.is_full,
+            prefix=self._num_virtual_tokens > 0,
         )
         if self._validation_data is None:
             fraction = settings.held_out(len(self._data))
             settings = dataclasses.replace(settings, validation_fraction=fraction)
         else:
             settings = dataclasses.replace(settings, validation_fraction=0.0)
+        self._check_room()
         self._settings, notes = settings.resolve(facts)
         if self._settings.batch_size < self._world.size:
             raise SpecError(
@@ -326,6 +353,11 @@ class Trainer:
         self.leaving = reason
 
     @property
+    def data(self) -> Examples:
+        """What it trains on, those held out included."""
+        return self._data
+
+    @property
     def num_rows(self) -> int:
         """Examples of the data, those held out included."""
         return len(self._data)
@@ -361,9 +393,14 @@ class Trainer:
         ]
         shapes += [
             tuple(parameter.shape)
-            for path in whole_modules(model, self._what.train_modules)
+            for path in {
+                **whole_modules(model, self._what.train_modules),
+                **(norm_modules(model) if self._what.norms else {}),
+            }
             for parameter in model.get_submodule(path).parameters()
         ]
+        if self._what.prefix:
+            shapes.append((self._what.prefix, numbers_per_token(model)))
         return sum(math.prod(shape) for shape in shapes)
 
     def enter(self, host: Host, closing: contextlib.ExitStack) -> Run:
@@ -596,6 +633,7 @@ class Trainer:
                 device=str(self._base.placement.device),
                 num_trainable=job.num_parameters,
                 has_validation=self._validation is not None,
+                adapter=job.trained.name,
                 settings=self._folder.read_settings(),
             )
         )

@@ -30,7 +30,7 @@ from lorakit.bases.load import Located, locate
 from lorakit.bases.source import Source, find_source
 from lorakit.core.adapter import Adapter
 from lorakit.core.checkpoint import Checkpoint, open_checkpoint
-from lorakit.core.sites import LowRank
+from lorakit.core.sites import LowRank, Replace
 from lorakit.core.spec import LoRASpec
 from lorakit.formats.tokenizer_files import tokenizer_files_in
 from lorakit.layers.targets import compact_targets, matching_paths
@@ -215,7 +215,7 @@ def _spec(found: Extracted, targets: tuple[str, ...]) -> LoRASpec:
         sorted(
             path
             for path, site in found.sites.items()
-            if not isinstance(site, LowRank) and "" not in site.tensors_by_name
+            if isinstance(site, Replace) and "" not in site.tensors_by_name
         )
     )
     return LoRASpec(

@@ -16,7 +16,7 @@ from lorakit.bases.gguf_write import WRITABLE, fits
 from lorakit.core.adapter import Adapter
 from lorakit.core.gguf_names import gguf_name, norm_offset, to_gguf_rows
 from lorakit.core.merging import Recipe, Term
-from lorakit.core.sites import LowRank, Site
+from lorakit.core.sites import NOT_MERGED, LowRank, Prefix, Site
 from lorakit.errors import BaseError, FormatError, collected
 
 #: coarse types; the embedding and the head are kept in 8 bits beside them, as llama-quantize keeps
@@ -122,7 +122,10 @@ def _changes_by_tensor(
     found: dict[str, list[Change]] = {}
     problems = []
     for adapter, weight in adapters:
+        problems += [f"{path}: {NOT_MERGED}" for path in list(adapter.prefixes)[:1]]
         for path, site in adapter.sites.items():
+            if isinstance(site, Prefix):
+                continue
             for parameter, change in _changes(path, site, weight):
                 module, _, leaf = parameter.rpartition(".")
                 name = gguf_name(module)

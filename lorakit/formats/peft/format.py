@@ -7,6 +7,7 @@ from lorakit.errors import FormatError
 from lorakit.formats.folder import CONFIG
 from lorakit.formats.format import Hints, Reading, Source, Written
 from lorakit.formats.peft.keys import PREFIX
+from lorakit.formats.peft.prefix import ALONE, TENSOR
 from lorakit.formats.peft.read import read_peft
 from lorakit.formats.peft.write import plan_files
 
@@ -17,8 +18,9 @@ class _Peft:
     folder = True
 
     def recognises(self, source: Source) -> bool:
-        """PEFT's prefix on its keys."""
-        return any(key.startswith(PREFIX) for key in source.shapes)
+        """PEFT's beginning of its keys, or the one tensor of its prefix tuning."""
+        alone = source.config.get("peft_type") == ALONE and TENSOR in source.shapes
+        return alone or any(key.startswith(PREFIX) for key in source.shapes)
 
     def read(self, source: Source, hints: Hints) -> Reading:
         """The adapter of the folder in which the weights lie."""

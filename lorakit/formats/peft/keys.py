@@ -11,6 +11,7 @@ key, behind ``base_model.model.``    site
 ``<path>.bias``                      ``Replace`` at ``<path>.bias`` (``bias="all"``)
 ``<path>.base_layer.bias``           the same, of a module that has a low-rank site too
 ``<path>.<name>``                    ``Replace`` at ``<path>``, if ``modules_to_save`` names it
+``<path>.prefix_key``, ``_value``    ``Prefix`` (:mod:`lorakit.formats.peft.prefix`)
 ``<path>.base_layer.weight``         the base's own embedding, dropped (see :class:`Reading`)
 ``<embedding>.weight``               ``Replace``: the vocabulary grew, PEFT saves it whole
 ===================================  =======================================================
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.core.sites import Kind, LowRank, Replace, Site
+from lorakit.core.sites import Kind, LowRank, Prefix, Replace, Site
 from lorakit.formats.dialects import describe_keys
 from lorakit.formats.peft.config import AUTOMATIC_HEADS
 
@@ -40,6 +41,7 @@ PREFIX = "base_model.model."
 VOCABULARY_MODULES = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in")
 
 _FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)\.(weight|bias)|lora_embedding_(A|B))")
+_PREFIX = re.compile(r"(.+)\.prefix_(key|value)")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector")
 _NAMED = re.compile(r".+\.lora_(?:A|B|embedding_A|embedding_B)\.([^.]+)(?:\.(?:weight|bias))?")
 
@@ -54,6 +56,8 @@ class Reading:
     """Whether keys that end in ``.bias`` are expected outside of saved modules."""
     replaced: tuple[str, ...] | None = None
     """Paths of all ``Replace`` sites, where lorakit wrote the file and knows."""
+    prefixes: bool = False
+    """Whether keys of a prefix are expected."""
     keep_base_weights: bool = False
     """Whether the weight that PEFT stores beside an adapted embedding becomes a ``Replace``.
 
@@ -71,6 +75,7 @@ class Found:
 
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    prefixes: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -108,6 +113,10 @@ def _sort_key(key: str, tensor: Tensor, reading: Reading, found: Found) -> None:
     match = _MAGNITUDE.fullmatch(key)
     if match is not None and ".base_layer." not in key:
         found.factors.setdefault(match[1], {})["magnitude"] = tensor
+        return
+    match = _PREFIX.fullmatch(key) if reading.prefixes else None
+    if match is not None:
+        found.prefixes.setdefault(match[1], {})[match[2]] = tensor
         return
     owner, inside, tail = key.rpartition(".base_layer.")
     key = f"{owner}.{tail}" if inside else key
@@ -284,6 +293,9 @@ def keys_from_sites(sites: Mapping[str, Site], *, lora_bias: bool) -> dict[str, 
         if isinstance(site, Replace):
             for name, tensor in site.tensors_by_name.items():
                 keys[PREFIX + _parameter_key(path, name, sites)] = tensor
+            continue
+        if isinstance(site, Prefix):
+            keys |= {f"{PREFIX}{path}.prefix_{name}": t for name, t in site.tensors().items()}
             continue
         if site.magnitude is not None:
             shape = _magnitude_shape(site.kind, site.B)

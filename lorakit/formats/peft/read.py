@@ -19,6 +19,7 @@ from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, collected
 from lorakit.formats.folder import CONFIG, PICKLED, WEIGHTS
 from lorakit.formats.header import Header, apply_difference, read_header
+from lorakit.formats.peft import prefix as peft_prefix
 from lorakit.formats.peft.config import AUTOMATIC_HEADS, FILE_FACTS, read_config
 from lorakit.formats.peft.keys import (
     Found,
@@ -79,15 +80,23 @@ class _Files:
 
 def _adapter(files: _Files, *, keep_base_weights: bool) -> Adapter:
     config, header = files.config, files.header
+    if config.get("peft_type") == peft_prefix.ALONE:
+        return _prefix_alone(files)
+    both = config.get("peft_type") == peft_prefix.BOTH
+    if both:
+        config = {**config, "peft_type": "LORA"}
+        config.pop("num_virtual_tokens", None)
     reading = Reading(
         saved=saved_names(config),
         biases=config.get("bias", "none") != "none",
         replaced=None if header is None else header.replaced,
+        prefixes=both,
         keep_base_weights=keep_base_weights,
     )
     found = sort_keys(files.tensors, reading)
     if not config.get("target_modules"):
-        nothing: Any = [] if config.get("modules_to_save") else "all-linear"
+        others = config.get("modules_to_save") or reading.biases
+        nothing: Any = [] if others else "all-linear"
         config = {**config, "target_modules": sorted(found.factors) or nothing}
     spec, wrong = read_config(config, trained=True)
     problems = [f"{CONFIG}: {problem}" for problem in wrong]
@@ -117,6 +126,28 @@ def _adapter(files: _Files, *, keep_base_weights: bool) -> Adapter:
         provenance=_facts(config) if header is None else header.provenance,
         tokenizer_files=tokenizer_files_in(files.folder),
         task_type=(header.task_type if header and header.task_type else config.get("task_type")),
+    )
+
+
+def _prefix_alone(files: _Files) -> Adapter:
+    """An adapter that is a prefix and nothing else, as PEFT has them."""
+    header = files.header
+    sites, problems = peft_prefix.sites_of(files.config, files.tensors, header)
+    spec = None if problems else peft_prefix.spec_of(files.config)
+    if spec is not None and header is not None:
+        try:
+            spec = apply_difference(spec, header.spec)
+        except FormatError as error:
+            problems.append(f"{files.weights}: {error}")
+    if problems or spec is None:
+        raise FormatError(collected(f"{files.folder} cannot be used as a prefix", problems))
+    return Adapter(
+        sites=dict(sorted(sites.items())),
+        spec=spec,
+        base=None if header is None else header.base,
+        provenance=_facts(files.config) if header is None else header.provenance,
+        tokenizer_files=tokenizer_files_in(files.folder),
+        task_type=files.config.get("task_type"),
     )
 
 
@@ -151,6 +182,9 @@ def _sites(
             problems.append(
                 f"{path}: {has} lora_magnitude_vector (DoRA), but use_dora is {with_magnitude}"
             )
+    prefixes, wrong = peft_prefix.pairs(found.prefixes)
+    sites |= prefixes
+    problems += wrong
     for path, tensors in found.whole.items():
         sites[path] = Replace(tensors)
         problems += [f"{path}: {problem}" for problem in sites[path].problems()]

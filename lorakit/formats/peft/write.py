@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from lorakit.formats.folder import CARD, CONFIG, WEIGHTS, Content, write_folder
 from lorakit.formats.header import Header, spec_difference, write_header
 from lorakit.formats.peft import config as peft_config
 from lorakit.formats.peft import match as peft_match
+from lorakit.formats.peft import prefix as peft_prefix
 from lorakit.formats.peft.keys import (
     VOCABULARY_MODULES,
     Reading,
@@ -31,6 +33,8 @@ from lorakit.formats.peft.keys import (
     warn_of_grouped_dora,
 )
 from lorakit.formats.tokenizer_files import is_tokenizer_file
+
+logger = logging.getLogger(__name__)
 
 #: models whose linears are transformers' Conv1D, for which PEFT wants ``fan_in_fan_out``
 _TRANSPOSED = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
@@ -53,10 +57,14 @@ def plan_files(adapter: Adapter) -> dict[str, Content]:
     if problems:
         raise FormatError(collected("The adapter does not fit PEFT's format", problems))
     warn_of_grouped_dora("what is saved", adapter.sites)
-    config, header = _plan(adapter)
-    keys = keys_from_sites(adapter.sites, lora_bias=bool(config.get("lora_bias")))
+    _warn_of_new_biases(adapter)
+    if peft_prefix.is_peft_prefix(adapter):
+        config, header, keys = _plan_prefix(adapter)
+    else:
+        config, header = _plan(adapter)
+        keys = keys_from_sites(adapter.sites, lora_bias=bool(config.get("lora_bias")))
+        _check_reads_back(adapter, config, keys, header)
     metadata = write_header(header)
-    _check_reads_back(adapter, config, keys, header)
     text = json.dumps(config, indent=2) + "\n"
     return {
         CONFIG: text.encode(),
@@ -84,6 +92,10 @@ def _plan(adapter: Adapter) -> tuple[dict[str, Any], Header]:
         **facts,
     )
     given_back, _ = peft_config.read_config(config, trained=True)
+    if adapter.prefixes:
+        config["peft_type"] = peft_prefix.BOTH
+        config["num_virtual_tokens"] = adapter.num_virtual_tokens
+        config = dict(sorted(config.items()))
     scalings = peft_match.scalings(spec, low_rank)
     no_bias = [p for p, s in low_rank.items() if s.bias is None] if lora_bias else []
     header = Header(
@@ -96,6 +108,38 @@ def _plan(adapter: Adapter) -> tuple[dict[str, Any], Header]:
         no_bias=tuple(no_bias),
     )
     return config, header
+
+
+def _plan_prefix(adapter: Adapter) -> tuple[dict[str, Any], Header, dict[str, Tensor]]:
+    """The same of a prefix alone, for which PEFT has a form of its own, and its tensors."""
+    config, tensors, paths = peft_prefix.files_of(adapter)
+    header = Header(
+        base=adapter.base,
+        provenance=adapter.provenance,
+        spec=spec_difference(adapter.spec, peft_prefix.spec_of(config)),
+        prefix=tuple(paths),
+    )
+    return config, header, tensors
+
+
+def _warn_of_new_biases(adapter: Adapter) -> None:
+    """PEFT puts a bias of a file into the base's own, and passes over it where there is none.
+
+    Without any low-rank site it refuses the folder by itself.
+    """
+    shapes = adapter.base.shapes if adapter.base is not None and adapter.low_rank else {}
+    new = [
+        path
+        for path, site in adapter.replaced.items()
+        if shapes and path.endswith(".bias") and "" in site.tensors_by_name and path not in shapes
+    ]
+    if new:
+        logger.warning(
+            "%s%s: a new bias, for which PEFT has no place beside a weight that is not adapted; it "
+            "would leave it out without a word. lorakit reads it",
+            new[0],
+            f" and {len(new) - 1} more" if len(new) > 1 else "",
+        )
 
 
 def _file_facts(adapter: Adapter) -> dict[str, Any]:
@@ -227,7 +271,9 @@ def _check_reads_back(
     Raises:
         FormatError: names the sites that would be read as others.
     """
-    reading = Reading(saved_names(config), config["bias"] != "none", header.replaced)
+    reading = Reading(
+        saved_names(config), config["bias"] != "none", header.replaced, bool(adapter.prefixes)
+    )
     found = sort_keys(keys, reading)
     expected = {
         path: set(site.tensors_by_name) if isinstance(site, Replace) else None
@@ -235,6 +281,7 @@ def _check_reads_back(
     }
     got: dict[str, set[str] | None] = dict.fromkeys(found.factors)
     got |= {path: set(tensors) for path, tensors in found.whole.items()}
+    got |= dict.fromkeys(found.prefixes)
     wrong = sorted(p for p in expected | got if expected.get(p, 0) != got.get(p, 0))
     if wrong or found.problems or found.notes:
         raise FormatError(

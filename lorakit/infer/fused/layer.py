@@ -26,7 +26,8 @@ from lorakit.errors import LorakitError
 from lorakit.infer.fused.family import Anatomy
 from lorakit.infer.fused.linear import Group
 from lorakit.infer.fused.rope import rotate_, rotate_back_
-from lorakit.infer.segments import Segments, segment_attention
+from lorakit.infer.segments import Segments, fronts_of, segment_attention
+from lorakit.layers.prefix import Stretches
 
 #: what of a layer is not kept for its backward but made again: nothing, gate and up, or all
 Recompute = Literal["none", "mlp", "layers"]
@@ -48,10 +49,21 @@ class Call:
     rows: Tensor | None
     """int64 [M], the tokens that go on behind the attention; ``None``: all."""
     recompute: Recompute
+    prefixes: Stretches | None = None
+    """Keys and values in front of the segments, if any has some."""
 
     @property
     def groups(self) -> tuple[Group, ...]:
         return self.qkv, self.o, self.gate_up, self.down
+
+    @property
+    def fronts(self) -> list[Tensor]:
+        """The prefixes' tensors."""
+        return [] if self.prefixes is None else list(self.prefixes.parameters())
+
+    def parameters(self) -> list[Tensor]:
+        """What the backward gives gradients for, in this order."""
+        return [p for group in self.groups for p in group.parameters()] + self.fronts
 
 
 @dataclass(eq=False)
@@ -62,6 +74,8 @@ class _Kept:
     """q, k, v, as the attention reads them, [1, H, N, d_h], leaves of a small graph."""
     unnormed: tuple[Tensor, Tensor] | None
     """q and k before their norms, [N, H, d_h]."""
+    fronts: list[Tensor]
+    """The prefixes' tensors, leaves of it too."""
     attended: Tensor
     """[1, N, H, d_h], the end of that graph."""
     o_input: Tensor
@@ -116,7 +130,7 @@ def _forward(x: Tensor, call: Call, *, keep: bool) -> tuple[Tensor, _Kept | None
     rotate_(q, call.cos, call.sin)
     rotate_(k, call.cos, call.sin)
     heads = tuple(t.transpose(0, 1)[None] for t in (q, k, v))
-    attended, heads = _attend(heads, call, keep=keep)
+    attended, heads, fronts = _attend(heads, call, keep=keep)
     o_input = attended.detach().reshape(len(x), -1)
     residual = x
     if call.rows is not None:
@@ -130,7 +144,9 @@ def _forward(x: Tensor, call: Call, *, keep: bool) -> tuple[Tensor, _Kept | None
         return y, None
     hidden = (hidden_qkv, hidden_o, hidden_gate_up, hidden_down)
     keeps = None if call.recompute == "mlp" else gate_up
-    kept = _Kept(heads, unnormed, attended, o_input, o_output, x2, keeps, down_output, hidden)
+    kept = _Kept(
+        heads, unnormed, fronts, attended, o_input, o_output, x2, keeps, down_output, hidden
+    )
     return y, kept
 
 
@@ -139,7 +155,8 @@ def _backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     parts = call.anatomy
     hidden_qkv, hidden_o, hidden_gate_up, hidden_down = kept.hidden
-    below_o = need_input or call.qkv.trained
+    none_for_fronts: list[Tensor | None] = [None] * len(call.fronts)
+    below_o = need_input or call.qkv.trained or any(t.requires_grad for t in call.fronts)
     below_mlp = below_o or call.o.trained
     # the MLP
     normed = None
@@ -173,7 +190,7 @@ def _backward(
         missing: list[Tensor | None] = [None] * (
             len(call.qkv.parameters()) + len(call.o.parameters())
         )
-        return None, [*missing, *for_gate_up, *for_down]
+        return None, [*missing, *for_gate_up, *for_down, *none_for_fronts]
     # behind the attention
     d_o = dx2
     if parts.behind_attention is not None:
@@ -182,24 +199,27 @@ def _backward(
     d_attended, for_o = call.o.backward([d_o], kept.o_input, hidden_o, need_input=below_o)
     for_qkv: list[Tensor | None] = [None] * len(call.qkv.parameters())
     if d_attended is None:
-        return None, [*for_qkv, *for_o, *for_gate_up, *for_down]
+        return None, [*for_qkv, *for_o, *for_gate_up, *for_down, *none_for_fronts]
     if call.rows is not None:
         d_attended = _spread(d_attended, call.rows, len(x))
         dx2 = _spread(dx2, call.rows, len(x)) if need_input else dx2
     # the attention and what it reads
-    d_heads = _attention_backward(d_attended, call, kept)
+    d_heads, for_fronts = _attention_backward(d_attended, call, kept)
     normed = parts.before_attention.forward(x)
     d_normed, for_qkv = call.qkv.backward(d_heads, normed, hidden_qkv, need_input=need_input)
     dx = None
     if d_normed is not None:
         dx = parts.before_attention.backward(d_normed, x).add_(dx2)
-    return dx, [*for_qkv, *for_o, *for_gate_up, *for_down]
+    return dx, [*for_qkv, *for_o, *for_gate_up, *for_down, *for_fronts]
 
 
-def _attend(heads: Any, call: Call, *, keep: bool) -> tuple[Tensor, Any]:
+def _attend(heads: Any, call: Call, *, keep: bool) -> tuple[Tensor, Any, list[Tensor]]:
     """The attention [1, N, H, d_h] and its inputs, as leaves of a graph if it is to be kept."""
+    fronts = [tensor.detach() for tensor in call.fronts]
     if keep:
         heads = tuple(t.detach().requires_grad_() for t in heads)
+        wanted = [tensor.requires_grad for tensor in call.fronts]
+        fronts = [t.requires_grad_(want) for t, want in zip(fronts, wanted, strict=True)]
     with torch.set_grad_enabled(keep):
         q, k, v = heads
         attended, _ = segment_attention(
@@ -210,16 +230,25 @@ def _attend(heads: Any, call: Call, *, keep: bool) -> tuple[Tensor, Any]:
             call.segments,
             scaling=call.anatomy.scaling,
             softcap=call.anatomy.softcap,
+            fronts=fronts_of(call.prefixes, len(call.segments.lengths), fronts),
         )
-    return attended, heads
+    return attended, heads, fronts
 
 
-def _attention_backward(d_attended: Tensor, call: Call, kept: _Kept) -> list[Tensor]:
-    """The gradients of what the linears of q, k and v gave."""
+def _attention_backward(
+    d_attended: Tensor, call: Call, kept: _Kept
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The gradients of what the linears of q, k and v gave, and of the prefixes' tensors."""
     parts = call.anatomy
-    d_heads = torch.autograd.grad(
-        kept.attended, kept.heads, d_attended.view(kept.attended.shape), retain_graph=False
+    trained = [tensor for tensor in kept.fronts if tensor.requires_grad]
+    d_all = torch.autograd.grad(
+        kept.attended,
+        (*kept.heads, *trained),
+        d_attended.view(kept.attended.shape),
+        retain_graph=False,
     )
+    d_heads, d_fronts = d_all[:3], iter(d_all[3:])
+    for_fronts = [next(d_fronts) if tensor.requires_grad else None for tensor in kept.fronts]
     dq, dk, dv = (d[0].transpose(0, 1).contiguous() for d in d_heads)
     rotate_back_(dq, call.cos, call.sin)
     rotate_back_(dk, call.cos, call.sin)
@@ -227,7 +256,7 @@ def _attention_backward(d_attended: Tensor, call: Call, kept: _Kept) -> list[Ten
         dq = parts.q_norm.backward(dq, kept.unnormed[0])
         dk = parts.k_norm.backward(dk, kept.unnormed[1])
     flat = [d.reshape(len(d), -1) for d in (dq, dk, dv)]
-    return flat if len(parts.qkv) == 3 else [torch.cat(flat, dim=-1)]
+    return (flat if len(parts.qkv) == 3 else [torch.cat(flat, dim=-1)]), for_fronts
 
 
 def _onto(

@@ -17,6 +17,7 @@ from lorakit.infer.fused.family import Anatomy, DoesNotFit, anatomy_of, dense_we
 from lorakit.infer.fused.layer import Call, FusedLayer, Recompute
 from lorakit.infer.fused.linear import Group, Linear, Part
 from lorakit.infer.segments import Segments, reading
+from lorakit.layers.prefix import stretches
 from lorakit.layers.routing import Plan
 from lorakit.layers.site import SiteForward
 
@@ -115,9 +116,8 @@ class _Running:
                 return (out[0].index_select(1, self._rows), *out[1:])
             return out.index_select(1, self._rows)
         owner.counts["fused"] += 1
-        parameters = [p for group in call.groups for p in group.parameters()]
         y: Tensor = FusedLayer.apply(  # type: ignore[no-untyped-call]
-            hidden_states[0], call, *parameters
+            hidden_states[0], call, *call.parameters()
         )
         return y[None]
 
@@ -140,6 +140,9 @@ class _Running:
     ) -> Call | str:
         """How this forward goes through the layer, or why it cannot."""
         count = hidden.shape[1]
+        reason = _trained_whole(self._owner.layers[self._index], anatomy)
+        if reason is not None:
+            return reason
         linears: dict[int, Linear] = {}
         keys: Tensor | None = None
         for module in anatomy.linears:
@@ -165,7 +168,20 @@ class _Running:
             segments=segments,
             rows=self._rows,
             recompute=self._owner.recompute,
+            prefixes=stretches(anatomy.attention, segments.lengths),
         )
+
+
+def _trained_whole(layer: nn.Module, anatomy: Anatomy) -> str | None:
+    """Why a layer cannot be fused: parts that are no linears, such as norms, are an adapter's."""
+    linears = {id(module) for module in anatomy.linears}
+    for module in layer.modules():
+        site = module.__dict__.get("forward")
+        if id(module) in linears or not isinstance(site, SiteForward):
+            continue
+        if site.forwards.plan().routing.names & (site.replaced.keys() | site.low_rank.keys()):
+            return "an adapter trains a norm of the layer, or another part that is no linear"
+    return None
 
 
 @contextlib.contextmanager
