@@ -1,8 +1,10 @@
-"""One flat gradient for the parameters of an adapter, and where each one's part is computed.
+"""One flat gradient for the parameters of an adapter, which backwards written by hand add to.
 
-A backward written by hand puts each product there at once; what autograd makes elsewhere is copied
-in afterwards. The alternative, a new tensor for every parameter in every step, costs two passes
-over all gradients and, on a CPU, the price of fresh pages.
+A gradient that goes through autograd is a tensor of its own for every parameter and step: two
+passes over all of them, a node of the graph for each and, on a CPU, the price of fresh pages. Of
+many adapters in one forward that is a good part of the step. So a backward written by hand puts
+its products where they belong, and autograd does not know of them; what it makes elsewhere is added
+when the gradient is collected.
 """
 
 from __future__ import annotations
@@ -12,8 +14,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-#: the attribute of a parameter that holds the memory of its gradient, until it is used
-_FREE = "lorakit_gradient"
+#: the attribute of a parameter that holds its :class:`_Place`
+_NAME = "lorakit_gradient"
+
+
+class _Place:
+    """A parameter's part of a flat gradient."""
+
+    __slots__ = ("filled", "view")
+
+    def __init__(self, view: Tensor) -> None:
+        self.view = view
+        self.filled = False
 
 
 class FlatGradient:
@@ -28,53 +40,78 @@ class FlatGradient:
         size = sum(parameter.numel() for parameter in parameters)
         # zeros: it takes its memory now and not page by page
         self._flat = parameters[0].detach().new_zeros(size)
-        self._views: list[tuple[nn.Parameter, Tensor]] = []
+        self._places: list[tuple[nn.Parameter, _Place]] = []
         offset = 0
         for parameter in parameters:
             part = self._flat[offset : offset + parameter.numel()]
-            self._views.append((parameter, part.view(parameter.shape)))
+            place = _Place(part.view(parameter.shape))
+            setattr(parameter, _NAME, place)
+            self._places.append((parameter, place))
             offset += parameter.numel()
         self.clear()
 
     def clear(self) -> None:
         """Forget what was added up."""
-        for parameter, view in self._views:
+        for parameter, place in self._places:
             parameter.grad = None
-            setattr(parameter, _FREE, view)
+            place.filled = False
 
     def collect(self) -> Tensor:
         """What backwards have added up since :meth:`clear`, [P]; the memory itself."""
-        for parameter, view in self._views:
-            if parameter.grad is None:
-                view.zero_()
-            elif parameter.grad.data_ptr() != view.data_ptr():
-                view.copy_(parameter.grad)
-                parameter.grad = view.detach()
+        for parameter, place in self._places:
+            if parameter.grad is not None:
+                _add(place, parameter.grad)
+                parameter.grad = None
+            elif not place.filled:
+                place.view.zero_()
+                place.filled = True
         return self._flat
 
     def release(self) -> None:
         """From here on the parameters have gradients as autograd makes them."""
-        for parameter, _ in self._views:
+        for parameter, _ in self._places:
             parameter.grad = None
-            setattr(parameter, _FREE, None)
-        self._views = []
+            delattr(parameter, _NAME)
+        self._places = []
         self._flat = self._flat.new_empty(0)
+
+
+def has_place(parameter: nn.Parameter) -> bool:
+    """Whether a backward adds the gradient of ``parameter`` itself, by the functions below."""
+    return hasattr(parameter, _NAME)
 
 
 def gradient_product(
     parameter: nn.Parameter, left: Tensor, right: Tensor, factor: float = 1.0
-) -> Tensor:
-    """``factor · leftᵀ right``, what a backward gives for ``parameter``; in its memory if it has
-    some that is not used yet.
+) -> Tensor | None:
+    """``factor · leftᵀ right`` for ``parameter``: added where it has a place, else given back.
 
     Args:
         left: [N, m], right: [N, n]; the parameter is [m, n].
     """
-    memory: Tensor | None = getattr(parameter, _FREE, None)
-    if memory is None or memory.dtype != left.dtype:
-        product = left.t() @ right
-        return product if factor == 1.0 else product.mul_(factor)
-    # once: autograd adds further products of this forward to it, or to what it has made of it
-    setattr(parameter, _FREE, None)
-    # a view of its own, which autograd keeps as the gradient instead of copying it
-    return torch.addmm(memory, left.t(), right, beta=0, alpha=factor, out=memory).detach()
+    place: _Place | None = getattr(parameter, _NAME, None)
+    if place is not None and place.view.dtype == left.dtype:
+        kept = 1 if place.filled else 0
+        torch.addmm(place.view, left.t(), right, beta=kept, alpha=factor, out=place.view)
+        place.filled = True
+        return None
+    product = left.t() @ right
+    return gradient_sum(parameter, product if factor == 1.0 else product.mul_(factor))
+
+
+def gradient_sum(parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
+    """The same for a gradient that exists, in the shape of ``parameter``."""
+    place: _Place | None = getattr(parameter, _NAME, None)
+    if place is None:
+        return gradient.to(parameter.dtype)
+    _add(place, gradient)
+    return None
+
+
+@torch.no_grad()
+def _add(place: _Place, gradient: Tensor) -> None:
+    if place.filled:
+        place.view.add_(gradient)
+    else:
+        place.view.copy_(gradient)
+        place.filled = True

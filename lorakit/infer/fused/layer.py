@@ -32,6 +32,9 @@ from lorakit.layers.prefix import Stretches
 #: what of a layer is not kept for its backward but made again: nothing, gate and up, or all
 Recompute = Literal["none", "mlp", "layers"]
 
+#: an input that makes autograd call a backward for gradients of which it does not know
+_WANTED = torch.zeros(0, requires_grad=True)
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -63,7 +66,8 @@ class Call:
 
     def parameters(self) -> list[Tensor]:
         """What the backward gives gradients for, in this order."""
-        return [p for group in self.groups for p in group.parameters()] + self.fronts
+        found = [p for group in self.groups for p in group.parameters()] + self.fronts
+        return [*found, _WANTED] if any(group.adds_gradients for group in self.groups) else found
 
 
 @dataclass(eq=False)
@@ -115,7 +119,7 @@ class FusedLayer(torch.autograd.Function):
                 "Run the forward again, or build PackedModel(…, fused=False)"
             )
         dx, gradients = _backward(dy, x, call, kept, need_input=ctx.needs_input_grad[0])
-        return dx, None, *gradients
+        return dx, None, *gradients, None  # of the input that only says that it is wanted
 
 
 def _forward(x: Tensor, call: Call, *, keep: bool) -> tuple[Tensor, _Kept | None]:

@@ -2,9 +2,10 @@
 
 The low-rank products cost ``6 · N · r · (d_in + d_out)`` operations: two in the forward, whose
 hidden ``A x`` is kept, and four in the backward. Of linears without dropout that share an input,
-the A's are stacked, so that the input is read once. A gradient is computed where its parameter
-keeps memory for it (:mod:`lorakit.layers.gradients`): of many adapters in one forward, tensors of
-their own would cost as much time as the products.
+the A's are stacked, so that the input is read once. The gradient of a parameter that has a place
+for it goes there and not through autograd (:mod:`lorakit.layers.gradients`).
+
+All runs inside of one node of the graph, where gradients are off.
 
 Legend: ``N`` tokens, ``r`` rank; ``A [r, d_in]``, ``B [d_out, r]``, ``W [d_out, d_in]``.
 """
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.layers.dropout import keyed_dropout
-from lorakit.layers.gradients import gradient_product
+from lorakit.layers.gradients import gradient_product, gradient_sum, has_place
 
 
 class Part(NamedTuple):
@@ -39,9 +40,14 @@ class Part(NamedTuple):
     def trained(self) -> bool:
         return self.A.requires_grad
 
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
     def parameters(self) -> list[nn.Parameter]:
-        """What the backward gives gradients for, in this order."""
-        return [self.A, self.B, *([] if self.bias is None else [self.bias])]
+        """What the backward gives gradients for, in this order: those without a place."""
+        own = (self.A, self.B) if self.bias is None else (self.A, self.B, self.bias)
+        return [parameter for parameter in own if not has_place(parameter)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +69,9 @@ class Linear:
 class _Run(NamedTuple):
     """Parts of several linears that read the same rows of the input and can be stacked."""
 
-    members: list[tuple[int, Part]]
-    """(which linear, its part)."""
+    rows: slice
+    members: list[tuple[int, Part, slice]]
+    """(which linear, its part, its columns of the hidden values)."""
 
 
 class Group:
@@ -86,7 +93,12 @@ class Group:
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapters' tensors, in the order of :meth:`backward`'s gradients."""
-        return [p for run in self.runs for _, part in run.members for p in part.parameters()]
+        return [p for run in self.runs for _, part, _ in run.members for p in part.parameters()]
+
+    @property
+    def adds_gradients(self) -> bool:
+        """Whether the backward adds gradients of which autograd does not know."""
+        return any(part.trained and has_place(part.A) for lin in self.linears for part in lin.parts)
 
     def rows(self, where: Tensor, count: int) -> Group:
         """The same for a selection of the tokens.
@@ -127,17 +139,13 @@ class Group:
             outputs.append(y)
         hidden = []
         for run in self.runs:
-            first = run.members[0][1]
-            h = F.linear(self._input(x, run), _cat([p.A.detach() for _, p in run.members], x.dtype))
+            h = F.linear(self._input(x, run), _stacked_a(run, x.dtype))
             hidden.append(h)
-            column = 0
-            for which, part in run.members:
-                mine = h[:, column : column + len(part.A)]
-                column += len(part.A)
-                y = outputs[which][first.start : first.stop]
-                y.addmm_(mine, part.B.detach().to(x.dtype).t(), alpha=part.factor)
+            for which, part, columns in run.members:
+                y = outputs[which][run.rows]
+                y.addmm_(h[:, columns], _in(part.B, x.dtype).t(), alpha=part.factor)
                 if part.bias is not None:
-                    y.add_(part.bias.detach().to(x.dtype), alpha=part.factor)
+                    y.add_(_in(part.bias, x.dtype), alpha=part.factor)
         return outputs, hidden
 
     def backward(
@@ -169,53 +177,41 @@ class Group:
     def _run_backward(
         self, run: _Run, h: Tensor, douts: Sequence[Tensor], x: Tensor, dx: Tensor | None
     ) -> list[Tensor | None]:
-        first = run.members[0][1]
-        rows = slice(first.start, first.stop)
         dh = torch.empty_like(h)
-        column = 0
-        for_b: list[Tensor | None] = []
-        for which, part in run.members:
-            mine = slice(column, column + len(part.A))
-            column += len(part.A)
-            dy = douts[which][rows]
-            B, into = part.B.detach().to(x.dtype), dh[:, mine]
-            torch.addmm(into, dy, B, beta=0, alpha=part.factor, out=into)
-            for_b.append(
-                gradient_product(part.B, dy, h[:, mine], part.factor) if part.trained else None
-            )
-        A = _cat([p.A.detach() for _, p in run.members], x.dtype)
-        entered = self._input(x, run) if any(part.trained for _, part in run.members) else None
-        if dx is not None:
-            if first.dropout and self.keys is not None:
-                dx[rows] += self._dropped(dh @ A, run)
-            else:
-                dx[rows].addmm_(dh, A)
+        trained = any(part.trained for _, part, _ in run.members)
+        entered = self._input(x, run) if trained else None
         gradients: list[Tensor | None] = []
-        column = 0
-        for (which, part), db in zip(run.members, for_b, strict=True):
-            mine = slice(column, column + len(part.A))
-            column += len(part.A)
-            da = dbias = None
-            if entered is not None and part.trained:
-                da = gradient_product(part.A, dh[:, mine], entered)
-            if part.bias is not None and part.trained:
-                dbias = douts[which][rows].sum(0).mul_(part.factor)
-            found: list[Tensor | None] = [da, db, *([] if part.bias is None else [dbias])]
-            for parameter, gradient in zip(part.parameters(), found, strict=True):
-                gradients.append(None if gradient is None else gradient.to(parameter.dtype))
+        for which, part, columns in run.members:
+            dy, into = douts[which][run.rows], dh[:, columns]
+            torch.addmm(into, dy, _in(part.B, x.dtype), beta=0, alpha=part.factor, out=into)
+            if entered is None or not part.trained:
+                gradients += [None] * len(part.parameters())
+                continue
+            found = [
+                gradient_product(part.A, into, entered),
+                gradient_product(part.B, dy, h[:, columns], part.factor),
+            ]
+            if part.bias is not None:
+                found.append(gradient_sum(part.bias, dy.sum(0).mul_(part.factor)))
+            gradients += [gradient for gradient in found if gradient is not None]
+        if dx is not None:
+            A = _stacked_a(run, x.dtype)
+            if run.members[0][1].dropout and self.keys is not None:
+                dx[run.rows] += self._dropped(dh @ A, run)
+            else:
+                dx[run.rows].addmm_(dh, A)
         return gradients
 
     def _input(self, x: Tensor, run: _Run) -> Tensor:
         """What the A's of a run read: its rows of x, dropped."""
-        first = run.members[0][1]
-        return self._dropped(x[first.start : first.stop], run)
+        return self._dropped(x[run.rows], run)
 
     def _dropped(self, x: Tensor, run: _Run) -> Tensor:
         """Dropout with the run's mask; it is linear, so the backward applies it too."""
-        which, first = run.members[0]
+        which, first, _ = run.members[0]
         if not first.dropout or self.keys is None:
             return x
-        keys = self.keys[first.start : first.stop]
+        keys = self.keys[run.rows]
         return keyed_dropout(x, keys, self.linears[which].number, first.dropout)
 
     def _stacked(self) -> list[_Run]:
@@ -226,9 +222,18 @@ class Group:
                     continue
                 alone = part.dropout and self.keys is not None  # each site has its own mask
                 key = (part.name, part.start, part.stop, which if alone else None)
-                runs.setdefault(key, _Run([])).members.append((which, part))
+                members = runs.setdefault(key, _Run(slice(part.start, part.stop), [])).members
+                column = members[-1][2].stop if members else 0
+                members.append((which, part, slice(column, column + part.rank)))
         return list(runs.values())
 
 
-def _cat(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
+def _stacked_a(run: _Run, dtype: torch.dtype) -> Tensor:
+    """The A's of a run, one below the other."""
+    if len(run.members) == 1:
+        return _in(run.members[0][1].A, dtype)
+    return _in(torch.cat([part.A for _, part, _ in run.members]), dtype)
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
