@@ -1,7 +1,7 @@
 """How near `lorakit estimate` comes: settings drawn by a seed, predicted, then run.
 
 Each setting is a whole training run of a few steps in a process of its own: its peak of resident
-memory, from the start of the process to its last file, and its mean step are set beside the
+memory, from the start of the process to its last file, and its usual step are set beside the
 prediction, which was made before from config and data alone. The
 second base has random weights and Qwen 3's shape; it is made in the work folder. The settings
 that the constants were fitted on are not among the drawn: other lengths and batches.
@@ -18,6 +18,7 @@ import os
 import random
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -257,7 +258,7 @@ def _trained(task: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(trainer.out)
     return {
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "seconds": sum(times.steps[1:]) / len(times.steps[1:]),  # the first warms up
+        "seconds": statistics.median(times.steps[1:]),  # the first warms up
         "times": times.steps,
     }
 

@@ -40,7 +40,7 @@ RANKS = (8, 64)
 #: seconds for each of the timings; there are fifteen
 _SECONDS = 0.3
 #: raised when what is measured changes
-_LAYOUT = 3
+_LAYOUT = 4
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,10 @@ class Rates:
     """Parameters that AdamW moves."""
     unpack: float
     """Numbers of four bits that become float."""
+    fresh: float
+    """Bytes written to memory that the process did not have before."""
     overhead: float
-    """Seconds that starting one small operation takes."""
+    """Seconds that one operation of a layer takes, however small: a view or two, a product."""
     measured: bool = True
     """``False``: from a table."""
 
@@ -185,7 +187,7 @@ def calibrate(
     # silu reads and writes once, the product reads twice and writes once
     moved = 5 * a.numel() * a.element_size()
     logits = made(64, 16384)
-    small = torch.ones(8, device=device)
+    small = torch.ones(8, 8, device=device)
     packed = torch.randint(0, 256, (1 << 20,), device=device, dtype=torch.uint8)
     code = made(16)
     return Rates(
@@ -197,7 +199,9 @@ def calibrate(
         attention=_attention_rate(made, clock),
         optimizer=_optimizer_rate(device, clock),
         unpack=2 * packed.numel() / clock(lambda: _unpacked(packed, code)),
-        overhead=clock(lambda: [small + small for _ in range(100)]) / 100,
+        fresh=(1 << 26) / clock(lambda: torch.zeros(1 << 24, device=device).add_(1)),
+        overhead=clock(lambda: [torch.addmm(small, small[:, :4], small[:4]) for _ in range(99)])
+        / 99,
     )
 
 
@@ -325,6 +329,7 @@ def _from_data_sheet(name: str, products: float, bandwidth: float) -> Rates:
         attention=products / 2,
         optimizer=bandwidth / 28,
         unpack=bandwidth / 4,
+        fresh=bandwidth,
         overhead=_LAUNCH_SECONDS,
         measured=False,
     )

@@ -27,6 +27,8 @@ _PASSES_FUSED = (44, 20, 14)
 _PASSES_PLAIN = (58, 32, 26)
 #: of which the forward alone
 _FORWARD_SHARE = 0.3
+#: products inside of a model share the caches with what is between them
+_INSIDE = 1.06
 #: operations started in a layer, forward and backward together
 _OPERATIONS_FUSED, _OPERATIONS_PLAIN = 260, 420
 
@@ -87,9 +89,9 @@ def _forward_and_backward(
     squares = part.squares or part.tokens**2 / max(part.examples, 1)
     attention = model.num_layers * attention_operations(model.query, int(squares))
     return StepTime(
-        products=_products(model, adapter, setting, part, rates, again, plain=plain),
-        adapter=_adapter(model, adapter, part, rates, again),
-        head=_head(model, adapter, setting, part, rates),
+        products=_INSIDE * _products(model, adapter, setting, part, rates, again, plain=plain),
+        adapter=_INSIDE * _adapter(model, adapter, part, rates, again),
+        head=_INSIDE * _head(model, adapter, setting, part, rates),
         elementwise=moved / rates.elementwise,
         attention=attention * (1 + again * 2 / 7) / rates.attention,
         unpacking=_unpacking(model, setting, again, rates),
@@ -173,7 +175,9 @@ def _unpacking(model: ModelShape, setting: Setting, again: float, rates: Rates) 
 
 
 def _optimizer(adapter: AdapterShape, rates: Rates) -> float:
-    # of an adapter, a copy to go back to is made; of all weights, gradients are new every time
-    beside = 6 * 4 * adapter.num_parameters / rates.elementwise
-    clipped = 3 * 4 * adapter.num_parameters / rates.elementwise
-    return adapter.num_parameters / rates.optimizer + beside + clipped
+    bytes_ = 4 * adapter.num_parameters
+    seconds = adapter.num_parameters / rates.optimizer
+    seconds += 3 * bytes_ / rates.elementwise  # the norm, and clipping by it
+    if adapter.full:  # a gradient is new every time, and copied to where all are together
+        seconds += bytes_ / rates.fresh + 3 * bytes_ / rates.elementwise
+    return seconds
