@@ -378,9 +378,11 @@ class PlainProgress(Callback):
         view.add_eval(metrics)
         what = "  (best so far)" if metrics.best and metrics.step else ""
         what = "  (before training)" if metrics.step == 0 else what
+        known = {"perplexity": metrics.perplexity, **metrics.metrics}
+        parts = [f"  {name} {value:.3g}" for name, value in known.items() if value is not None]
         self._say(
-            f"step {metrics.step}/{view.run.total_steps}  validation loss {metrics.loss:.3f}  "
-            f"perplexity {metrics.perplexity:.3g}{what}"
+            f"step {metrics.step}/{view.run.total_steps}  validation loss {metrics.loss:.3f}"
+            f"{''.join(parts)}{what}"
         )
 
     def on_note(self, text: str) -> None:

@@ -52,6 +52,8 @@ class RunInfo:
     """Trained parameters."""
     has_validation: bool = False
     """Whether ``on_eval`` will come."""
+    adapter: str | None = None
+    """How the model's handle calls what is trained; ``None`` where it is the base itself."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What ``run.yaml`` holds: nested plain data."""
 

@@ -31,7 +31,7 @@ def provenance(
     found: dict[str, Any] = {
         "data": _about(data),
         "train": settings,
-        "metrics": _results(job),
+        "metrics": _results(job, text=not hasattr(data.report, "facts")),
         "versions": _versions(),
     }
     if validation is not None:
@@ -43,9 +43,11 @@ def provenance(
 
 def _about(data: Examples) -> dict[str, Any]:
     report = data.report
+    found = {"digest": data.digest, "examples": len(data)}
+    if hasattr(report, "facts"):  # of a kind that is not text
+        return {**found, **report.facts()}
     return {
-        "digest": data.digest,
-        "examples": len(data),
+        **found,
         # a local path says where somebody keeps files; a hub id says what the data is
         "files": [Path(f).name if Path(f).exists() else str(f) for f in report.files],
         "kind": report.kind,
@@ -57,14 +59,14 @@ def _about(data: Examples) -> dict[str, Any]:
     }
 
 
-def _results(job: Job) -> dict[str, Any]:
+def _results(job: Job, *, text: bool) -> dict[str, Any]:
     best = job.best
     if best is None or best.step != job.weights_step:
         return {"step": job.weights_step, "training_loss": _finite(job.last_loss)}
     return {
         "step": best.step,
         "validation_loss": best.loss,
-        "perplexity": _finite(_perplexity(best.loss)),
+        **({"perplexity": _finite(_perplexity(best.loss))} if text else {}),
         "validation_loss_before": _finite(job.start_loss),
     }
 

@@ -24,6 +24,7 @@ from lorakit import __version__
 from lorakit.core.adapter import Adapter
 from lorakit.core.files import write_atomic
 from lorakit.core.linalg import effective_rank, singular_values
+from lorakit.train import report_pictures
 from lorakit.train.charts import (
     Frame,
     Grid,
@@ -93,6 +94,7 @@ def render(record: Record) -> Html:
         _tiles(record),
         _loss(record),
         _samples(record),
+        report_pictures.sheets(record),
         _change(record),
         _data(record),
         _course(record),
@@ -185,6 +187,13 @@ def _outcome(record: Record) -> Html:
             before=_before(record),
             loss=_loss_text(start["loss"]),
         )
+    if "perplexity" not in best:  # no text
+        return fill(
+            "On what was held out the loss fell from <b>{a} to {b}</b> (best at step {step}).",
+            a=_loss_text(start["loss"]),
+            b=_loss_text(best["loss"]),
+            step=_count(best["step"]),
+        )
     fewer = 1 - math.exp(float(best["loss"]) - float(start["loss"]))
     return fill(
         "On held-out text the loss fell from <b>{a} to {b}</b> (best at step {step}): each next "
@@ -204,9 +213,10 @@ def _tiles(record: Record) -> Html:
         is_known = start is not None and start is not best and is_finite(start.get("loss"))
         before = start if is_known else None
         tiles.append(_tile_of("Validation loss", before, best, "loss", f"step {best['step']}"))
-        with_perplexity = {**best, "perplexity": _exp(best["loss"])}
-        old = {**before, "perplexity": _exp(before["loss"])} if before else None
-        tiles.append(_tile_of("Perplexity", old, with_perplexity, "perplexity", "exp of the loss"))
+        if "perplexity" in best:  # of text alone
+            new = {**best, "perplexity": _exp(best["loss"])}
+            old = {**before, "perplexity": _exp(before["loss"])} if before else None
+            tiles.append(_tile_of("Perplexity", old, new, "perplexity", "exp of the loss"))
     if record.adapter is not None:
         adapter = record.adapter
         ranks = sorted({site.rank for site in adapter.low_rank.values()})
@@ -720,6 +730,8 @@ def _use(record: Record) -> Html:
     if record.adapter is None:
         return Html("")
     ref = _base_ref(record) or "BASE"
+    if report_pictures.is_of_pictures(record):
+        return _used("The folder is in PEFT's format.", report_pictures.use(record, ref))
     folder = str(record.folder / "adapter")
     base, adapter = shlex.quote(ref), shlex.quote(folder)
     shell = (
@@ -745,9 +757,14 @@ def _use(record: Record) -> Html:
                 f"model = PeftModel.from_pretrained(model, {folder!r})",
             )
         )
+    told = "The folder is in PEFT's format: vLLM, diffusers and OpenVINO GenAI read it too."
+    return _used(told, blocks)
+
+
+def _used(told: str, blocks: Iterable[tuple[str, str]]) -> Html:
     return _section(
         "Using the adapter",
-        "The folder is in PEFT's format: vLLM, diffusers and OpenVINO GenAI read it too.",
+        told,
         *(
             fill("<h3>{title}</h3><pre>{code}</pre>", title=title, code=code)
             for title, code in blocks
