@@ -157,9 +157,11 @@ def _head(
     operations = times * 2 * part.supervised * model.hidden * model.vocabulary
     softmax = part.supervised * model.vocabulary / rates.softmax
     sums = 0.0
-    if adapter.full:  # each chunk adds its gradient of the head's weights
-        chunks = -(-part.supervised // rows)
-        sums = chunks * 3 * model.hidden * model.vocabulary * setting.itemsize / rates.elementwise
+    if adapter.full:  # each chunk makes a gradient of the head's weights, and adds it
+        weights = model.hidden * model.vocabulary * setting.itemsize
+        sums = -(-part.supervised // rows) * (
+            weights / rates.fresh + 3 * weights / rates.elementwise
+        )
     return operations / rates.gemm_rate(rows, 2048) + softmax + sums
 
 
