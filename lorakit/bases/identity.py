@@ -34,12 +34,14 @@ def identify(
     or whose format is not known are left out of the samples; their shapes are kept.
 
     Args:
-        model: a model, bare or with adapters attached; nothing in it is changed.
+        model: a model, bare or with adapters attached; nothing in it is changed. One that is made
+            of several says by ``identified_by`` which of them identifies it.
         name: how the user calls it.
         storage: how its weights were stored before they were loaded, where their dtype does not
             tell: a GGUF type such as ``"Q4_1"``. Norms and biases are exact in such files.
         revision: commit on the hub.
     """
+    model = getattr(model, "identified_by", model)
     shapes: dict[str, tuple[int, ...]] = {}
     samples: dict[str, tuple[float, ...]] = {}
     kinds: dict[str, str] = {}

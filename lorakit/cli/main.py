@@ -31,6 +31,7 @@ COMMANDS = {
     "compare": ("compare", "how alike two adapters are: subspaces, cosine, norms, spectra"),
     "combine": ("combine", "one adapter out of several: exact sums, TIES, DARE, cut by SVD"),
     "compress": ("compress", "a smaller adapter: by rank, energy, parameters, or measured loss"),
+    "images": ("images", "the same for pictures: train on a folder of them, and draw"),
     "push": ("push", "upload an adapter folder to the hub"),
 }
 

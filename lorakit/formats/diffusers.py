@@ -365,7 +365,8 @@ def write_diffusers(adapter: Adapter) -> Written:
             "fold it into B"
         )
     if any(p.startswith("transformer.") for p in stored) and any(
-        p.startswith("text_encoder_2.") for p in stored
+        p.startswith("text_encoder_2.encoder.")
+        for p in stored  # T5; SD3's second one is a CLIP
     ):
         notes.append(
             "text_encoder_2 of Flux is in the file, but diffusers itself loads no adapter into it"

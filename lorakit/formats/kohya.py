@@ -33,6 +33,7 @@ from lorakit.formats import fused
 from lorakit.formats.carried import adapter_of, header_of
 from lorakit.formats.format import Hints, Reading, Source, Written
 from lorakit.formats.peft.match import exact_alpha
+from lorakit.formats.picture_metadata import shown
 from lorakit.formats.picture_names import (
     FAMILIES,
     PREFIXES,
@@ -342,6 +343,11 @@ def _family(adapter: Adapter, hints: Hints) -> tuple[str, str | None]:
     told = adapter.provenance.get("kohya")
     if isinstance(told, Mapping) and told.get("names") in FAMILIES:
         return str(told["names"]), None
+    if adapter.base is not None and adapter.base.architecture == "SD3Transformer2DModel":
+        raise FormatError(
+            "the adapter is for Stable Diffusion 3, whose modules have no names in kohya's "
+            "format. Write diffusers' (--to diffusers)."
+        )
     return family_of({path: tuple(site.A.shape) for path, site in adapter.low_rank.items()})
 
 
@@ -414,6 +420,7 @@ def _metadata(adapter: Adapter, plan: _Plan) -> dict[str, str]:
         for k, v in kept.items()
         if str(k).startswith(_TRAINING) and not str(k).startswith("sshs_")
     }
+    metadata = shown(adapter, plan.family) | metadata
     module = "networks.lora_flux" if plan.family == "flux" else "networks.lora"
     metadata.setdefault("ss_network_module", module)
     ranks = {t.shape[0] for k, t in plan.tensors.items() if k.endswith(DOWN) and t.ndim == 2}

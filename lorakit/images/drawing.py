@@ -1,0 +1,170 @@
+"""Pictures from a base and its adapters.
+
+A :class:`Cell` says all that decides a picture. Cells that differ in their adapters, weights,
+prompts or seeds share forwards: the routing gives each row its adapters, also where guidance
+doubles the rows. A picture's noise comes from its own seed, so that it is the same whoever is drawn
+beside it, up to rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorakit.errors import SpecError, collected
+from lorakit.images.base import PictureBase
+from lorakit.layers import Handle
+from lorakit.layers.routing import MixLike, as_mix
+
+#: denoising steps where nobody said
+STEPS = 30
+#: pictures that are drawn at a time
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture to be."""
+
+    prompt: str
+    negative: str | None = None
+    """What it should not show; ``None``: as the pipeline has it."""
+    seed: int = 0
+    mix: MixLike = None
+    """Adapters by name; ``None`` is the bare base."""
+    steps: int = STEPS
+    """Denoising steps."""
+    guidance: float | None = None
+    """``None``: what the family is used with."""
+    width: int | None = None
+    """Pixels; ``None``: the side that the base makes unasked."""
+    height: int | None = None
+
+
+def check_cells(base: PictureBase, cells: Sequence[Cell]) -> None:
+    """Refuse what this base cannot draw.
+
+    Raises:
+        SpecError: lists it.
+    """
+    problems = []
+    for name in ("width", "height"):
+        sizes = {getattr(cell, name) for cell in cells} - {None}
+        problems += [
+            f"{name} is {size}; of this base it must be a multiple of {base.step}"
+            for size in sorted(sizes)
+            if size < base.step or size % base.step
+        ]
+    if not base.family.tiles and any(cell.negative for cell in cells):
+        problems.append(
+            "a negative prompt is given, and this base was distilled to need none; it cannot act"
+        )
+    wide = {cell.guidance for cell in cells if cell.guidance is not None and cell.guidance <= 1}
+    if base.family.tiles and wide and any(cell.negative for cell in cells):
+        problems.append(
+            f"guidance is {min(wide):g}, at which a negative prompt cannot act; give more than 1"
+        )
+    if problems:
+        raise SpecError(collected("These pictures cannot be drawn", problems))
+
+
+@torch.no_grad()
+def draw(
+    base: PictureBase,
+    handle: Handle | None,
+    cells: Sequence[Cell],
+    *,
+    batch: int = BATCH,
+    on_done: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:
+    """The pictures of these cells, each [H, W, 3] float32 in [0, 1], in their order.
+
+    Args:
+        handle: of the adapters that the cells name; ``None`` if they name none.
+        batch: pictures of one forward at most.
+        on_done: called with the pictures done and those to do.
+
+    Raises:
+        SpecError: what this base cannot draw.
+        RoutingError: an adapter that is not attached.
+    """
+    check_cells(base, cells)
+    groups: dict[Any, list[int]] = {}
+    for place, cell in enumerate(cells):
+        alike = cell.steps, cell.guidance, cell.width, cell.height, cell.negative is None
+        groups.setdefault(alike, []).append(place)
+    found: dict[int, np.ndarray] = {}
+    for places in groups.values():
+        for start in range(0, len(places), batch):
+            some = places[start : start + batch]
+            made = _drawn(base, handle, [cells[place] for place in some])
+            found |= dict(zip(some, made, strict=True))
+            if on_done is not None:
+                on_done(len(found), len(cells))
+    return [found[place] for place in range(len(cells))]
+
+
+def _drawn(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) -> list[np.ndarray]:
+    """Pictures that share everything but prompt, seed and adapters."""
+    first, pipe = cells[0], base.pipe
+    guidance = base.family.guidance if first.guidance is None else first.guidance
+    width = first.width or base.resolution
+    height = first.height or base.resolution
+    factor = pipe.vae_scale_factor if pipe.vae is None else 1  # it takes 8 where it has no VAE
+    options: dict[str, Any] = {
+        "prompt": [cell.prompt for cell in cells],
+        "num_inference_steps": first.steps,
+        "guidance_scale": guidance,
+        "width": width * factor,
+        "height": height * factor,
+        "generator": [torch.Generator("cpu").manual_seed(cell.seed) for cell in cells],
+        "output_type": "latent",
+        "return_dict": False,
+    }
+    if base.family.tiles and first.negative is not None:
+        options["negative_prompt"] = [str(cell.negative) for cell in cells]
+    if base.text_length is not None:
+        options["max_sequence_length"] = base.text_length
+    with _routed(handle, cells, tiled=base.family.tiles and guidance > 1):
+        latents = pipe(**options)[0]
+    if base.family.name == "flux":
+        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+    pixels = decoded(base, latents)
+    return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _routed(
+    handle: Handle | None, cells: Sequence[Cell], *, tiled: bool
+) -> contextlib.AbstractContextManager[Any]:
+    if handle is None:
+        assert all(as_mix(cell.mix) == () for cell in cells)
+        return contextlib.nullcontext()
+    mixes = [cell.mix for cell in cells]
+    if all(as_mix(mix) == as_mix(mixes[0]) for mix in mixes):
+        return handle.use(mixes[0])
+    return handle.use(rows=mixes, expand=2 if tiled else 1, order="tile")
+
+
+def decoded(base: PictureBase, latents: Tensor) -> Tensor:
+    """[B, 3, H, W] float32 in [0, 1] of latents as the denoiser knows them."""
+    vae = base.pipe.vae
+    if vae is None:
+        return (latents.float() / 2 + 0.5).clamp(0, 1)
+    latents = latents.to(next(vae.parameters()).device, vae.dtype)
+    config = vae.config
+    latents = latents / config.scaling_factor
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        shape = (1, -1, 1, 1)
+        latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(
+            shape
+        )
+    latents = latents + (config.get("shift_factor") or 0.0)
+    found: Tensor = vae.decode(latents, return_dict=False)[0]
+    return (found.float() / 2 + 0.5).clamp(0, 1)

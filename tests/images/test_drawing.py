@@ -1,0 +1,138 @@
+"""Pictures: diffusers' own, several adapters in one forward, grids, and what PNGs tell."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lorakit
+from lorakit.core.spec import LoRASpec
+from lorakit.errors import InputError, SpecError
+from lorakit.images.drawing import Cell, draw
+from lorakit.images.grid import cells_of, parse_grid
+from lorakit.images.sheets import as_image, png, sheet
+from lorakit.images.targets import picture_targets
+from tests.images import tiny
+from tests.images.conftest import loaded
+from tests.models import randomize
+
+SIZE = {"width": 16, "height": 16, "steps": 3}
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "pixels"])
+def test_the_pictures_are_those_of_diffusers(family):
+    """With a negative prompt where there is one; float32, the same operations in the same order."""
+    base = loaded(family)
+    size = dict(SIZE, width=8, height=8) if family == "pixels" else SIZE
+    negative = None if family == "flux" else "dark"
+    (mine,) = draw(base, None, [Cell("a red thing", negative, seed=4, guidance=4.0, **size)])
+    options = {"guidance_scale": 4.0, "generator": torch.Generator().manual_seed(4)}
+    if negative is not None:
+        options["negative_prompt"] = negative
+    if family in ("sd3", "flux"):
+        options["max_sequence_length"] = 8
+    factor = 8 if family == "pixels" else 1
+    theirs = base.pipe(
+        "a red thing", num_inference_steps=3, width=factor * size["width"],
+        height=factor * size["height"],
+        output_type="latent" if family == "pixels" else "np", **options,
+    ).images[0]  # fmt: skip
+    if family == "pixels":
+        theirs = (theirs.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy()
+    assert mine.shape == (size["height"], size["width"], 3)
+    assert np.abs(mine - theirs).max() <= 1e-6
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_pictures_of_several_adapters_share_forwards(family):
+    """Guidance doubles the rows; each picture is as if it were drawn alone, up to the rounding of
+    products of other sizes, which guidance enlarges."""
+    base = loaded(family)
+    words = "all-linear"
+    spec = LoRASpec(rank=2, targets=picture_targets(base, words, text=True))
+    handle = lorakit.attach(base.model, spec, "a")
+    try:
+        handle.add(spec, "b")
+        randomize(handle, 0.1)
+        mixes = [None, "a", {"a": 0.5, "b": -0.4}, "b"]
+        cells = [Cell("a red thing", seed=i // 2, mix=m, **SIZE) for i, m in enumerate(mixes)]
+        together = draw(base, handle, cells)
+        alone = [draw(base, handle, [cell])[0] for cell in cells]
+    finally:
+        handle.detach()
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(one - other).max() <= 1e-4
+    assert np.abs(together[0] - together[1]).max() > 1e-3
+    assert np.abs(together[2] - together[3]).max() > 1e-3
+
+
+def test_what_cannot_be_drawn():
+    base = loaded("flux")
+    with pytest.raises(SpecError, match=r"width is 18(.|\n)*negative prompt"):
+        draw(base, None, [Cell("a", "b", width=18, height=16)])
+    with pytest.raises(SpecError, match="guidance is 1"):
+        draw(loaded("sd"), None, [Cell("a", "b", guidance=1.0)])
+
+
+def test_grids():
+    rows, columns = parse_grid("weight=0,0.5,1 seed=1,2", ["p"], ["a", "b"])
+    assert (rows.labels(), columns.labels()) == (
+        ["weight 0", "weight 0.5", "weight 1"], ["seed 1", "seed 2"],
+    )  # fmt: skip
+    table = cells_of((rows, columns), Cell("p"), {"a": 0.8, "b": 0.4})
+    assert table[0][1] == Cell("p", seed=2)
+    assert table[1][0].mix == {"a": 0.4, "b": 0.2}
+    rows, columns = parse_grid("prompt adapter", ["p", "q"], ["a"])
+    table = cells_of((rows, columns), Cell("p"), {"a": 0.8})
+    assert [[(c.prompt, c.mix) for c in row] for row in table] == [
+        [("p", None), ("p", {"a": 0.8})], [("q", None), ("q", {"a": 0.8})],
+    ]  # fmt: skip
+    (_, only) = parse_grid("step=5,10", ["p"], [])
+    assert [c.steps for c in cells_of((_, only), Cell("p"), {})[0]] == [5, 10]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour=1", "the axes are weight, adapter, prompt, seed, step"),
+        ("weight", "it has no values"),
+        ("weight=a", "'a' is no number"),
+        ("weight=1 weight=2", "weight is there twice"),
+        ("seed=1 step=2 prompt", "3 axes"),
+        ("seed=1.5", "no whole number"),
+        ("step=0", "at least 1"),
+        ("prompt=3", "there are 1 prompts"),
+        ("adapter=c", "no adapter is called c; there are: a, base"),
+        ("", "0 axes"),
+    ],
+)
+def test_bad_grids(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_grid(text, ["p"], ["a"])
+    with pytest.raises(InputError, match="there is no adapter to weigh"):
+        parse_grid("weight=1", ["p"], [])
+
+
+def test_sheets_and_what_pngs_tell(tmp_path):
+    picture = np.zeros((16, 24, 3), np.float32)
+    picture[:, :, 0] = 1.0
+    page = sheet([[picture, picture]], ["one"], ["seed 1", "seed 2"], "title")
+    assert page.width > 2 * 144  # each pixel is six by six
+    assert (255, 0, 0) in set(page.convert("RGB").get_flattened_data())
+    facts = {
+        "prompt": "a ü", "seed": 3, "steps": 5, "guidance": 7.5, "size": "24x16",
+        "negative": "dark", "base": "B", "adapters": [{"name": "s", "weight": 0.5}],
+    }  # fmt: skip
+    data = png(as_image(picture), facts)
+    assert data == png(as_image(picture), facts)
+    (tmp_path / "x.png").write_bytes(data)
+    with Image.open(tmp_path / "x.png") as read:
+        assert json.loads(read.text["lorakit"]) == facts
+        assert read.text["parameters"] == (
+            "a ü\nNegative prompt: dark\n"
+            "Steps: 5, CFG scale: 7.5, Seed: 3, Size: 24x16, Model: B, Lora: s=0.5"
+        )
