@@ -15,6 +15,7 @@ BENCHMARKS = {
     "gpu": "training steps on a GPU, beside PEFT and Liger",
     "full_or_lora": "full fine-tuning beside LoRA, both tuned, over seeds, with forgetting",
     "beside": "LoRA, a prefix, biases and norms, each alone and together, over seeds",
+    "classify": "a MiniLM classifier: LoRA, all weights, and a frozen base with a trained head",
     "full_finetune": "a fully fine-tuned checkpoint, in a plain loop",
     "extract": "what adapters extracted from such a checkpoint keep, by rank",
     "estimate": "predicted memory and time beside measured, for drawn settings",
