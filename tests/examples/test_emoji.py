@@ -18,7 +18,6 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 pytest.importorskip("resvg_py")
-pytest.importorskip("lorakit.images.pictures")
 
 import diffusers
 import transformers
