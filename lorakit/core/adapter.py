@@ -91,3 +91,19 @@ class Adapter:
     def with_(self, **changes: Any) -> Adapter:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+def hollow(adapter: Adapter) -> Adapter:
+    """An adapter of the same shapes, all zero, that takes no memory."""
+
+    def zeros(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_zeros(()).expand(tensor.shape)
+
+    sites: dict[str, Site] = {}
+    for path, site in adapter.sites.items():
+        if isinstance(site, Replace):
+            sites[path] = Replace({k: zeros(t) for k, t in site.tensors_by_name.items()})
+        else:
+            tensors: dict[str, Any] = {k: zeros(t) for k, t in site.tensors().items()}
+            sites[path] = replace(site, **tensors)
+    return adapter.with_(sites=sites)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.bases.identity import check_base, identify
-from lorakit.core.adapter import Adapter
+from lorakit.core.adapter import Adapter, hollow
 from lorakit.core.identity import BaseIdentity
 from lorakit.core.sites import LowRank, Prefix, Replace, Site
 from lorakit.core.spec import LoRASpec
@@ -230,7 +230,9 @@ class Handle:
                 prefix = path[len(owner_path) + 1 :]  # "bias" where the path is a parameter's
                 for key in site.tensors_by_name:
                     own.by_name[key or prefix] = bank.get(f"{path}.{key}" if key else path)
-        self._banks[name], self._sources[name] = bank, adapter
+        # what is trained moves away from these values; only a subtracted start is needed again
+        source = hollow(adapter) if trainable and not subtract else adapter
+        self._banks[name], self._sources[name] = bank, source
         if subtract:
             self._subtracted.add(name)
         self._unchecked.add(name)
