@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lorakit.core.adapter import Adapter
 from lorakit.core.safetensors_io import write_safetensors
-from lorakit.core.sites import LowRank, Site
+from lorakit.core.sites import LowRank, Prefix, Site
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, clipped, collected
 from lorakit.formats.carried import adapter_of, header_of
@@ -162,6 +162,9 @@ def _fitting(adapter: Adapter, hints: Hints) -> tuple[dict[str, LowRank], dict[s
     lost: dict[str, str] = {}
     all_dora = all(site.magnitude is not None for site in adapter.low_rank.values())
     for path, site in adapter.sites.items():
+        if isinstance(site, Prefix):
+            lost[path] = "a prefix of keys and values; MLX's adapters hold low-rank changes alone"
+            continue
         if not isinstance(site, LowRank):
             lost[path] = "trained whole; MLX's adapters hold low-rank changes alone"
             continue

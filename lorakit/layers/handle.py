@@ -183,7 +183,8 @@ class Handle:
                 + ("taken; choose another, or remove that one first" if name else "empty")
             )
         if isinstance(what, LoRASpec):
-            with self.use(None):  # a prefix begins as what the base computes
+            # a prefix begins as what the base computes
+            with self.use(None) if what.prefix else contextlib.nullcontext():
                 what = initial(self.model, what, seed)
         subtract = False
         if isinstance(what, Initial):

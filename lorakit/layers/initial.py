@@ -184,7 +184,14 @@ def initial(
     if spec.bias != "none":
         sites.update(_biases(model, spec, sites, whole))
     if spec.prefix:
-        sites.update(_prefix(model, spec.prefix, seed))
+        prefixes = _prefix(model, spec.prefix, seed)
+        both = [path for path in prefixes if path in sites]
+        if both:
+            raise TargetError(
+                collected("These modules are to be trained whole and to have a prefix", both)
+                + "\nLeave them out of train_modules, or the prefix."
+            )
+        sites.update(prefixes)
     targets = compact_targets(model, [p for p, s in sites.items() if isinstance(s, LowRank)])
     # the one fact about the base's layers that a PEFT folder states
     transposed = any(type(t.module).__name__ == "Conv1D" for t in targeted)
@@ -301,7 +308,8 @@ def _prefix(model: nn.Module, length: int, seed: int) -> dict[str, Site]:
     arXiv 2309.17453).
     """
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    rows = 1 if embedding is None else int(embedding.weight.shape[0])
+    weight = getattr(embedding, "weight", None)
+    rows = 1 if weight is None else int(weight.shape[0])
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, rows, (length,), generator=generator)
     first = getattr(getattr(model, "config", None), "bos_token_id", None)
