@@ -72,7 +72,8 @@ def available_bytes() -> int | None:
 def fitting_dtype(folder: Path, available: int | None = None) -> tuple[torch.dtype | None, str]:
     """The dtype to compare in, and why; ``None`` if the model does not fit in any.
 
-    float32 where it fits, for then only the merge's own rounding is seen; else as it is stored.
+    float64 where it fits, for then only the merge's own rounding is seen: a forward in float32
+    rounds more than a merge in float32 does. Else float32, and else as it is stored.
     """
     entries = open_checkpoint(folder).entries.values()
     available = available_bytes() if available is None else available
@@ -80,10 +81,12 @@ def fitting_dtype(folder: Path, available: int | None = None) -> tuple[torch.dty
     stored = sum(e.end - e.begin for e in entries)
     # one model at a time, with its temporaries and the other's logits
     room = math.inf if available is None else available - MAX_LOGIT_BYTES - 300_000_000
+    if count * 8 * 1.3 < room:
+        return torch.float64, ""
     if any(e.dtype == torch.float64 for e in entries):
-        return (torch.float64, "") if stored * 1.3 < room else (None, _too_large(stored, available))
+        return None, _too_large(stored, available)
     if count * 4 * 1.3 < room:
-        return torch.float32, ""
+        return torch.float32, "compared in float32, whose own rounding is part of the difference"
     dtype = max((e.dtype for e in entries), key=[e.dtype for e in entries].count)
     if stored * 1.3 < room and dtype.is_floating_point:
         return dtype, f"compared in {dtype}, for float32 does not fit into the memory"
@@ -162,7 +165,7 @@ def compare_merged(
 
 def _fitting(texts: Sequence[Sequence[int]], model: Any) -> list[list[int]]:
     width = int(getattr(model.config, "vocab_size", None) or 50_000)
-    left = max(2, MAX_LOGIT_BYTES // (4 * width))
+    left = max(2, MAX_LOGIT_BYTES // (8 * width))
     longest = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
     chosen = []
     for text in texts:

@@ -43,7 +43,7 @@ def test_it_merges_and_compares(base, adapter, tmp_path, capfd):
     assert facts["num_changed"] == 14
     assert 0 < facts["worst_row"] <= 1
     text = facts["text"]
-    assert text["dtype"] == "float32"
+    assert text["dtype"] == "float64"
     assert text["tokens"] > 50
     assert 0 < text["largest_logit_difference"] < 1e-4
     assert text["perplexity_merged"] == pytest.approx(text["perplexity_adapter"], rel=1e-5)
