@@ -99,7 +99,7 @@ def text_encoder() -> tuple[Any, Any]:
         )
     folder = Path(package.origin).parent / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, model_max_length=NUM_TOKENS)
-    model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False)
+    model = transformers.BertModel.from_pretrained(folder)
     model.config.use_attention_mask = True  # by which the pipeline hides padding from MiniLM
     return model.requires_grad_(False).eval(), tokenizer
 
