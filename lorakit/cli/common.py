@@ -99,7 +99,11 @@ def comma_list(*allowed: str) -> Callable[[str], tuple[str, ...]]:
 
 
 def add_base_arguments(
-    parser: argparse.ArgumentParser, *, required: bool = True, weights: bool = True
+    parser: argparse.ArgumentParser,
+    *,
+    required: bool = True,
+    weights: bool = True,
+    task: bool = False,
 ) -> None:
     """Add ``--base`` and how to load it.
 
@@ -107,6 +111,7 @@ def add_base_arguments(
         required: whether the command needs it (resuming a run reads it from the run).
         weights: whether the command loads the weights; without, only the tokenizer is read
             and the flags about weights are not offered.
+        task: whether it takes models other than causal language models.
     """
     group = parser.add_argument_group("base model")
     group.add_argument(
@@ -116,6 +121,10 @@ def add_base_arguments(
         help="hub id, folder, .gguf file, or smollm2 (SmolLM2-135M-Instruct)",
     )
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    if task:
+        from lorakit.cli.tasks import add_task_argument
+
+        add_task_argument(group)
     group.add_argument(
         "--trust-remote-code",
         action="store_true",

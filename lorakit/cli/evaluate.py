@@ -84,7 +84,7 @@ SHIPPED_TEXT = ""
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    add_base_arguments(parser)
+    add_base_arguments(parser, task=True)
     add_adapter_arguments(parser)
     parser.add_argument(
         "--full",
@@ -151,6 +151,8 @@ class _Question:
 
 def run(options: argparse.Namespace) -> int:
     """Load, judge, print."""
+    from lorakit.cli import tasks
+
     check_names([*options.adapter, *options.full])
     mixes = mixes_of(options.adapter, blend=options.blend)
     if options.no_base and not mixes and not options.full:
@@ -159,8 +161,11 @@ def run(options: argparse.Namespace) -> int:
         given = [*options.data, *([options.forgetting] if options.forgetting else [])]
         _check_save(options.save, given)
     refuse_models(options.adapter)
-    models = find_full_models(options.full, trust_remote_code=options.trust_remote_code)
     adapters = load_adapters(options.adapter)
+    task, why = tasks.chosen_task(options, options.data, adapters)
+    if task != tasks.CAUSAL:
+        return tasks.evaluate(options, task, why, adapters)
+    models = find_full_models(options.full, trust_remote_code=options.trust_remote_code)
     base = load_base_from(options)
     use_tokenizer(base, adapters)
     check_tokenizers(base, models, trust_remote_code=options.trust_remote_code)

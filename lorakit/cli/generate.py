@@ -58,7 +58,7 @@ _LEAST_COLUMN = 36
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    add_base_arguments(parser)
+    add_base_arguments(parser, task=True)
     add_adapter_arguments(parser)
     parser.add_argument("--with-base", action="store_true", help="the bare base beside adapters")
     parser.add_argument(
@@ -118,11 +118,16 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     models = _models(options)
     prompts = _read_prompts(options)
+    from lorakit.cli import tasks
     from lorakit.infer import answers, stream
     from lorakit.infer.sampling import Sampling
 
     Sampling(options.temperature, options.top_p, options.seed)  # raises before anything is loaded
     adapters = load_adapters(options.adapter)
+    task, why = tasks.chosen_task(options, None, adapters)
+    if task not in (tasks.CAUSAL, "seq2seq"):  # those are written as in training, and streamed
+        mixes = {model.name: model.mix for model in models}
+        return tasks.generate(options, task, why, mixes, prompts, adapters)
     base = load_base_from(options, task=_task(options))
     use_tokenizer(base, adapters)
     handle = attach_adapters(base, adapters, allow_other=options.allow_other_base)

@@ -38,7 +38,7 @@ _SUPERVISED = "bold green"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    add_base_arguments(parser, weights=False)
+    add_base_arguments(parser, weights=False, task=True)
     add_data_arguments(parser)
     parser.add_argument(
         "--rows", type=count, default=3, metavar="N", help="examples to show; default 3"
@@ -51,8 +51,12 @@ def run(options: argparse.Namespace) -> int:
     import dataclasses
 
     from lorakit.bases import base_config, context_length, load_tokenizer
+    from lorakit.cli import tasks
     from lorakit.data import load_data
 
+    task, why = tasks.chosen_task(options, options.data)
+    if task != tasks.CAUSAL:
+        return tasks.preview(options, task, why)
     where: dict[str, Any] = {
         "revision": options.revision,
         "trust_remote_code": options.trust_remote_code,

@@ -87,7 +87,7 @@ _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     _add_run_arguments(parser)
-    add_base_arguments(parser, required=False)
+    add_base_arguments(parser, required=False, task=True)
     add_data_arguments(parser, required=False)
     _add_validation_arguments(parser)
     _add_adapter_arguments(parser)
@@ -438,7 +438,7 @@ def run(options: argparse.Namespace) -> int:
             result = _resume(options, world)
         elif _started_before(options, world):
             result = _resume_exactly(options, options.out, world)
-        elif options.lr == "auto" and not options.full:
+        elif options.lr == "auto" and not options.full and _is_causal(options):
             from lorakit.cli.tune import train_at_found_rate
 
             result = train_at_found_rate(options, world)
@@ -482,6 +482,12 @@ def _train_many(plan: Plan, options: argparse.Namespace, world: World) -> int:
     return train_many.run(plan, options)
 
 
+def _is_causal(options: argparse.Namespace) -> bool:
+    from lorakit.cli import tasks
+
+    return tasks.chosen_task(options, options.data)[0] == tasks.CAUSAL
+
+
 def _started_before(options: argparse.Namespace, world: World) -> bool:
     """Whether torchrun's agent gives this command once more, after it has made its run folder."""
     from lorakit.train.folder import RunFolder
@@ -494,6 +500,7 @@ def _started_before(options: argparse.Namespace, world: World) -> bool:
 
 
 def _start(options: argparse.Namespace, world: World) -> RunResult:
+    from lorakit.cli import tasks
     from lorakit.train.folder import RunFolder
 
     needed = {
@@ -507,9 +514,16 @@ def _start(options: argparse.Namespace, world: World) -> RunResult:
         )
     # what can be refused without loading anything comes first
     what_of(options)
+    if options.lr == "auto":
+        raise SpecError("--lr auto: the search trains causal language models; give a number")
     settings_of(options)
     world.share(RunFolder(Path(options.out)).check_new)
     options.device = world.device(options.device)
+    task, why = tasks.chosen_task(options, options.data)
+    if task != tasks.CAUSAL:
+        callbacks = _callbacks(options, options.report_to or ()) if world.first else []
+        return tasks.trainer_for(options, task, why, world, callbacks).run()
+    _say(options, f"Task: {task} ({why})")
     base = load_shared_base(options, quiet=options.quiet)
     callbacks = _callbacks(options, options.report_to or ()) if world.first else []
     return trainer_on(base, options, options.out, callbacks, world, say=not options.quiet).run()
@@ -617,6 +631,11 @@ def trainer_on(
     from lorakit.train import Origin, Trainer
     from lorakit.workflows.calibrate import calibrate
 
+    if options.task not in (None, "causal"):
+        raise SpecError(
+            f"--task {options.task}: many adapters at once are those of causal language models; "
+            "train each of them alone"
+        )
     settings, what = settings_of(options), what_of(options)
     origin = Origin(
         base=_base_options(options),

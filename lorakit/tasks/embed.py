@@ -78,6 +78,9 @@ class Embed(RowKind):
         found = _pooling_of(str(config.get("_folder", "")))
         return self if found is None else replace(self, pooling=found)
 
+    def from_base(self, config: Mapping[str, Any], name: str) -> Embed:
+        return self.fitted(RowSpec((name,)), config)
+
     def load_data(self, spec: RowSpec, base: Base) -> RowData:
         texts = Texts(spec, base, "anchor")
 

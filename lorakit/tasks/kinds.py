@@ -15,7 +15,7 @@ from lorakit.core.spec import LoRASpec
 from lorakit.data.columns import checked_text
 from lorakit.data.rows import RowError, shown
 from lorakit.data.template import Template, parse_template
-from lorakit.errors import BaseError, DataError
+from lorakit.errors import BaseError, DataError, InputError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.tasks.names import Recompute
@@ -53,9 +53,28 @@ class RowKind:
         """
         return self
 
+    def from_base(self, config: Mapping[str, Any], name: str) -> RowKind:
+        """The kind with what the base alone tells, where there is no data.
+
+        Args:
+            name: of the base, for messages.
+
+        Raises:
+            InputError: the labels are not known.
+        """
+        if not hasattr(self, "labels"):
+            return self
+        labels = known_labels(config)
+        if not labels:
+            raise InputError(
+                f"nothing tells which labels there are: {name} names none, and no adapter that "
+                "lorakit trained is given"
+            )
+        return dataclasses.replace(self, labels=labels)  # type: ignore[type-var]
+
     @property
     def load_base(self) -> Callable[..., Base]:
-        return partial(_load, self.base_task, self.num_labels)
+        return partial(_load, self.base_task, self.num_labels, getattr(self, "labels", ()))
 
     @property
     def num_labels(self) -> int | None:
@@ -136,9 +155,14 @@ class RowKind:
         return self.predict(base, handle, adapter, inputs, max_new_tokens)
 
 
-def _load(task: str, num_labels: int | None, **arguments: Any) -> Base:
+def _load(task: str, num_labels: int | None, labels: Sequence[str], **arguments: Any) -> Base:
     # the signature that run.yaml's section is checked against is open; load_base checks it
-    return load_base(**arguments, task=task, num_labels=num_labels)  # type: ignore[arg-type]
+    base = load_base(**arguments, task=task, num_labels=num_labels)  # type: ignore[arg-type]
+    if labels:  # so that a model that is saved whole knows them too
+        config: Any = base.model.config
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    return base
 
 
 # --- texts -------------------------------------------------------------------------------------
@@ -295,12 +319,13 @@ def class_metrics(logits: np.ndarray, truth: Sequence[int]) -> dict[str, float]:
 
 def head_of(model: torch.nn.Module) -> list[str]:
     """Paths of a classifier's head: the modules behind the body that have parameters."""
+    from lorakit.layers.handle import CHILD
     from lorakit.layers.targets import output_heads
 
     return [
         path
         for path in output_heads(model)
-        if any(True for _ in model.get_submodule(path).parameters())
+        if path != CHILD and any(True for _ in model.get_submodule(path).parameters())
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lorakit.errors import InputError
@@ -58,12 +58,14 @@ def row_kind(name: str, **settings: Any) -> RowKind:
     return made
 
 
-def fitting_task(config: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, str]:
+def fitting_task(
+    config: Mapping[str, Any], columns: Callable[[], Sequence[str]]
+) -> tuple[str, str]:
     """Which task fits a base and the columns of the data, and why, as a clause.
 
     Args:
         config: the base's, as plain data.
-        columns: of the first row; empty where there are none, such as in folders of pictures.
+        columns: gives those of the first row, where they decide; none in folders of pictures.
     """
     from transformers.models.auto import modeling_auto as auto
 
@@ -82,9 +84,10 @@ def fitting_task(config: Mapping[str, Any], columns: Sequence[str]) -> tuple[str
     encodes = model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if decodes and not (encodes and not config.get("is_decoder")):
         return CAUSAL.name, f"{named_so} continues text"
+    there = columns() if encodes else ()
     for name in ("embed", "classify"):
         fields = row_kind(name).fields
-        if fields.fits(columns) and not (name == "embed" and "label" in columns):
+        if fields.fits(there) and not (name == "embed" and "label" in there):
             rows = " and ".join(fields.needs)
             return name, f"{named_so} reads a text whole, and the rows have {rows}"
     if encodes or _ends(names, "ForSequenceClassification"):

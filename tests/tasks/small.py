@@ -154,6 +154,80 @@ def write_whisper(folder: Path) -> Path:
     return folder
 
 
+_CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }} {% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %} {% endfor %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant {% endif %}"
+)
+
+
+def write_smolvlm(folder: Path) -> Path:
+    """Idefics3, which SmolVLM is: a picture of 16 pixels is 16 patches and 4 tokens."""
+    marks = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>"]
+    names = [*SPECIAL, *marks, "system", "user", "assistant", *WORDS]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=marks,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    pictures = transformers.Idefics3ImageProcessorPil(
+        size={"longest_edge": 16}, max_image_size={"longest_edge": 16}, do_image_splitting=False
+    )
+    transformers.Idefics3Processor(
+        pictures, tokenizer, image_seq_len=4, chat_template=_CHAT
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.Idefics3Config(
+        image_token_id=5,
+        scale_factor=2,
+        pad_token_id=0,
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(names),
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 96,
+            **_IDS,
+        },
+    )
+    transformers.Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def write_chats(folder: Path, number: int) -> list[dict]:
+    """Chats about red and blue squares."""
+    rows = []
+    for i, row in enumerate(write_pictures(folder, number)):
+        ask = [{"type": "image", "image": row["image"]}, {"type": "text", "text": f"w{i % 9} w2"}]
+        answer = f"w{10 if row['label'] == 'red' else 11} w{i % 5}"
+        rows.append(
+            {
+                "messages": [
+                    {"role": "user", "content": ask},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
+        )
+    return rows
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

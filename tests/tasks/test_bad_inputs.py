@@ -1,0 +1,172 @@
+"""What is wrong with data, base or flags of these kinds: exit 2, one message, no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from lorakit.cli.main import main
+from lorakit.tasks.registry import fitting_task
+
+from . import small
+
+
+@pytest.fixture
+def place(benches, tmp_path):
+    """Makes the flags of a training on a bench's base, with rows of one's own."""
+
+    def made(name, rows, *more, command="train", folder=None):
+        folder = folder or tmp_path
+        file = small.write_rows(folder / "rows.jsonl", rows)
+        flags = [command, "--base", str(benches[name].folder), "--data", str(file), *more]
+        return [*flags, *(["--out", str(tmp_path / "run")] if command == "train" else [])]
+
+    return made
+
+
+def texts(**changes):
+    """Rows of a classifier, of which some are changed: ``row=value of label``."""
+    rows = [{"text": row["text"], "label": row["label"]} for row in small.texts(8)]
+    for number, value in changes.items():
+        rows[int(number[1:])].update(value)
+    return rows
+
+
+def said(arguments, capsys, *parts):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    for part in parts:
+        assert part in captured.err, captured.err
+    return captured.err
+
+
+CLASSIFIERS = {
+    "no label": (texts(r2={"label": None}), "line 3: the label is null"),
+    "a label that is no class": (texts(r2={"label": [1]}), "the label is a list of 1"),
+    "an empty text": (texts(r0={"text": " "}), "the text is empty"),
+    "a number for a text": (texts(r1={"text": 5}), "the text is the number 5"),
+    "one label": (
+        [{**row, "label": "a"} for row in texts()],
+        "every row has the label 'a'; a classifier needs at least two",
+    ),
+    "a label for each row": (
+        [{**row, "label": f"{i} is long"} for i, row in enumerate(texts() * 10)],
+        "that is no set of classes",
+    ),
+    "too long": (texts(r3={"text": "w1 " * 40}), "42 tokens; at most 32 fit"),
+    "no column": ([{"a": "x", "b": "y"}], "no column is known as the text"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSIFIERS)
+def test_rows_of_a_classifier(place, capsys, case):
+    rows, message = CLASSIFIERS[case]
+    said(place("classify", rows, "--task", "classify"), capsys, message)
+
+
+def test_a_text_that_is_cut_is_used(place, capsys):
+    rows = texts(r3={"text": "w1 " * 40})
+    assert main(place("classify", rows, "--truncate", command="preview")) == 0
+    assert "line 1" in capsys.readouterr().out
+
+
+def test_pictures(place, tmp_path, capsys):
+    rows = small.write_pictures(tmp_path, 6)
+    (tmp_path / "2.png").write_bytes(b"\x89PNG broken")
+    rows[4]["image"] = "lost.png"
+    told = said(place("vision", rows), capsys, "2 of 6 rows cannot be used")
+    assert "2.png is no picture that can be read" in told
+    assert "lost.png: No such file or directory" in told
+
+
+def test_recordings(place, tmp_path, capsys):
+    rows = small.write_sounds(tmp_path, 5)
+    small.write_sound(tmp_path / "0.wav", 300, rate=8000)
+    small.write_sound(tmp_path / "1.wav", 300, seconds=2)
+    content = (tmp_path / "2.wav").read_bytes()
+    (tmp_path / "2.wav").write_bytes(content[:-100])
+    (tmp_path / "3.wav").write_bytes(b"no sound at all")
+    told = said(place("speech", rows), capsys, "4 of 5 rows cannot be used")
+    assert "8000 samples a second and the base takes 16000" in told
+    assert "1.wav: 2.0 seconds; cut it into parts" in told
+    assert "2.wav is damaged: it ends before its last sample" in told
+    assert "3.wav cannot be read as sound" in told
+
+
+def test_a_single_pair(place, capsys):
+    rows = [{"anchor": "w1", "positive": "w2"}]
+    said(place("embed", rows), capsys, "nothing to contrast it with")
+
+
+FLAGS = [
+    ("classify", ["--system", "Be kind"], "--system: it is about texts that are continued"),
+    ("classify", ["--loss-on", "all"], "--loss-on: it is about texts that are continued"),
+    ("classify", ["--lr", "auto"], "--lr auto: the search trains causal language models"),
+    ("classify", ["--init", "eva"], "--init eva: it looks at the texts of causal language models"),
+    ("classify", ["--map", "label=nothing"], "there is no column 'nothing'"),
+    ("classify", ["--map", "prompt=text"], "--map prompt: classify has no such field"),
+    ("classify", ["--task", "causal"], "weights of BertLMHeadModel"),
+    ("t5", ["--task", "classify"], "no column is known as the label"),
+    ("t5", ["--task", "vision"], "no column is known as the image"),
+    ("t5", ["--recompute", "offload"], "offloading needs fused layers"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "message"), FLAGS)
+def test_flags(benches, tmp_path, capsys, name, flags, message):
+    bench = benches[name]
+    arguments = ["train", "--base", str(bench.folder), "--data", str(bench.file)]
+    said([*arguments, "--out", str(tmp_path / "run"), *flags], capsys, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bases_that_lack_what_reads_their_input(benches, tmp_path, capsys):
+    for name, file, message in (
+        ("vision", "preprocessor_config.json", "so pictures cannot be read for it"),
+        ("classify", "tokenizer.json", "so text cannot become tokens"),
+    ):
+        bench = benches[name]
+        folder = tmp_path / name
+        shutil.copytree(bench.folder, folder)
+        (folder / file).unlink()
+        (folder / "tokenizer_config.json").unlink(missing_ok=True)
+        arguments = ["train", "--base", str(folder), "--data", str(bench.file)]
+        said([*arguments, "--out", str(tmp_path / "run")], capsys, message)
+
+
+def test_judging_and_asking(benches, tmp_path, capsys):
+    bench = benches["classify"]
+    base = ["--base", str(bench.folder)]
+    data = ["--data", str(bench.file)]
+    message = "--metrics bleu: the answers of classify are no texts"
+    said(["eval", *base, *data, "--metrics", "bleu"], capsys, message)
+    message = "--forgetting: it is the loss of a causal language model"
+    said(["eval", *base, *data, "--forgetting", str(bench.file)], capsys, message)
+    asked = ["generate", *base, "--prompt", "w1"]
+    said([*asked, "--task", "classify"], capsys, "nothing tells which labels there are")
+    said([*asked, "--task", "embed"], capsys, "makes vectors, not text")
+    vision = ["generate", "--base", str(benches["vision"].folder), "--prompt", "lost.png"]
+    said([*vision, "--task", "vision"], capsys, "nothing tells which labels there are")
+
+
+def test_what_is_guessed(benches):
+    """By the base, and by the rows where the base leaves it open."""
+
+    def guess(name, *columns):
+        config = json.loads((benches[name].folder / "config.json").read_text())
+        return fitting_task(config, lambda: columns)[0]
+
+    assert guess("t5", "text", "label") == "seq2seq"
+    assert guess("bart", "prompt", "completion") == "seq2seq"
+    assert guess("speech") == "speech"
+    assert guess("vision") == "vision"
+    assert guess("classify", "text", "label") == "classify"
+    assert guess("classify", "sentence1", "sentence2", "label") == "classify"
+    assert guess("classify", "anchor", "positive") == "embed"
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    assert fitting_task(llama, lambda: ["text", "label"])[0] == "causal"
+    assert fitting_task({"model_type": "gpt2"}, list)[0] == "causal"
