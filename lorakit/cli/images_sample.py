@@ -177,6 +177,8 @@ def run(options: argparse.Namespace) -> int:
     cells = _as_learnt(options, adapters, cells)
     base = load_pipeline_from(options)
     check_cells(base, cells)
+    for note in base.cut_captions(prompts):
+        say(note)
     handle = _attach(options, base, adapters)
     from lorakit.cli.meter import meter
 

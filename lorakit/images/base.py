@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -24,7 +24,7 @@ from lorakit.bases.load import Base
 from lorakit.bases.placement import Placement, choose_placement
 from lorakit.bases.quantize import check_quantised, keep_bytes_in_order_
 from lorakit.bases.quiet import quiet_transformers
-from lorakit.errors import BaseError
+from lorakit.errors import BaseError, clipped
 from lorakit.images.families import (
     BY_PIPELINE,
     Family,
@@ -87,6 +87,25 @@ class PictureBase(Base):
         """Side of the squares that it makes, unasked."""
         return resolution_of(self.pipe)
 
+    def cut_captions(self, captions: Sequence[str]) -> list[str]:
+        """A sentence for each text encoder that does not read some of these to their end."""
+        found = []
+        for name in self.family.text_encoders:
+            tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"), None)
+            if tokenizer is None or not captions:
+                continue
+            limit = tokenizer.model_max_length
+            if _is_t5(getattr(self.pipe, name)) and self.text_length is not None:
+                limit = self.text_length
+            ids = tokenizer(list(captions), verbose=False).input_ids
+            long = [text for text, one in zip(captions, ids, strict=True) if len(one) > limit]
+            if long:
+                found.append(
+                    f"{name} reads {limit} tokens, and {len(long)} of {len(captions)} captions are "
+                    f"longer, such as {clipped(long[0], 80)!r}; it does not see their ends"
+                )
+        return found
+
 
 def load_pipeline(
     ref: str | PathLike[str],
@@ -118,7 +137,7 @@ def load_pipeline(
     location = fspath(ref)
     _check_place(location)
     (say or _log.info)(f"Reading the pipeline {location}")
-    with quiet_transformers(), explained(location, "the pipeline"), _quiet_diffusers():
+    with quiet_transformers(), explained(location, "the pipeline"), quiet_diffusers():
         told = _index_of(diffusers, location, revision)
         named = str(told.get("_class_name"))
         family = BY_PIPELINE.get(named)
@@ -233,17 +252,18 @@ def _index_of(diffusers: Any, location: str, revision: str | None) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _quiet_diffusers() -> Iterator[None]:
+def quiet_diffusers() -> Iterator[None]:
     """diffusers' log at errors only, and no bars, for a while: what it says is in our notes."""
     logs = require("diffusers", extra="images").utils.logging
-    level = logs.get_verbosity()
+    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
     logs.disable_progress_bar()
     try:
         yield
     finally:
         logs.set_verbosity(level)
-        logs.enable_progress_bar()
+        if bars:
+            logs.enable_progress_bar()
 
 
 # --- four bits -----------------------------------------------------------------------------------
@@ -278,11 +298,6 @@ def _quantised_(components: dict[str, nn.Module], quantize: str, placement: Plac
         component.to(placement.device)
         keep_bytes_in_order_(component)
         check_quantised(component)
-    if not count:
-        raise BaseError(
-            f"no linear of {', '.join(chosen)} has a multiple of {_BLOCK} inputs, so nothing "
-            "would be stored in 4 bits. Leave --quantize out"
-        )
     return f"{count} linears of {', '.join(chosen)} are stored as nf4"
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lorakit.core.files import atomic_file, cache_dir
 from lorakit.core.safetensors_io import read_safetensors, write_safetensors
 from lorakit.errors import FormatError
-from lorakit.images.base import PictureBase
+from lorakit.images.base import PictureBase, quiet_diffusers
 from lorakit.images.buckets import Placed
 from lorakit.images.pictures import Picture, opened
 from lorakit.optional import require
@@ -227,7 +227,8 @@ def encoded_picture(
 @torch.no_grad()
 def encoded_caption(base: PictureBase, caption: str) -> dict[str, Tensor]:
     """A caption's conditioning on the CPU; see :meth:`Cache.text`."""
-    made = base.family.encode(base.pipe, [caption], base.text_length)
+    with quiet_diffusers():  # it warns of what is cut, which the data's report says
+        made = base.family.encode(base.pipe, [caption], base.text_length)
     return {name: tensor[0].cpu().contiguous() for name, tensor in made.items()}
 
 

@@ -224,7 +224,10 @@ class PictureData(Sequence[PictureExample]):
         return str(self._at(int(index) % len(self))[0].path)
 
     def prompt_key(self, index: int) -> bytes:
-        """The picture's own; a copy of it, and its repetitions, are on the same side of a split."""
+        """The picture's own; a copy of it, and its repetitions, are on the same side of a split.
+        Those of a class that is to stay have one together, and so are never held out."""
+        if int(index) % len(self) >= self._half:
+            return b"prior"
         return bytes.fromhex(self._at(int(index) % len(self))[0].digest)[:16]
 
     @property
@@ -318,6 +321,8 @@ def load_pictures(plan: PicturesPlan, base: PictureBase) -> PictureData:
             f"prior_weight is {settings.prior_weight:g}, but there are no pictures of a class to "
             "keep; give --prior-data"
         )
+    captions = list(dict.fromkeys(picture.caption for picture, _ in own))
+    report = replace(report, notes=(*report.notes, *base.cut_captions(captions)))
     repeats = math.ceil(plan.least / (len(own) + len(prior)))
     if repeats > 1:
         note = (

@@ -47,7 +47,9 @@ def test_the_pictures_are_those_of_diffusers(family):
     assert np.abs(mine - theirs).max() <= 1e-6
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "flux"]
+)
 def test_pictures_of_several_adapters_share_forwards(family):
     """Guidance doubles the rows; each picture is as if it were drawn alone, up to the rounding of
     products of other sizes, which guidance enlarges."""

@@ -7,6 +7,7 @@ import torch
 
 import lorakit
 from lorakit.core.spec import LoRASpec
+from lorakit.data import split
 from lorakit.errors import BaseError, DataError, SpecError
 from lorakit.images.data import PictureSettings, PicturesPlan, load_pictures
 from lorakit.images.noise import NoiseModel, generator_of
@@ -188,6 +189,9 @@ def test_pictures_of_a_class_that_is_to_stay(base, folder, attached, tmp_path):
     assert len(data) == 16  # six pictures, some of them twice, and eight of the class
     assert [data[i].is_prior for i in (0, 7, 8, 15)] == [False, False, True, True]
     assert data[6].picture == data[0].picture
+    _, held = split(data, 0.2, 0)
+    assert len(held) > 0
+    assert not any(data[int(i)].is_prior for i in held)
     weighed = task.losses([Stretch([data[9]], "a")])
     torch.testing.assert_close(weighed, 0.25 * task.losses([Stretch([plain[9]], "a")]))
     torch.testing.assert_close(

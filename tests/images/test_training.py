@@ -217,6 +217,7 @@ def test_killed_anywhere_and_resumed(base, folder, tmp_path, monkeypatch):
     assert files_of(out) == expected
 
 
+@pytest.mark.slow  # that rows which share a forward are as if alone, test_task has in float64
 def test_styles_that_are_trained_together_are_as_if_alone(base, tmp_path):
     """Adapters and losses up to rounding, which AdamW enlarges where gradients are tiny."""
     folders = [tiny.pictures(tmp_path / name, count) for name, count in (("x", 6), ("y", 9))]
