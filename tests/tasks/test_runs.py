@@ -1,0 +1,134 @@
+"""Runs of every kind through the same trainer: resume, files of the run, the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorakit.cli import tasks as command
+from lorakit.cli.main import main
+from lorakit.core.spec import LoRASpec
+from lorakit.errors import Interrupted, SpecError
+from lorakit.formats import load_adapter
+from lorakit.tasks.names import TASKS
+from lorakit.train import Full, Trainer, TrainSettings, train_together
+from tests.train.test_resume import Signal
+
+SETTINGS = {"steps": 6, "batch_size": 4, "lr": 0.01, "samples": 1, "validation_fraction": 0.2}
+
+
+def trainer(bench, out, *, rank=2, dropout=0.2, callbacks=(), base=None, **settings):
+    base = base or bench.base()
+    spec, _ = bench.kind.adapter_spec(LoRASpec(rank=rank, alpha=4, dropout=dropout), base)
+    return Trainer(
+        base, spec, bench.data(base), TrainSettings(**{**SETTINGS, **settings}), out,
+        callbacks=callbacks, task=bench.kind,
+    )  # fmt: skip
+
+
+def weights(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_bit(bench, tmp_path):
+    whole = trainer(bench, tmp_path / "whole").run()
+    with pytest.raises(Interrupted):
+        trainer(bench, tmp_path / "cut", callbacks=[Signal(3)]).run()
+    resumed = Trainer.resume(tmp_path / "cut")  # base, data and kind from run.yaml alone
+    assert resumed.steps == whole.steps == 6
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    rows = [
+        json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    ]
+    last = [row for row in rows if row["kind"] == "eval"][-1]
+    told = set(last.get("metrics", {})) | ({"perplexity"} if "perplexity" in last else set())
+    expected_names = {
+        "classify": {"accuracy", "macro_f1"},
+        "vision": {"accuracy", "macro_f1"},
+        "embed": {"accuracy", "mrr"},
+    }
+    assert told == expected_names.get(bench.name, {"perplexity"})
+    assert (tmp_path / "cut" / "report.html").stat().st_size > 5000
+    adapter = load_adapter(tmp_path / "cut" / "adapter")
+    assert adapter.provenance["task"]["name"] == bench.kind.name
+    assert adapter.task_type == bench.kind.peft_type
+
+
+def test_runs_of_one_kind_share_forwards_and_come_out_as_alone(benches, tmp_path):
+    bench = benches["classify"]
+    base = bench.base()
+    alone = [trainer(bench, tmp_path / f"alone{r}", rank=r).run() for r in (2, 3)]
+    both = train_together(
+        [trainer(bench, tmp_path / f"both{r}", rank=r, base=base) for r in (2, 3)]
+    )
+    for rank, one, other in zip((2, 3), alone, both, strict=True):
+        assert other.best_loss == pytest.approx(one.best_loss, rel=1e-5)
+        expected = weights(tmp_path / f"alone{rank}")
+        found = weights(tmp_path / f"both{rank}")
+        for name, tensor in expected.items():
+            assert torch.allclose(found[name], tensor, atol=1e-5), name
+
+
+def test_contrast_couples_runs_and_is_refused(benches, tmp_path):
+    bench = benches["embed"]
+    base = bench.base()
+    first, second = train_together(
+        [trainer(bench, tmp_path / name, base=base) for name in ("one", "two")]
+    )
+    assert first.steps == 6
+    assert isinstance(second, SpecError)
+    assert "contrasts it with the other pairs of its batch" in str(second)
+    with pytest.raises(SpecError, match="micro_batch would cut it"):
+        trainer(bench, tmp_path / "three", micro_batch=2).run()
+
+
+def test_runs_of_two_kinds_do_not_share_a_model(benches, tmp_path):
+    first = benches["classify"]
+    base = first.base()
+    other = trainer(benches["embed"], tmp_path / "b", base=benches["embed"].base())
+    other._base = base  # as if somebody had loaded it once for both
+    found = train_together([trainer(first, tmp_path / "a", base=base), other])
+    assert isinstance(found[1], Exception)
+
+
+def test_all_weights_of_a_classifier(benches, tmp_path):
+    bench = benches["classify"]
+    base = bench.base()
+    result = Trainer(
+        base, Full(), bench.data(base), TrainSettings(**{**SETTINGS, "lr": 1e-3}),
+        tmp_path / "full", task=bench.kind,
+    ).run()  # fmt: skip
+    assert result.model is not None
+    config = json.loads((result.model / "config.json").read_text())
+    assert [config["id2label"][str(i)] for i in range(3)] == ["a", "b", "c"]
+    assert result.best_loss < result.base_loss
+
+
+def test_the_command_line(benches, tmp_path, capsys):
+    bench = benches["classify"]
+    arguments = ["--base", str(bench.folder), "--data", str(bench.file)]
+    out = str(tmp_path / "run")
+    flags = ["--steps", "3", "--rank", "2", "--lr", "0.01", "--validation-fraction", "0.2"]
+    assert main(["train", *arguments, "--out", out, *flags]) == 0
+    err = capsys.readouterr().err
+    assert "Task: classify (BertModel reads a text whole, and the rows have text and label)" in err
+    assert "the head (classifier) is new, is trained whole and is saved in the adapter" in err
+    assert main(["eval", *arguments, "--adapter", out, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in told["models"]] == ["base", "run"]
+    assert set(told["models"][1]["metrics"]) == {"accuracy", "macro_f1"}
+    base = ["--base", str(bench.folder)]
+    assert main(["generate", *base, "--adapter", out, "--prompt", "w1 w2", "--json"]) == 0
+    text = json.loads(capsys.readouterr().out)["answers"][0]["text"]
+    assert text.split(" ")[0] in ("a", "b", "c")
+    assert main(["preview", *arguments, "--rows", "1"]) == 0
+    assert "Labels: a" in capsys.readouterr().out
+
+
+def test_the_names_of_tasks_are_repeated_in_the_command_line():
+    assert command.TASKS == TASKS
