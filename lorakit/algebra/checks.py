@@ -116,7 +116,10 @@ def _low_rank_problems(own: Sequence[tuple[Site, float, str]], num_adapters: int
 
 
 def _shape(site: LowRank) -> tuple[str, tuple[int, ...], int, int]:
-    return site.kind, tuple(site.A.shape[1:]), int(site.B.shape[0]), num_groups(site)
+    groups = num_groups(site)
+    if site.kind == "experts":
+        return site.kind, (groups, int(site.A.shape[2])), groups * int(site.B.shape[1]), groups
+    return site.kind, tuple(site.A.shape[1:]), int(site.B.shape[0]), groups
 
 
 def _replace_problems(own: Sequence[tuple[Site, float, str]], *, linear: bool) -> list[str]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from lorakit.core.adapter import Adapter
 from lorakit.core.identity import compare_identities
 from lorakit.core.linalg import factors
-from lorakit.core.sites import LowRank, Replace
+from lorakit.core.sites import LowRank, Replace, Site
 from lorakit.errors import BaseError, FormatError, InputError, collected
 
 Of = Literal["delta", "factors"]
@@ -153,6 +153,7 @@ def compare(
     if of not in ("delta", "factors"):
         raise InputError(f"of is {of!r}; expected 'delta' or 'factors'")
     notes = _base_notes(first, second, allow_other_base)
+    first, second = _experts_apart(first), _experts_apart(second)
     common = [path for path in first.sites if path in second.sites]
     problems = [text for path in common for text in _misfit(path, first, second)]
     if problems:
@@ -177,6 +178,19 @@ def compare(
     )
     notes += _notes(first, second)
     return Comparison(tuple(pairs), tuple(whole), (only[0], only[1]), tuple(notes))
+
+
+def _experts_apart(adapter: Adapter) -> Adapter:
+    """Each expert of fused ones as a site of its own, called ``path[number]``."""
+    if all(site.kind != "experts" for site in adapter.low_rank.values()):
+        return adapter
+    sites: dict[str, Site] = {}
+    for path, site in adapter.sites.items():
+        if isinstance(site, LowRank) and site.kind == "experts":
+            sites |= {f"{path}[{e}]": own for e, own in enumerate(site.by_expert())}
+        else:
+            sites[path] = site
+    return adapter.with_(sites=sites)
 
 
 # --- one site ----------------------------------------------------------------------------------

@@ -20,8 +20,10 @@ from lorakit.algebra.settings import fingerprint, spec_of, targeting, without_re
 from lorakit.algebra.svd import (
     Loss,
     Spectrum,
+    directions_at,
     distance,
     norm,
+    num_directions,
     num_groups,
     spectrum,
     total,
@@ -73,7 +75,7 @@ def compress(
             logger.warning("%d of %d sites get no rank: %s", len(dropped), len(spectra), listed)
         return smaller
     if rank is not None:
-        chosen = {path: max(1, rank // num_groups(s)) for path, s in adapter.low_rank.items()}
+        chosen = {path: directions_at(site, rank) for path, site in adapter.low_rank.items()}
         return _built(adapter, spectra, chosen, {"rank": rank})
     assert energy is not None
     chosen = {path: _for_energy(one, energy) for path, one in spectra.items()}
@@ -98,8 +100,7 @@ def size_at_rank(adapter: Adapter, rank: int) -> int:
     """Parameters of ``compress(adapter, rank=rank)``."""
     saved = 0
     for site in adapter.low_rank.values():
-        groups = num_groups(site)
-        saved += _cost(site) * max(0, site.rank // groups - max(1, rank // groups))
+        saved += _cost(site) * max(0, num_directions(site) - directions_at(site, rank))
     return adapter.num_parameters - saved
 
 
@@ -119,7 +120,7 @@ def _cut(site: LowRank, whole: Spectrum, directions: int) -> _Cut:
     size = norm(site)
     if directions == 0:
         return _Cut(None, Loss(size, size))
-    if directions * num_groups(site) >= site.rank:
+    if directions >= num_directions(site):
         return _Cut(site, Loss(0.0, size))
     smaller = truncated(site, whole, min(directions, len(whole.S[0])))
     return _Cut(smaller, Loss(distance(site, smaller), size))
@@ -236,7 +237,7 @@ def _fixed(adapter: Adapter) -> int:
 
 def _cost(site: LowRank) -> int:
     """Parameters of one direction in each group."""
-    return num_groups(site) * site.A[0].numel() + int(site.B.shape[0])
+    return (site.A.numel() + site.B.numel()) // num_directions(site)
 
 
 def _check(

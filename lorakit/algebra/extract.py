@@ -405,8 +405,8 @@ def _site(place: Place, factors: Sequence[tuple[Tensor, Tensor]], shape: tuple[i
     left, right = factors[0]
     if place.kind == "embedding" or place.transposed:  # the stored weight is (B A)ᵀ
         return LowRank(left.T.contiguous(), right.contiguous(), 1.0, place.kind)
-    if place.kind == "linear":
-        return LowRank(right.T.contiguous(), left.contiguous(), 1.0)
+    if place.kind in ("linear", "router"):
+        return LowRank(right.T.contiguous(), left.contiguous(), 1.0, place.kind)
     ones = [1] * (len(shape) - 2)
     rank, groups = left.shape[1], place.groups
     A = left.new_zeros(rank * groups, shape[1] * groups, *shape[2:])

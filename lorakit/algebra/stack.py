@@ -39,8 +39,8 @@ def stack(parts: Sequence[Part]) -> LowRank:
     scaling = _common(products)
     ratios = [product / scaling for product in products]
     sites = [site for site, _ in acting]
-    A = _stack_a([site.A for site in sites], num_groups(first))
-    B = _joined([site.B for site in sites], ratios)
+    A = _stack_a(sites)
+    B = _joined([site.B for site in sites], ratios, 2 if first.kind == "experts" else 1)
     return LowRank(A, B, scaling, first.kind, _bias(sites, ratios))
 
 
@@ -64,18 +64,21 @@ def _common(products: Sequence[float]) -> float:
     return max(products, key=num_exact)
 
 
-def _stack_a(factors: Sequence[Tensor], groups: int) -> Tensor:
-    """[Σr, …]; the directions of one group stay together."""
-    dtype = promoted([factor.dtype for factor in factors])
-    chunks = [factor.detach().to(dtype).chunk(groups) for factor in factors]
+def _stack_a(sites: Sequence[LowRank]) -> Tensor:
+    """[Σr, …], or of experts [E, Σr, n]; the directions of one group stay together."""
+    dtype = promoted([site.A.dtype for site in sites])
+    factors = [site.A.detach().to(dtype) for site in sites]
+    if sites[0].kind == "experts":
+        return torch.cat(factors, dim=1)
+    chunks = [factor.chunk(num_groups(sites[0])) for factor in factors]
     return torch.cat([part for group in zip(*chunks, strict=True) for part in group])
 
 
-def _joined(factors: Sequence[Tensor], ratios: Sequence[float]) -> Tensor:
-    """[m, Σr/G, 1…], each times its ratio."""
+def _joined(factors: Sequence[Tensor], ratios: Sequence[float], dim: int) -> Tensor:
+    """[m, Σr/G, 1…], or of experts [E, m, Σr]; each times its ratio."""
     exact = torch.cat(
         [factor.detach().double() * ratio for factor, ratio in zip(factors, ratios, strict=True)],
-        dim=1,
+        dim=dim,
     )
     return exactly(exact, promoted([factor.dtype for factor in factors]))
 

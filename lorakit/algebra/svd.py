@@ -2,7 +2,8 @@
 
 Legend: r rank, ``n`` inputs of the change (d_in, vocabulary, or c_in·kernel), ``m`` outputs,
 ``G`` groups of a convolution (1 elsewhere). Each group of outputs has r/G directions of its own, so
-the change of a site is G matrices ``[m/G, n]`` one above the other, each of rank r/G.
+the change of a site is G matrices ``[m/G, n]`` one above the other, each of rank r/G. Fused experts
+are such groups too; the outputs of all are ``m``, and each has r directions.
 
 The best approximation of rank k of a matrix in Frobenius norm keeps its k largest singular values
 (Eckart & Young, 1936); its error is the root of the sum of the squares of the others.
@@ -21,12 +22,26 @@ from lorakit.core.sites import LowRank
 
 
 def num_groups(site: LowRank) -> int:
-    """Groups of the convolution that the site adapts; 1 for everything else."""
+    """Groups of the convolution that the site adapts, or experts; 1 for everything else."""
+    if site.kind == "experts":
+        return int(site.A.shape[0])
     return int(site.A.shape[0] // site.B.shape[1])
+
+
+def num_directions(site: LowRank) -> int:
+    """Directions that each group has."""
+    return directions_at(site, site.rank)
+
+
+def directions_at(site: LowRank, rank: int) -> int:
+    """Directions that each group has at a rank of the site; at least one."""
+    return rank if site.kind == "experts" else max(1, rank // num_groups(site))
 
 
 def by_group(site: LowRank) -> list[tuple[Tensor, Tensor]]:
     """``(A [r/G, n], B [m/G, r/G])`` of each group in float64, kernels flattened."""
+    if site.kind == "experts":
+        return list(zip(site.A.detach().double(), site.B.detach().double(), strict=True))
     groups = num_groups(site)
     A = site.A.detach().double().flatten(1).chunk(groups)
     B = site.B.detach().double().flatten(1).chunk(groups)
@@ -68,7 +83,7 @@ def spectrum(site: LowRank) -> Spectrum:
 
 
 def truncated(site: LowRank, whole: Spectrum, directions: int) -> LowRank:
-    """The site with its largest ``directions`` in each group: rank G·directions, same dtypes.
+    """The site with its largest ``directions`` in each group, same dtypes.
 
     √S goes to both factors, so that neither leaves the range of a narrow dtype before the other.
     """
@@ -86,8 +101,8 @@ def truncated(site: LowRank, whole: Spectrum, directions: int) -> LowRank:
 
 def cut_to(site: LowRank, rank: int) -> LowRank:
     """The best site of at most ``rank``; a site that has no more is returned as it is."""
-    directions = max(1, rank // num_groups(site))
-    if directions * num_groups(site) >= site.rank:
+    directions = directions_at(site, rank)
+    if directions >= num_directions(site):
         return site
     return truncated(site, spectrum(site), directions)
 
@@ -126,7 +141,7 @@ def from_dense(change: Tensor, like: LowRank, rank: int, dtype: torch.dtype) -> 
     """
     groups = num_groups(like)
     factors = [
-        _leading(part, max(1, min(rank // groups, *part.shape))) for part in change.chunk(groups)
+        _leading(part, min(directions_at(like, rank), *part.shape)) for part in change.chunk(groups)
     ]
     A = torch.cat([a for a, _ in factors])
     B = torch.cat([b for _, b in factors])
@@ -150,8 +165,13 @@ def _like(
     site: LowRank, A: Tensor, B: Tensor, dtype_a: torch.dtype, dtype_b: torch.dtype
 ) -> LowRank:
     """The site with flat factors in the shapes of its kind."""
-    A = A.reshape(A.shape[0], *site.A.shape[1:]).to(dtype_a).contiguous()
-    B = B.reshape(*B.shape, *site.B.shape[2:]).to(dtype_b).contiguous()
+    if site.kind == "experts":
+        A = A.reshape(len(site.A), -1, A.shape[-1])
+        B = B.reshape(len(site.B), -1, B.shape[-1])
+    else:
+        A = A.reshape(A.shape[0], *site.A.shape[1:])
+        B = B.reshape(*B.shape, *site.B.shape[2:])
+    A, B = A.to(dtype_a).contiguous(), B.to(dtype_b).contiguous()
     return replace(site, A=A, B=B)
 
 

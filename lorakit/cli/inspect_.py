@@ -129,7 +129,7 @@ def site_facts(path: str, site: Any) -> SiteFacts:
     return SiteFacts(
         path,
         site.kind,
-        (B.shape[0], A.shape[1]),
+        (*A.shape[:-2], B.shape[-2], A.shape[-1]),
         site.num_parameters,
         site.rank,
         site.scaling,

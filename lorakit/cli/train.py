@@ -217,7 +217,8 @@ def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         "--targets",
         nargs="+",
         metavar="T",
-        help="all-linear (default: every linear but the output head), attention, mlp, or names, "
+        help="all-linear (default: every linear but the output head), attention, mlp, experts and "
+        "router (of a mixture of experts), or names, "
         "name endings and regular expressions of modules; none: no LoRA, for --prefix, --bias, "
         "--norms or --train-modules alone",
     )

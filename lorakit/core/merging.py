@@ -1,7 +1,8 @@
 """What merging does to one stored weight, as a value: the same sums for a model and for a file.
 
 Legend: a stored weight is read as a matrix ``[m, n]``, its first dimension by all others. A linear
-or a convolution stores its outputs in rows; an embedding and GPT-2's Conv1D in columns.
+or a convolution stores its outputs in rows; an embedding and GPT-2's Conv1D in columns. Fused
+experts are ``E`` matrices ``[m, n]``, read as one, ``[E·m, n]``.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ class Term:
     """``factor · left @ right``: one adapter's change of one weight."""
 
     left: Tensor
-    """[m, r]"""
+    """[m, r]; of experts [E, m, r]"""
     right: Tensor
-    """[r, n]"""
+    """[r, n]; of experts [E, r, n]"""
     factor: float
     """The adapter's weight times the site's scaling."""
 
     def bound(self) -> float:
         """No element of the change is larger in size (Cauchy–Schwarz)."""
-        rows = torch.linalg.vector_norm(self.left.detach().float(), dim=1).max()
-        columns = torch.linalg.vector_norm(self.right.detach().float(), dim=0).max()
+        rows = torch.linalg.vector_norm(self.left.detach().float(), dim=-1).max()
+        columns = torch.linalg.vector_norm(self.right.detach().float(), dim=-2).max()
         return abs(self.factor) * float(rows) * float(columns)
 
 
@@ -64,6 +65,18 @@ class Recipe:
     magnitude: Tensor | None = None
     """DoRA (Liu et al., arXiv 2402.09353, eq. 5): ``magnitude · V / ‖V‖`` by output."""
     outputs_in_rows: bool = True
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether the weight is a matrix for each expert."""
+        return any(term.left.dim() == 3 for term in self.terms)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight, contiguous, as the matrix whose rows are merged; a view."""
+        if weight.dim() == 0:
+            return weight.view(1, 1)
+        columns = weight.shape[-1] if self.of_experts else math.prod(weight.shape[1:])
+        return weight.view(-1, columns)
 
     @property
     def by_rows(self) -> bool:
@@ -152,7 +165,7 @@ def merge_(
         if write:
             weight.copy_(result)
         return torch.isfinite(result).all()
-    matrix = weight.view(weight.shape[0], -1)
+    matrix = recipe.matrix(weight)
     start = matrix if recipe.value is None else recipe.value.reshape(matrix.shape)
     rows = rows_of_a_block(matrix, dtype) if recipe.by_rows else len(matrix)
     buffer = None
@@ -188,7 +201,10 @@ def finish_(rows: Tensor, recipe: Recipe, begin: int) -> None:
         rows: [b, n] in the dtype and on the device of the recipe.
     """
     for term in recipe.terms:
-        rows.addmm_(term.left[begin : begin + len(rows)], term.right, alpha=term.factor)
+        if term.left.dim() == 3:
+            _add_experts_(rows, term, begin)
+        else:
+            rows.addmm_(term.left[begin : begin + len(rows)], term.right, alpha=term.factor)
     if recipe.magnitude is None:
         return
     if recipe.outputs_in_rows:
@@ -196,6 +212,15 @@ def finish_(rows: Tensor, recipe: Recipe, begin: int) -> None:
         rows.mul_(recipe.magnitude[begin : begin + len(rows), None] / length)
     else:
         rows.mul_(recipe.magnitude / torch.linalg.vector_norm(rows, dim=0))
+
+
+def _add_experts_(rows: Tensor, term: Term, begin: int) -> None:
+    """Add to the rows of each expert that begin there its own product."""
+    height, end = term.left.shape[1], begin + len(rows)
+    for expert in range(begin // height, -(-end // height)):
+        first, last = max(begin, expert * height), min(end, (expert + 1) * height)
+        left = term.left[expert, first - expert * height : last - expert * height]
+        rows[first - begin : last - begin].addmm_(left, term.right[expert], alpha=term.factor)
 
 
 @contextlib.contextmanager
@@ -230,7 +255,8 @@ def check_rows(
     distance of two numbers of the stored dtype.
 
     Args:
-        before: rows of the weight before, [len(rows), n] in its stored dtype.
+        before: rows of the weight before, [len(rows), n] in its stored dtype; of experts, whole
+            experts, [len(rows), m·n].
         written: those rows of the merged weight, [len(rows), n].
         rows: which; all of them where the recipe is not :attr:`Recipe.by_rows`.
         asked: the dtype that was added in.
@@ -243,9 +269,10 @@ def check_rows(
     exact, size, num_products = start.clone(), start.abs(), 1
     for term in recipe.terms:
         left, right = term.left.detach()[rows].double(), term.right.detach().double()
-        exact += term.factor * (left @ right)
-        size += abs(term.factor) * (left.abs() @ right.abs())
-        num_products += left.shape[1] + 1
+        right = right[rows] if left.dim() == 3 else right
+        exact += term.factor * (left @ right).view(exact.shape)
+        size += abs(term.factor) * (left.abs() @ right.abs()).view(exact.shape)
+        num_products += left.shape[-1] + 1
     if recipe.magnitude is not None:
         magnitude, dim = recipe.magnitude.detach().double(), 1 if recipe.outputs_in_rows else 0
         magnitude = magnitude[rows, None] if dim else magnitude
@@ -267,8 +294,7 @@ def check_rows(
 def _merged(weight: Tensor, recipe: Recipe, dtype: torch.dtype) -> Tensor:
     """The merged weight in ``dtype``, as one block."""
     start = weight if recipe.value is None else recipe.value
-    shape = (weight.shape[0], -1) if weight.dim() else (1, 1)
-    matrix = start.to(weight.device, dtype, copy=True).reshape(shape).contiguous()
+    matrix = recipe.matrix(start.to(weight.device, dtype, copy=True).contiguous())
     finish_(matrix, recipe, 0)
     return matrix.view(weight.shape)
 

@@ -1,6 +1,7 @@
 """What an adapter holds at one place of a model.
 
-Shapes: ``r`` rank, ``d_in``/``d_out`` features, ``V`` vocabulary, ``k…`` kernel size.
+Shapes: ``r`` rank, ``d_in``/``d_out`` features, ``V`` vocabulary, ``k…`` kernel size, ``E``
+experts.
 
 =========== ==================== ======================
 kind        A                    B
@@ -8,7 +9,13 @@ kind        A                    B
 linear      [r, d_in]            [d_out, r]
 embedding   [r, V]               [d, r]
 conv        [r, c_in, k…]        [c_out, r/groups, 1…]
+experts     [E, r, d_in]         [E, d_out, r]
+router      [r, d_in]            [E, r]
 =========== ==================== ======================
+
+``experts`` is one parameter that holds a matrix for each expert, and the path is that parameter's:
+``"model.layers.0.mlp.experts.down_proj"``. ``router`` is a module that turns its own linear's
+output into a choice of experts.
 """
 
 from __future__ import annotations
@@ -24,7 +31,13 @@ from torch import Tensor
 
 from lorakit.core.frozen import FrozenDict
 
-Kind = Literal["linear", "conv", "embedding"]
+Kind = Literal["linear", "conv", "embedding", "experts", "router"]
+
+#: parameters of fused experts, in the order in which a token meets them and a module holds them
+EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
+#: dimensions of A and of B; a convolution's depend on its kernel
+_DIMS = {"linear": 2, "embedding": 2, "router": 2, "experts": 3}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +59,18 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        return int(self.A.shape[0])
+        return int(self.A.shape[0 if self.kind == "conv" else -2])
 
     @property
     def num_parameters(self) -> int:
         return sum(t.numel() for t in self.tensors().values())
+
+    def by_expert(self) -> list[LowRank]:
+        """The experts as sites of linears; of another kind the site itself."""
+        if self.kind != "experts":
+            return [self]
+        pairs = zip(self.A, self.B, strict=True)
+        return [LowRank(A, B, self.scaling) for A, B in pairs]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their field name."""
@@ -63,11 +83,12 @@ class LowRank:
 
     @cached_property  # a reader asks, to say all at once, and the adapter asks again
     def _problems(self) -> tuple[str, ...]:
-        dims = {"linear": (2, 2), "embedding": (2, 2)}.get(self.kind)
+        dims = _DIMS.get(self.kind)
         a, b = tuple(self.A.shape), tuple(self.B.shape)
         found = []
-        if dims is not None and (len(a), len(b)) != dims:
-            found.append(f"A has shape {a} and B {b}; a {self.kind} site has two matrices")
+        if dims is not None and (len(a), len(b)) != (dims, dims):
+            what = "two matrices" + (" for each expert" if dims == 3 else "")
+            found.append(f"A has shape {a} and B {b}; a {self.kind} site has {what}")
         elif self.kind == "conv" and (len(a) != len(b) or not 3 <= len(a) <= 5):
             found.append(f"A has shape {a} and B {b}; a conv site has kernels of equal dimension")
         elif 0 in a or 0 in b:
@@ -75,10 +96,14 @@ class LowRank:
         elif self.kind == "conv":
             if b[1] > a[0] or a[0] % b[1] or any(k != 1 for k in b[2:]):
                 found.append(f"A has shape {a} and B {b}; B must be [c_out, {a[0]}/groups, 1…]")
-        elif b[1] != a[0]:
-            found.append(f"A has rank {a[0]} (shape {a}), B has rank {b[1]} (shape {b})")
+        elif b[-1] != a[-2]:
+            found.append(f"A has rank {a[-2]} (shape {a}), B has rank {b[-1]} (shape {b})")
+        elif a[:-2] != b[:-2]:
+            found.append(f"A holds {a[0]} experts (shape {a}), B {b[0]} (shape {b})")
         for name, vector in (("bias", self.bias), ("magnitude", self.magnitude)):
-            if vector is not None and tuple(vector.shape) != b[:1]:
+            if vector is not None and self.kind in ("experts", "router"):
+                found.append(f"it has a {name}, which a site of {self.kind} cannot have")
+            elif vector is not None and tuple(vector.shape) != b[:1]:
                 found.append(f"its {name} has shape {tuple(vector.shape)}; expected {b[:1]}")
         if self.bias is not None and self.magnitude is not None:
             found.append(
@@ -166,6 +191,12 @@ NOT_MERGED = (
 )
 
 Site = LowRank | Replace | Prefix
+
+
+def module_of(path: str, site: Site) -> str:
+    """The path of the module that runs a site: of experts the one that holds the parameter."""
+    is_parameter = isinstance(site, LowRank) and site.kind == "experts"
+    return path.rpartition(".")[0] if is_parameter else path
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -45,9 +45,10 @@ class LoRASpec:
     """Numerator of the scaling. Kept fixed while the rank varies, it makes the best learning
     rate nearly independent of the rank."""
     targets: str | tuple[str, ...] = "all-linear"
-    """``"all-linear"`` (every linear but the output head), ``"attention"``, ``"mlp"``, or one
-    or several module paths, path suffixes (``"q_proj"``) or regular expressions that match a
-    whole path. ``"none"`` adapts none: biases, norms, modules or a prefix are trained alone."""
+    """``"all-linear"`` (every linear but the output head), ``"attention"``, ``"mlp"``,
+    ``"experts"`` and ``"router"`` (of a mixture of experts), or one or several module paths, path
+    suffixes (``"q_proj"``) or regular expressions that match a whole path. ``"none"`` adapts no
+    weight: biases, norms, modules or a prefix are trained alone."""
     exclude: tuple[str, ...] = ()
     """Paths, suffixes or regular expressions that are left out again."""
     layers: str | None = None

@@ -259,6 +259,8 @@ def _unwritable(path: str, site: Site) -> str | None:
         return "was trained whole; diffusers' files hold low-rank changes only"
     if site.kind == "embedding":
         return "is an embedding, which diffusers leaves out"
+    if site.kind in ("experts", "router"):
+        return "belongs to a mixture of experts, which diffusers does not adapt"
     return None
 
 

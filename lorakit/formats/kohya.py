@@ -363,6 +363,8 @@ def _unwritable(site: Site) -> str | None:
         return "was trained whole; kohya's files hold low-rank changes only"
     if site.kind == "embedding":
         return "is an embedding, which kohya's files have no name for"
+    if site.kind in ("experts", "router"):
+        return "belongs to a mixture of experts, which kohya's files have no name for"
     if site.B.shape[1] != site.rank:
         return "is a grouped convolution, whose B sd-scripts cannot hold"
     if site.bias is not None:

@@ -171,6 +171,8 @@ def _fitting(adapter: Adapter, hints: Hints) -> tuple[dict[str, LowRank], dict[s
         embedding = path.rpartition(".")[2] in EMBEDDINGS
         if site.kind == "conv":
             lost[path] = "adapts a convolution, for which mlx-lm has no layer"
+        elif site.kind in ("experts", "router"):
+            lost[path] = "belongs to a mixture of experts, which mlx-lm adapts in another layout"
         elif site.magnitude is not None and not all_dora:
             lost[path] = "DoRA beside plain LoRA; mlx-lm makes all sites one or the other"
         elif (site.kind == "embedding") != embedding:

@@ -100,7 +100,13 @@ def plain_sites(
     return kept, lost
 
 
-_KINDS = {"linear": "a linear layer", "conv": "a convolution", "embedding": "an embedding"}
+_KINDS = {
+    "linear": "a linear layer",
+    "conv": "a convolution",
+    "embedding": "an embedding",
+    "experts": "fused experts",
+    "router": "a router",
+}
 
 
 def not_plain(adapter: Adapter, *, dora: bool = False) -> list[str]:

@@ -64,6 +64,11 @@ def site_number(path: str) -> int:
     return zlib.crc32(path.encode())
 
 
+def expert_keys(keys: Tensor, expert: Tensor) -> Tensor:
+    """Keys of tokens that several experts see, so that each drops inputs of its own; int64 [S]."""
+    return _mix(keys * _GOLDEN + expert + 1)
+
+
 def keyed_dropout(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
     """Drop elements of ``x [..., d]`` with probability ``p``, scale the rest by 1/(1−p).
 

@@ -151,7 +151,10 @@ class Forwards:
         if self._joins_scope():
             return
         batch, widths = _sizes(args, kwargs)
-        self._begin(self._in_use(), batch, widths, is_scope=False)
+        routing = self._in_use()
+        self._begin(routing, batch, widths, is_scope=False)
+        if len(set(routing.mixes)) > 1 and torch.is_grad_enabled():
+            _check_balancing(module, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -276,6 +279,27 @@ class Forwards:
 
 def _nothing(names: frozenset[str]) -> None:
     """Stands where nobody wants to be told."""
+
+
+def _check_balancing(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuse a loss that would carry the rows of one adapter into the gradient of another.
+
+    A mixture of experts may add to its loss how unevenly *all* tokens of a batch are spread over
+    the experts (transformers' ``load_balancing_loss_func``), which is no sum over rows.
+
+    Raises:
+        RoutingError: it does so in this forward.
+    """
+    config = getattr(model, "config", None)
+    asked = kwargs.get("output_router_logits")
+    if asked is None:
+        asked = getattr(config, "output_router_logits", False)
+    if asked and kwargs.get("labels") is not None:
+        raise RoutingError(
+            "this forward adds the load-balancing loss of the experts, which is computed of all "
+            "tokens of the batch, so that the rows of one adapter would change the gradient of "
+            "another. Pass output_router_logits=False, or give the adapters forwards of their own"
+        )
 
 
 def _is_alive(thread: int) -> bool:

@@ -19,11 +19,14 @@ from lorakit.core.spec import LoRASpec
 from lorakit.errors import LorakitError, RoutingError, TargetError, collected
 from lorakit.layers.bank import Bank, LowRankParameters, ReplaceParameters
 from lorakit.layers.dora import check_dense
+from lorakit.layers.experts import ExpertsForward, check_experts
 from lorakit.layers.forwards import Forwards
 from lorakit.layers.generating import CapturingGenerate
 from lorakit.layers.initial import Initial, initial, since_start
+from lorakit.layers.kinds import expert_shapes, is_router
 from lorakit.layers.places import Places
 from lorakit.layers.prefix import Prefixes, PrefixForward, PrefixParameters
+from lorakit.layers.router import RouterForward
 from lorakit.layers.routing import MixLike, Order, Routing
 from lorakit.layers.site import SiteForward
 
@@ -199,6 +202,7 @@ class Handle:
         check_dense(
             {p: owners[p][1] for p, s in adapter.low_rank.items() if s.magnitude is not None}
         )
+        check_experts({own: owner for p in adapter.low_rank for own, owner in [owners[p]]})
         dropout = adapter.spec.dropout if trainable else 0.0
         bank = self._make_bank(adapter, owners, trainable, subtract)
         self._check_prefix(adapter, owners)
@@ -214,18 +218,19 @@ class Handle:
                 continue
             forward = self._site(owner_path, owner)
             if isinstance(site, LowRank):
-                forward.low_rank[name] = LowRankParameters(
+                parameters = LowRankParameters(
                     bank.get(f"{path}.lora_A"),
                     bank.get(f"{path}.lora_B"),
                     None if site.bias is None else bank.get(f"{path}.lora_bias"),
                     site.scaling,
-                    site.kind,
+                    "linear" if site.kind == "router" else site.kind,
                     dropout,
                     None if site.magnitude is None else bank.get(f"{path}.lora_magnitude"),
                     (bank.get(f"{path}.start_A"), bank.get(f"{path}.start_B"))
                     if subtract
                     else None,
                 )
+                forward.put(name, path, parameters)
             else:
                 own = forward.replaced.setdefault(name, ReplaceParameters({}))
                 prefix = path[len(owner_path) + 1 :]  # "bias" where the path is a parameter's
@@ -450,7 +455,7 @@ class Handle:
 
     def _site(self, path: str, module: nn.Module) -> SiteForward:
         if path not in self._sites:
-            site = SiteForward(module, path, self._forwards)
+            site = _forward_of(module)(module, path, self._forwards)
             module.__dict__["forward"] = site
             self._sites[path] = site
         return self._sites[path]
@@ -539,6 +544,12 @@ class Handle:
                 )
             )
         self._unchecked -= names
+
+
+def _forward_of(module: nn.Module) -> type[SiteForward]:
+    if is_router(module):
+        return RouterForward
+    return ExpertsForward if expert_shapes(module) else SiteForward
 
 
 def _key(name: str) -> str:

@@ -17,7 +17,7 @@ from lorakit.core.spec import LoRASpec
 from lorakit.errors import SpecError, TargetError, collected
 from lorakit.inits import Factors, olora, pissa
 from lorakit.layers.dora import check_dense, dense_weight, output_rows, weight_lengths
-from lorakit.layers.kinds import shape_of
+from lorakit.layers.kinds import expert_shapes, shape_of
 from lorakit.layers.past import past_of
 from lorakit.layers.places import home_of
 from lorakit.layers.targets import (
@@ -96,6 +96,16 @@ def new_targets(model: nn.Module, spec: LoRASpec) -> list[Target]:
             collected("alpha is 0 here, so nothing could be learnt; give another", silent, limit=3)
         )
     if spec.variant == "dora":
+        routed = [t.path for t in targeted if t.shape.kind in ("experts", "router")]
+        if routed:
+            raise TargetError(
+                collected(
+                    "DoRA is not defined here for routers and fused experts; leave them out, or "
+                    'give variant="lora"',
+                    routed,
+                    limit=4,
+                )
+            )
         check_dense({target.path: target.module for target in targeted})
     if spec.init not in DRAWN:
         _check_weights(targeted, spec)
@@ -109,6 +119,9 @@ def _check_weights(targeted: Sequence[Target], spec: LoRASpec) -> None:
         shape = target.shape
         if shape.groups > 1:
             problems.append(f"{target.path}: a convolution with groups")
+        elif shape.kind in ("experts", "router"):
+            what = "fused experts" if shape.experts else "a router"
+            problems.append(f"{target.path}: {what}")
         elif spec.init in ("eva", "lora-ga", "loftq") and shape.kind != "linear":
             problems.append(f"{target.path}: no linear")
         elif spec.init == "lora-ga" and 2 * target.rank > shape.max_rank:
@@ -195,7 +208,10 @@ def initial(
     targets = compact_targets(model, [p for p, s in sites.items() if isinstance(s, LowRank)])
     # the one fact about the base's layers that a PEFT folder states
     transposed = any(type(t.module).__name__ == "Conv1D" for t in targeted)
-    provenance: dict[str, Any] = {"peft": {"fan_in_fan_out": True}} if transposed else {}
+    facts = {"fan_in_fan_out": True} if transposed else {}
+    if any(expert_shapes(module) for module in model.modules()):
+        facts["fused_experts"] = True  # PEFT takes some linears' names for theirs
+    provenance: dict[str, Any] = {"peft": facts} if facts else {}
     if spec.init not in DRAWN:
         provenance["init"] = {"method": spec.init, "rank": spec.rank}
     return Initial(
@@ -214,9 +230,10 @@ def _drawn(
     elif spec.init == "gaussian":
         A.normal_(std=1 / target.rank, generator=generator)
     elif spec.init == "orthogonal":
-        nn.init.orthogonal_(A, generator=generator)
+        for one in A if target.shape.experts else [A]:
+            nn.init.orthogonal_(one, generator=generator)
     else:
-        bound = 1 / math.sqrt(A[0].numel())
+        bound = 1 / math.sqrt(target.shape.fan_in)
         A.uniform_(-bound, bound, generator=generator)
     return A, B
 

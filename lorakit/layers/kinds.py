@@ -2,19 +2,28 @@
 
 Legend: r rank, ``A``/``B`` as in ``core.sites``. A module is known by its features alone
 (``in_features``, ``out_features``), so a layer quantised by any library is a black box that works.
+
+A mixture of experts has two kinds of its own. *Experts* are one module whose parameters hold a
+matrix for each expert, ``[E, d_out, d_in]`` or ``[E, d_in, d_out]``, as transformers 5 makes them
+for nearly all models: each such parameter is a site. A *router* holds the weight of a linear, and
+gives back what it made of that linear's output.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.core.sites import Kind
+from lorakit.core.sites import EXPERT_PARAMETERS, Kind
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+#: how the classes of routers are called
+_ROUTER = re.compile(r"(Router|Gate)$")
 
 
 @dataclass(frozen=True)
@@ -27,26 +36,41 @@ class Shape:
     d_out: int
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    experts: int = 0
+    """Experts in the parameter; 0 for what is no such parameter."""
+    transposed: bool = False
+    """Whether experts are stored as [E, d_in, d_out]."""
 
     def a(self, rank: int) -> tuple[int, ...]:
         """Shape of A."""
-        return (rank, self.d_in, *self.kernel)
+        return (*self._experts, rank, self.d_in, *self.kernel)
 
     def b(self, rank: int) -> tuple[int, ...]:
         """Shape of B."""
-        return (self.d_out, rank // self.groups, *(1 for _ in self.kernel))
+        return (*self._experts, self.d_out, rank // self.groups, *(1 for _ in self.kernel))
+
+    @property
+    def _experts(self) -> tuple[int, ...]:
+        return (self.experts,) if self.experts else ()
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs that one row of A sees."""
+        width = self.d_in
+        for k in self.kernel:
+            width *= k
+        return width
 
     @property
     def max_rank(self) -> int:
         """The rank above which more rank changes nothing."""
-        width = self.d_in
-        for k in self.kernel:
-            width *= k
-        return min(width, self.d_out)
+        return min(self.fan_in, self.d_out)
 
 
 def shape_of(module: Any) -> Shape | None:
-    """How ``module`` can be adapted; ``None`` if it cannot."""
+    """How ``module`` can be adapted; ``None`` if it cannot, or by its parameters alone."""
+    if is_router(module):
+        return Shape("router", int(module.weight.shape[1]), int(module.weight.shape[0]))
     if isinstance(module, nn.Embedding):
         return Shape("embedding", module.num_embeddings, module.embedding_dim)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -59,6 +83,40 @@ def shape_of(module: Any) -> Shape | None:
     if isinstance(d_in, int) and isinstance(d_out, int):
         return Shape("linear", d_in, d_out)
     return None
+
+
+def is_router(module: Any) -> bool:
+    """Whether a module is a linear that also chooses experts, known by its class's name."""
+    if not isinstance(module, nn.Module) or not _ROUTER.search(type(module).__name__):
+        return False
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and weight.is_floating_point()
+
+
+def expert_shapes(module: Any) -> dict[str, Shape]:
+    """Parameter → how it can be adapted, of a module of fused experts; else empty.
+
+    Such a module says by itself how it is laid out (transformers' ``use_experts_implementation``).
+    """
+    transposed = getattr(module, "is_transposed", None)
+    if not isinstance(transposed, bool) or not isinstance(module, nn.Module):
+        return {}
+    found = {}
+    for name in EXPERT_PARAMETERS:
+        parameter = module._parameters.get(name)
+        if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point():
+            experts, first, second = map(int, parameter.shape)
+            d_in, d_out = (first, second) if transposed else (second, first)
+            found[name] = Shape("experts", d_in, d_out, experts=experts, transposed=transposed)
+    return found
+
+
+def shapes_in(path: str, module: Any) -> dict[str, Shape]:
+    """Site path → how it can be adapted, of everything that one module runs by itself."""
+    shape = shape_of(module)
+    if shape is not None:
+        return {path: shape}
+    return {f"{path}.{name}": one for name, one in expert_shapes(module).items()}
 
 
 def delta(

@@ -19,7 +19,6 @@ from lorakit.core.adapter import Adapter
 from lorakit.core.merging import Recipe, Term
 from lorakit.core.sites import NOT_MERGED, LowRank, Prefix, Replace
 from lorakit.errors import BaseError, FormatError, InputError, collected
-from lorakit.layers.kinds import shape_of
 from lorakit.layers.places import Places
 
 Weighted = tuple[Adapter, float]
@@ -120,13 +119,14 @@ class _Planner:
     def plan(self, adapters: Sequence[Weighted]) -> list[Change]:
         for number, (adapter, weight) in enumerate(adapters):
             owners = self._places.owners(adapter)
-            met: dict[int, str] = {}
+            met: dict[tuple[int, str], str] = {}
             for path, site in adapter.sites.items():
                 owner_path, owner = owners[path]
                 if isinstance(site, LowRank):
-                    if id(owner) in met:
-                        self._problem(path, f"it is the same module as {met[id(owner)]}")
-                    met[id(owner)] = path
+                    key = id(owner), _parameter(path, site)
+                    if key in met:
+                        self._problem(path, f"it is the same module as {met[key]}")
+                    met[key] = path
                     self._low_rank(path, owner_path, owner, site, weight, number)
                 elif isinstance(site, Prefix):
                     if path == next(iter(adapter.prefixes)):
@@ -155,7 +155,7 @@ class _Planner:
     def _low_rank(
         self, path: str, owner_path: str, owner: Any, site: LowRank, weight: float, number: int
     ) -> None:
-        shape = shape_of(owner)
+        shape = self._places.shape(path, owner)
         assert shape is not None  # Places checked it
         if getattr(owner, "max_norm", None) is not None:
             return self._problem(
@@ -169,8 +169,9 @@ class _Planner:
                 "the adapter attached instead",
             )  # fmt: skip
         factor = weight * site.scaling
-        draft = self._draft(owner_path, owner, "weight")
-        draft.terms.append(_term(site, factor, groups=shape.groups, transposed=_transposed(owner)))
+        draft = self._draft(owner_path, owner, _parameter(path, site))
+        transposed = shape.transposed or _transposed(owner)
+        draft.terms.append(_term(site, factor, groups=shape.groups, transposed=transposed))
         draft.touched.add(number)
         if site.magnitude is not None:
             if weight != 1:
@@ -271,12 +272,20 @@ def check_in_memory(changes: Iterable[Change]) -> None:
         )
 
 
+def _parameter(path: str, site: LowRank) -> str:
+    """What the module calls the parameter that a site changes."""
+    return path.rpartition(".")[2] if site.kind == "experts" else "weight"
+
+
 def _transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
 
 
 def _term(site: LowRank, factor: float, *, groups: int, transposed: bool) -> Term:
     """ΔW as it is stored, [d_out, …] or transposed."""
+    if site.kind == "experts":
+        left, right = site.B.detach(), site.A.detach()
+        return Term(right.mT, left.mT, factor) if transposed else Term(left, right, factor)
     A, B = site.A.detach(), site.B.detach().flatten(1)
     if groups > 1:  # of each group's rows of A, the channels of that group
         rank, channels = A.shape[0] // groups, A.shape[1] // groups

@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from lorakit.core.adapter import Adapter
-from lorakit.core.sites import Prefix, Replace, Site
+from lorakit.core.sites import LowRank, Prefix, Replace, Site
 from lorakit.errors import FormatError, collected
-from lorakit.layers.kinds import Shape, shape_of
+from lorakit.layers.kinds import Shape, shape_of, shapes_in
 from lorakit.layers.past import attention_modules
+
+#: a router's linear is adapted as a linear is; files do not always tell them apart
+_ALIKE = {"linear", "router"}
 
 
 def home_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -54,7 +57,7 @@ class Places:
             if parameter is not None
         }
         self._attentions: list[str] | None = None
-        self._shapes: dict[str, Shape | None] = {}
+        self._shapes: dict[str, dict[str, Shape]] = {}
         self._homes: dict[str, tuple[torch.device, torch.dtype]] = {}
 
     def first_path(self, path: str) -> str:
@@ -85,7 +88,7 @@ class Places:
         owners: dict[str, tuple[str, nn.Module]] = {}
         problems = []
         for path, site in adapter.sites.items():
-            if isinstance(site, Replace) and "" in site.tensors_by_name:
+            if _names_parameter(site):
                 owner_path = path.rpartition(".")[0] if self._is_parameter(path) else ""
             elif isinstance(site, Prefix):
                 owner_path = self._attention(path)
@@ -127,6 +130,13 @@ class Places:
             self._attentions = attention_modules(self._modules)
         return self._attentions[int(number)] if int(number) < len(self._attentions) else path
 
+    def shape(self, path: str, owner: nn.Module) -> Shape | None:
+        """How the site at ``path``, which ``owner`` runs, can be adapted; remembered."""
+        if path not in self._shapes:
+            inside = path.rpartition(".")[0] if path in self._parameters else path
+            self._shapes[path] = shapes_in(inside, owner)
+        return self._shapes[path].get(path)
+
     def _misfit(self, owner: nn.Module, path: str, site: Site) -> list[str]:
         if isinstance(site, Prefix):
             return _prefix_misfit(owner, site)
@@ -147,12 +157,11 @@ class Places:
                         f"the model's is {tuple(mine.shape)}"
                     )
             return found
-        if path not in self._shapes:
-            self._shapes[path] = shape_of(owner)
-        shape = self._shapes[path]
+        shape = self.shape(path, owner)
         if shape is None:
-            return [f"{type(owner).__name__} is no linear, convolution or embedding"]
-        if shape.kind != site.kind:
+            what = "fused experts" if site.kind == "experts" else "linear, convolution or embedding"
+            return [f"{type(owner).__name__} is no {what}"]
+        if shape.kind != site.kind and not {shape.kind, site.kind} <= _ALIKE:
             return [f"it is a {site.kind} site; the model has a {shape.kind} there"]
         expected = shape.a(site.rank), shape.b(site.rank)
         if expected != (tuple(site.A.shape), tuple(site.B.shape)):
@@ -176,3 +185,10 @@ def _prefix_misfit(owner: Any, site: Prefix) -> list[str]:
     if isinstance(size, int) and site.key.shape[2] != size:
         found.append(f"its prefix has heads of size {site.key.shape[2]}; the model's are {size}")
     return found
+
+
+def _names_parameter(site: Site) -> bool:
+    """Whether a site's path is a parameter's rather than a module's."""
+    if isinstance(site, LowRank):
+        return site.kind == "experts"
+    return isinstance(site, Replace) and "" in site.tensors_by_name

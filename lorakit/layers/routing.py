@@ -136,7 +136,7 @@ class Plan:
             self.uniform = tuple(Share(name, None, w) for name, w in routing.mixes[0])
         if batch is not None and routing.axis == "row":
             self._factor(batch)  # raises at the entry rather than at the first site
-        self._shares: dict[tuple[int, torch.device], tuple[Share, ...]] = {}
+        self._shares: dict[tuple[int, torch.device, bool], tuple[Share, ...]] = {}
 
     def _factor(self, rows: int) -> int:
         """How often the declared rows are repeated in ``rows``."""
@@ -151,7 +151,7 @@ class Plan:
             'use(rows=[…], expand=2, order="tile")'
         )
 
-    def _mix_of(self, count: int) -> Tensor:
+    def _mix_of(self, count: int, *, flattened: bool = False) -> Tensor:
         """int64 [count]: which of the routing's mixes each row (or token) at a site has."""
         numbers = torch.arange(len(self.routing.mixes))
         if self.routing.axis == "token":
@@ -163,7 +163,15 @@ class Plan:
                 )
             return numbers
         per_row = 1
-        if self.batch is not None and count != self.batch:
+        if flattened:
+            rows = len(self.routing.mixes) if self.batch is None else self.batch
+            if count % rows:
+                raise RoutingError(
+                    f"a site sees {count} tokens of {rows} rows, which do not have equally many; "
+                    "it needs a uniform routing"
+                )
+            per_row, count = count // rows, rows
+        elif self.batch is not None and count != self.batch:
             for width in self.widths:
                 if count == self.batch * width:
                     per_row, count = width, self.batch
@@ -175,13 +183,19 @@ class Plan:
             numbers = numbers.repeat_interleave(factor)
         return numbers.repeat_interleave(per_row)
 
-    def shares(self, count: int, device: torch.device) -> tuple[Share, ...]:
-        """The adapters in use at a site that sees ``count`` rows (or tokens), with their rows."""
+    def shares(
+        self, count: int, device: torch.device, *, flattened: bool = False
+    ) -> tuple[Share, ...]:
+        """The adapters in use at a site that sees ``count`` rows (or tokens), with their rows.
+
+        Args:
+            flattened: the site sees the tokens of all rows one behind the other.
+        """
         if self.uniform is not None:
             return self.uniform
-        key = (count, device)
+        key = (count, device, flattened)
         if key not in self._shares:
-            numbers = self._mix_of(count)
+            numbers = self._mix_of(count, flattened=flattened)
             shares = []
             for name in dict.fromkeys(n for mix in self.routing.mixes for n, _ in mix):
                 per_mix = [dict(mix).get(name) for mix in self.routing.mixes]

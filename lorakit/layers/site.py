@@ -23,8 +23,8 @@ from lorakit.layers.routing import Plan, Share
 _FEATURE_DIMS = {"linear": 1, "embedding": 0}
 
 
-def _is_sole(shares: Sequence[Share]) -> bool:
-    """Whether one adapter acts on all rows at weight 1."""
+def is_sole(shares: Sequence[Share]) -> bool:
+    """Whether one adapter alone acts, on all rows at weight 1."""
     return len(shares) == 1 and shares[0].rows is None and bool(shares[0].weight == 1.0)
 
 
@@ -71,6 +71,13 @@ class SiteForward:
             return self.base(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)
+        return self._eager(*args, **kwargs)
+
+    def put(self, name: str, path: str, parameters: LowRankParameters) -> None:
+        """Add one adapter's factors of the site at ``path``."""
+        self.low_rank[name] = parameters
+
+    def _eager(self, *args: Any, **kwargs: Any) -> Any:
         self.called = True
         plan = self.forwards.plan()
         x = args[0] if args else next(iter(kwargs.values()), None)
@@ -92,7 +99,7 @@ class SiteForward:
             y = self.base(*args, **kwargs)
         owned = False
         # what DoRA rescales: each adapter's own output, before anything was added
-        origin = y if not replaced or _is_sole(shares) else None
+        origin = y if not replaced or is_sole(shares) else None
         for share in shares:
             site = self.low_rank.get(share.name)
             if site is not None:
@@ -279,7 +286,7 @@ class SiteForward:
         kwargs: dict[str, Any],
     ) -> Any:
         """The module's output with trained parameters in place of its own, per row."""
-        if _is_sole(shares):
+        if is_sole(shares):
             return self._with_parameters(shares[0], args, kwargs)
         base = self.base(*args, **kwargs)
         if not isinstance(base, Tensor) or len(args) != 1 or kwargs:

@@ -21,7 +21,7 @@ from lorakit.errors import BaseError
 from lorakit.infer.packed import evaluating
 from lorakit.layers import Handle, Routing
 from lorakit.layers.routing import MixLike
-from lorakit.tasks.mixing import has_int8
+from lorakit.tasks.mixing import has_int8, lone_expert
 from lorakit.tasks.names import Mode, Recompute
 from lorakit.tasks.recompute import checkpoint_layers_
 from lorakit.tasks.task import Measured, Stretch
@@ -106,8 +106,8 @@ class RowTask:
             return "it trains the base itself"
         if has_int8(self.model):
             return "its base is int8, whose kernel treats all rows of a forward alike"
-        routed = [path for path in adapter.sites if "experts" in path.split(".")]
-        return f"{routed[0]} is an expert, which sees routed tokens" if routed else None
+        expert = lone_expert(adapter)
+        return None if expert is None else f"{expert} is an expert, which sees routed tokens"
 
     def kin(self, adapter: Adapter | None) -> str:
         return "rows"

@@ -5,7 +5,9 @@ what would couple    what is done
 ==================== ======================================================================
 the base's dropout   off, as are batch statistics: the base is in evaluation mode
 experts' balancing   no such loss is added; only the tokens' own losses are trained on
-experts' adapters    a run that has them has forwards of its own
+experts' adapters    nothing is coupled where experts are fused: their adapters know each token's
+                     run. Experts that are modules see tokens of all runs without a sign of whose
+                     they are; a run that adapts such a one, or trains any whole, goes alone
 int8 outliers        LLM.int8's kernel splits off columns by all rows; a run with a linear in
                      that kernel has forwards of its own. Fused layers unpack the weight
 DoRA, whole modules  nothing is coupled; their layers are not fused, so that the runs that have
@@ -32,9 +34,9 @@ def why_not_mixed(packed: PackedModel, adapter: Adapter | None) -> str | None:
     """
     if adapter is None:
         return "it trains the base itself"
-    routed = [path for path in adapter.sites if "experts" in path.split(".")]
-    if routed:
-        return f"{routed[0]} is an expert, which sees the tokens that a router sends it"
+    expert = lone_expert(adapter)
+    if expert is not None:
+        return f"{expert} is an expert, which sees the tokens that a router sends it"
     if not has_int8(packed.model):
         return None
     if packed.fused is None or packed.fused.reasons:
@@ -42,6 +44,15 @@ def why_not_mixed(packed: PackedModel, adapter: Adapter | None) -> str | None:
     plain = [path for path, site in adapter.sites.items() if not _runs_fused(site)]
     if plain:
         return f"its base is int8, and {plain[0]} needs that kernel, which mixes rows"
+    return None
+
+
+def lone_expert(adapter: Adapter) -> str | None:
+    """A site that sees tokens without a sign of whose they are; fused experts know it."""
+    for path, site in adapter.sites.items():
+        fused = isinstance(site, LowRank) and site.kind == "experts"
+        if "experts" in path.split(".") and not fused:
+            return path
     return None
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from lorakit.core.adapter import Adapter
-from lorakit.core.sites import LowRank
+from lorakit.core.sites import module_of
 from lorakit.layers import Handle
 from lorakit.layers.gradients import FlatGradient
 from lorakit.train.rates import rate_factors
@@ -82,7 +82,8 @@ class TrainedAdapter:
         adapter = handle.snapshot(name)
         self.spec = adapter.spec
         self.dropout = adapter.spec.dropout
-        self.adapted = tuple(p for p, s in adapter.sites.items() if isinstance(s, LowRank))
+        low_rank = adapter.low_rank.items()
+        self.adapted = tuple(dict.fromkeys(module_of(path, site) for path, site in low_rank))
 
     @property
     def flat(self) -> nn.Parameter:

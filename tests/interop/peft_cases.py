@@ -16,6 +16,8 @@ import torch
 import transformers
 from torch import nn
 
+from .. import moe_models
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
@@ -263,6 +265,45 @@ CASES = {
         {"target_modules": ["one", "two", "three"], "lora_bias": True, "bias": "lora_only"},
         conv_inputs,
         warns=(GROUPS,),
+    ),
+}
+
+#: routers and fused experts, which PEFT adapts as parameters
+EXPERT_CASES: dict[str, Case] = {
+    "mixtral, experts, router": Case(
+        moe_models.mixtral,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "gate.weight"],
+        },
+        ids,
+    ),
+    # whose first layer is dense: its modules are called as the other's parameters are
+    "qwen3 moe, bare names, patterns, rsLoRA": Case(
+        moe_models.qwen3_moe,
+        {
+            "target_modules": [],
+            "target_parameters": ["gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"],
+            "use_rslora": True,
+            "rank_pattern": {"experts.down_proj": 3, "gate.weight": 2},
+            "alpha_pattern": {".*gate_up_proj": 5},
+        },
+        ids,
+        # it looks for patterns among modules alone, says so, and uses them all the same
+        warns=("The following (rank|alpha)_pattern keys did not match",),
+    ),
+    "gpt-oss, transposed experts, router": Case(
+        moe_models.gpt_oss,
+        {
+            "target_modules": ["v_proj"],
+            "target_parameters": ["gate_up_proj", "down_proj", "router.weight"],
+        },
+        ids,
+    ),
+    "mixtral, down_proj alone in one layer": Case(
+        moe_models.mixtral,
+        {"target_modules": [], "target_parameters": ["model.layers.1.mlp.experts.down_proj"]},
+        ids,
     ),
 }
 

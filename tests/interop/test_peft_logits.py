@@ -17,6 +17,7 @@ from lorakit.formats.peft.keys import AUTOMATIC_HEADS
 from .. import models
 from .peft_cases import (
     CASES,
+    EXPERT_CASES,
     GROUPS,
     Case,
     ConvNet,
@@ -32,14 +33,16 @@ from .peft_cases import (
 #: float32 logits of order 1 after a dozen layers; sums are taken in another order
 LIMIT = 1e-5
 
+BOTH = CASES | EXPERT_CASES
+
 
 def largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first - second).abs().max())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BOTH)
 def test_peft_trained_and_we_load(name, tmp_path):
-    case = CASES[name]
+    case = BOTH[name]
     theirs = logits(train_with_peft(case, tmp_path), case)
     model = build(case)
     bare = logits(model, case)
@@ -50,9 +53,9 @@ def test_peft_trained_and_we_load(name, tmp_path):
     assert largest_difference(theirs, bare) > 100 * LIMIT  # the adapter does something
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BOTH)
 def test_we_trained_and_peft_loads(name, tmp_path):
-    case = CASES[name]
+    case = BOTH[name]
     model = build(case)
     handle = attach(model, spec_of(case))
     models.randomize(handle, scale=0.1)
@@ -62,6 +65,24 @@ def test_we_trained_and_peft_loads(name, tmp_path):
     folder = save_adapter(adapter, tmp_path / "ours")
     theirs = logits(load_with_peft(case, folder), case)
     assert largest_difference(theirs, logits(model, case)) <= LIMIT
+    with handle.use(None):
+        assert largest_difference(theirs, logits(model, case)) > 100 * LIMIT
+
+
+@pytest.mark.parametrize("targets", ["down_proj", ("mlp.gate_proj", "up_proj", "q_proj")])
+def test_dense_layers_that_are_called_as_experts_were(targets, tmp_path):
+    """PEFT takes such names in target_modules for experts, and loses the dense layers' factors."""
+    case = EXPERT_CASES["qwen3 moe, bare names, patterns, rsLoRA"]
+    model = build(case)
+    handle = attach(model, LoRASpec(rank=2, targets=targets))
+    models.randomize(handle, scale=0.1)
+    folder = save_adapter(handle.snapshot(), tmp_path / "ours")
+    theirs = logits(load_with_peft(case, folder), case)
+    assert largest_difference(theirs, logits(model, case)) <= LIMIT
+    again = load_adapter(folder)
+    assert {p: s.kind for p, s in again.low_rank.items()} == {
+        p: s.kind for p, s in handle.snapshot().low_rank.items()
+    }
     with handle.use(None):
         assert largest_difference(theirs, logits(model, case)) > 100 * LIMIT
 

@@ -51,6 +51,7 @@ MAPPED = {
     "r",
     "rank_pattern",
     "target_modules",
+    "target_parameters",
     "use_dora",
     "use_rslora",
 }
@@ -88,7 +89,6 @@ FOREIGN = {
     "layer_replication": "it belongs to a base whose layers were repeated; build that base first",
     "megatron_config": "its layers are Megatron's parallel ones; export it to plain modules first",
     "monteclora_config": f"MonteCLoRA samples its weights; {_RETRAIN}",
-    "target_parameters": f"it adapts bare parameters, not modules; {_RETRAIN}",
     "trainable_token_indices": f"it trains single rows of the embedding; {_RETRAIN}",
     "use_bdlora": f"BD-LoRA stores block-diagonal factors; {_RETRAIN}",
     "use_qalora": f"QA-LoRA pools the input; {_RETRAIN}",
@@ -124,6 +124,11 @@ def spec_from_config(raw: Mapping[str, Any]) -> LoRASpec:
             "target_modules is not given, and PEFT then chooses by the model's type; name the "
             'modules, or give "all-linear"'
         )
+    if raw.get("target_parameters") and raw.get("layers_to_transform") is not None:
+        problems.append(
+            "layers_to_transform does not act on target_parameters in PEFT; name the parameters "
+            "by their whole paths instead"
+        )
     if problems or spec is None:
         raise SpecError(collected("This PEFT config cannot be taken over", problems))
     heads = AUTOMATIC_HEADS.get(str(_plain(raw.get("task_type"))), ())
@@ -150,7 +155,7 @@ def read_config(
     """
     raw = {str(name): _plain(value) for name, value in raw.items()}
     problems = [*_foreign(raw), *_init_problems(raw.get("init_lora_weights", True), trained)]
-    wrong = _malformed(raw)
+    wrong = malformed(raw)
     if wrong:
         return None, [*wrong, *problems]
     targets = raw.get("target_modules")
@@ -159,6 +164,9 @@ def read_config(
     layers = [layers] if isinstance(layers, int) else layers
     if layers and raw.get("layers_pattern") and not isinstance(targets, str):
         targets, layers = _layered(targets, layers, raw["layers_pattern"]), None
+    parameters = {name.removesuffix(".weight") for name in _names(raw.get("target_parameters"))}
+    if parameters:
+        targets = (*_names(targets), *parameters)
     try:
         spec = LoRASpec(
             rank=raw.get("r", 8),
@@ -187,6 +195,7 @@ def config_from_spec(
     target_modules: str | Sequence[str],
     exclude_modules: Sequence[str] = (),
     layers_to_transform: Sequence[int] | None = None,
+    target_parameters: Sequence[str] = (),
     modules_to_save: Sequence[str] = (),
     lora_bias: bool = False,
     **file_facts: Any,
@@ -196,10 +205,12 @@ def config_from_spec(
     Fields of newer PEFT versions are left out while they are off, because older versions warn
     about what they do not know. How A was drawn is left out too: PEFT would run that
     initialisation again before it loads the values, and its orthogonal one refuses odd ranks.
+    With parameters the dropout is left out as well: PEFT refuses to load it beside them.
 
     Args:
         spec: settings, with rank, alpha and patterns as the file needs them.
         target_modules: names or a regular expression, in PEFT's sense.
+        target_parameters: names of parameters of fused experts, and of routers' weights.
         file_facts: ``FILE_FACTS`` and ``task_type``.
     """
     config: dict[str, Any] = {
@@ -213,7 +224,7 @@ def config_from_spec(
         "layers_pattern": None,
         "layers_to_transform": list(layers_to_transform) if layers_to_transform else None,
         "lora_alpha": as_number(spec.alpha),
-        "lora_dropout": as_number(spec.dropout),
+        "lora_dropout": 0 if target_parameters else as_number(spec.dropout),
         "modules_to_save": sorted(modules_to_save) or None,
         "peft_type": "LORA",
         "r": spec.rank,
@@ -230,6 +241,8 @@ def config_from_spec(
         config["exclude_modules"] = sorted(exclude_modules)
     if lora_bias:
         config["lora_bias"] = True
+    if target_parameters:
+        config["target_parameters"] = sorted(target_parameters)
     unknown = set(file_facts) - set(config)
     assert not unknown, unknown
     return dict(sorted({**config, **file_facts}.items()))
@@ -286,7 +299,7 @@ def _plain_init(value: Any) -> Any:
     return _PLAIN_INITS.get(value, "kaiming") if isinstance(value, (bool, str)) else "kaiming"
 
 
-def _malformed(raw: Mapping[str, Any]) -> list[str]:
+def malformed(raw: Mapping[str, Any]) -> list[str]:
     """Fields whose value has the wrong type or an impossible expression."""
     checks = {
         "r": (_is_rank, f"a whole number of at most {MAX_RANK}"),
@@ -300,6 +313,7 @@ def _malformed(raw: Mapping[str, Any]) -> list[str]:
         "target_modules": (_is_targets, "a name or a list of names, or a simpler expression"),
         "exclude_modules": (_is_targets, "a name or a list of names, or a simpler expression"),
         "modules_to_save": (_is_names, "a list of names"),
+        "target_parameters": (_is_parameters, "a list of parameters' names with their module's"),
         "layers_pattern": (_is_targets, "a name or a list of names"),
         "layers_to_transform": (
             lambda v: _is_int(v) or (isinstance(v, list) and all(map(_is_int, v))),
@@ -368,6 +382,11 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, str) or (
         isinstance(value, list) and all(isinstance(name, str) and name for name in value)
     )
+
+
+def _is_parameters(value: Any) -> bool:
+    """PEFT takes no single string here; ``"weight"`` alone would be every module's."""
+    return isinstance(value, list) and _is_names(value) and "weight" not in value
 
 
 def _is_targets(value: Any) -> bool:

@@ -10,6 +10,11 @@ key, behind ``base_model.model.``    site
 ``<path>.lora_magnitude_vector``      DoRA's magnitude, [d_out]; of a convolution [1, c_out, 1…]
 ``<path>.bias``                      ``Replace`` at ``<path>.bias`` (``bias="all"``)
 ``<path>.base_layer.bias``           the same, of a module that has a low-rank site too
+``<path>.lora_A.weight``             ``LowRank`` at ``<path>.<name>``, where
+                                     ``target_parameters`` names that parameter: experts,
+                                     [E·r, d_in], expert by expert
+``<path>.lora_B.weight``             [d_out, r·E], rank by rank: column k·E + e is expert e's
+``<path>.base_layer.lora_A.weight``  the same of the parameter that the module holds before that one
 ``<path>.<name>``                    ``Replace`` at ``<path>``, if ``modules_to_save`` names it
 ``<path>.prefix_key``, ``_value``    ``Prefix`` (:mod:`lorakit.formats.peft.prefix`)
 ``<path>.base_layer.weight``         the base's own embedding, dropped (see :class:`Reading`)
@@ -29,9 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.core.sites import Kind, LowRank, Prefix, Replace, Site
+from lorakit.core.sites import EXPERT_PARAMETERS, Kind, LowRank, Prefix, Replace, Site
 from lorakit.formats.dialects import describe_keys
 from lorakit.formats.peft.config import AUTOMATIC_HEADS
+from lorakit.formats.peft.match import Selection, parameters_in
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +49,8 @@ VOCABULARY_MODULES = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddin
 _FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)\.(weight|bias)|lora_embedding_(A|B))")
 _PREFIX = re.compile(r"(.+)\.prefix_(key|value)")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector")
+_WRAP = ".base_layer"
+_WRAPPED = re.compile(r"((?!\.base_layer).)+(\.base_layer)+\.lora_[AB]\.weight")
 _NAMED = re.compile(r".+\.lora_(?:A|B|embedding_A|embedding_B)\.([^.]+)(?:\.(?:weight|bias))?")
 
 
@@ -63,6 +71,10 @@ class Reading:
 
     It equals the base's unless the vocabulary was resized before training, which the file does
     not tell; it is the largest part of such a file."""
+    parameters: tuple[str, ...] = ()
+    """``target_parameters``: ends of parameters' paths."""
+    modules: Selection = Selection(())
+    """What the config selects among modules."""
 
     @cached_property
     def replaced_paths(self) -> frozenset[str]:
@@ -74,6 +86,10 @@ class Found:
     """The sites' tensors, and what was wrong or worth a note."""
 
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    """Of the sites that ``target_parameters`` names."""
+    parameters: dict[str, str] = field(default_factory=dict)
+    """Their path → that of the parameter, which PEFT's patterns see."""
     whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     prefixes: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -97,6 +113,8 @@ def sort_keys(tensors: Mapping[str, Tensor], reading: Reading) -> Found:
     found.problems += [f"{key}: does not begin with {PREFIX!r}" for key in sorted(strangers)]
     for key in sorted(set(tensors) - set(strangers)):
         _sort_key(key.removeprefix(PREFIX), tensors[key], reading, found)
+    if reading.parameters:
+        _name_parameters(found, reading)
     for path, parts in found.whole.items():
         _fold_copies(path, parts, found)
     found.whole = {path: parts for path, parts in found.whole.items() if parts}
@@ -105,7 +123,7 @@ def sort_keys(tensors: Mapping[str, Tensor], reading: Reading) -> Found:
 
 def _sort_key(key: str, tensor: Tensor, reading: Reading, found: Found) -> None:
     match = _FACTOR.fullmatch(key)
-    if match is not None and ".base_layer." not in key:
+    if match is not None and _is_factor(key, reading):
         path, factor, what, embedding = match.groups()
         name = f"E{embedding}" if embedding else (factor if what == "weight" else f"{factor}.bias")
         found.factors.setdefault(path, {})[name] = tensor
@@ -138,6 +156,57 @@ def _sort_key(key: str, tensor: Tensor, reading: Reading, found: Found) -> None:
         )
     else:
         found.problems.append(_unknown(key, owner if inside else ""))
+
+
+def _is_factor(key: str, reading: Reading) -> bool:
+    """PEFT wraps a module once for each of its parameters, the next around the last."""
+    if ".base_layer." not in key:
+        return True
+    return bool(reading.parameters) and _WRAPPED.fullmatch(key) is not None
+
+
+def _name_parameters(found: Found, reading: Reading) -> None:
+    """Give the factors of bare parameters their paths; the file has their module's alone."""
+    levels: dict[str, list[str]] = {}
+    for raw in sorted(found.factors, key=len, reverse=True):  # the innermost first
+        module = raw
+        while module.endswith(_WRAP):
+            module = module.removesuffix(_WRAP)
+        levels.setdefault(module, []).append(raw)
+    for module, raws in levels.items():
+        if raws == [module] and reading.modules.selects(module):
+            continue
+        choices = parameters_in(module, reading.parameters)
+        if raws == [module] and not choices[0]:
+            continue
+        names = next((n for c in choices if len(n := in_order(c)) == len(raws)), None)
+        complete = raws == [module + _WRAP * k for k in reversed(range(len(raws)))]
+        if names is None or not complete:
+            found.problems.append(
+                f"{module}: it has the factors of {len(raws)} of its parameters, and "
+                f"target_parameters names {', '.join(sorted(choices[0])) or 'none'} there; which "
+                "are whose cannot be told"
+            )
+        for raw, name in zip(raws, names or raws, strict=True):
+            parts = found.factors.pop(raw)
+            if names is not None and complete:
+                path = module if name == "weight" else f"{module}.{name}"
+                found.factors[path] = parts
+                found.parameters[path] = f"{module}.{name}"
+                found.kinds[path] = "experts" if name != "weight" else _kind_of(module)
+
+
+def _kind_of(module: str) -> Kind:
+    """Of a module whose weight is adapted; one that is called otherwise is fitted to its model."""
+    return "router" if module.rpartition(".")[2] in ("gate", "router") else "linear"
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Parameters of one module, in the order in which it holds them; empty if that is not known."""
+    if len(names) == 1:
+        return list(names)
+    known = [name for name in EXPERT_PARAMETERS if name in names]
+    return known if len(known) == len(names) else []
 
 
 def _listed(key: str, paths: Collection[str]) -> tuple[str, str] | None:
@@ -212,15 +281,23 @@ def _unknown(key: str, adapted: str) -> str:
     if adapted:
         return (
             f"{key}: lies inside the adapted module {adapted}; that is how PEFT adapts "
-            "nn.MultiheadAttention or bare parameters, which is not read here"
+            "nn.MultiheadAttention, which is not read here, or parameters, which the config would "
+            "name in target_parameters"
         )
     if key.endswith(".bias"):
         return f"{key}: a bias, but the config says bias = none"
     return f"{key}: unknown, and no entry of modules_to_save names its module"
 
 
-def low_rank_site(parts: Mapping[str, Tensor], scaling: float) -> tuple[LowRank | None, list[str]]:
-    """The site of one path's tensors, and what is wrong with them."""
+def low_rank_site(
+    parts: Mapping[str, Tensor], scaling: float, kind: Kind | None = None, rank: int = 0
+) -> tuple[LowRank | None, list[str]]:
+    """The site of one path's tensors, and what is wrong with them.
+
+    Args:
+        kind: of a site that ``target_parameters`` names.
+        rank: of experts, of which the shapes have only a multiple.
+    """
     embedding = "EA" in parts or "EB" in parts
     names = ("EA", "EB") if embedding else ("A", "B")
     missing = [_key_part(name) for name in names if name not in parts]
@@ -232,7 +309,15 @@ def low_rank_site(parts: Mapping[str, Tensor], scaling: float) -> tuple[LowRank 
     if problems:
         return None, problems
     A, B = parts[names[0]], parts[names[1]]
-    kind: Kind = "embedding" if embedding else ("conv" if A.dim() > 2 else "linear")
+    if kind == "experts":
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] % rank or A.shape[0] != B.shape[1]:
+            return None, [
+                f"lora_A has shape {tuple(A.shape)} and lora_B {tuple(B.shape)}; with rank {rank} "
+                f"in the config, experts need [{rank}·E, d_in] and [d_out, {rank}·E]"
+            ]
+        A, B = _by_expert(A, B, rank)
+    elif kind is None:
+        kind = "embedding" if embedding else ("conv" if A.dim() > 2 else "linear")
     magnitude = parts.get("magnitude")
     if magnitude is not None:
         expected = _magnitude_shape(kind, B)
@@ -244,6 +329,22 @@ def low_rank_site(parts: Mapping[str, Tensor], scaling: float) -> tuple[LowRank 
     site = LowRank(A, B, scaling, kind, parts.get("B.bias"), magnitude)
     problems = site.problems()
     return (None if problems else site), problems
+
+
+def _by_expert(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """PEFT's [E·r, d_in] and [d_out, r·E] as [E, r, d_in] and [E, d_out, r].
+
+    As in its ``ParamWrapper.get_delta_weight``: A is laid out by expert, B by rank.
+    """
+    by_rank = B.reshape(B.shape[0], rank, -1)
+    return A.reshape(-1, rank, A.shape[1]), by_rank.permute(2, 0, 1).contiguous()
+
+
+def _for_peft(site: LowRank) -> tuple[Tensor, Tensor]:
+    """A and B as PEFT lays them out; the inverse of :func:`_by_expert` for experts."""
+    if site.kind != "experts":
+        return site.A, site.B
+    return site.A.flatten(0, 1), site.B.permute(1, 2, 0).flatten(1)
 
 
 def _magnitude_shape(kind: Kind, B: Tensor) -> tuple[int, ...]:
@@ -304,12 +405,24 @@ def keys_from_sites(sites: Mapping[str, Site], *, lora_bias: bool) -> dict[str, 
             keys[f"{PREFIX}{path}.lora_embedding_A"] = site.A
             keys[f"{PREFIX}{path}.lora_embedding_B"] = site.B
         else:
-            keys[f"{PREFIX}{path}.lora_A.weight"] = site.A
-            keys[f"{PREFIX}{path}.lora_B.weight"] = site.B
+            wrapped = _wrapped(path, sites) if site.kind == "experts" else path
+            keys[f"{PREFIX}{wrapped}.lora_A.weight"], keys[f"{PREFIX}{wrapped}.lora_B.weight"] = (
+                _for_peft(site)
+            )
             bias = site.B.new_zeros(site.B.shape[0]) if site.bias is None else site.bias
             if lora_bias:
                 keys[f"{PREFIX}{path}.lora_B.bias"] = bias
     return keys
+
+
+def _wrapped(path: str, sites: Mapping[str, Site]) -> str:
+    """The module that holds a parameter, as often wrapped as later ones are adapted too."""
+    module, _, own = path.rpartition(".")
+    beside = [
+        name for name in EXPERT_PARAMETERS if isinstance(sites.get(f"{module}.{name}"), LowRank)
+    ]
+    later = beside[beside.index(own) + 1 :] if own in beside else []
+    return module + _WRAP * len(later)
 
 
 def _parameter_key(path: str, name: str, sites: Mapping[str, Site]) -> str:

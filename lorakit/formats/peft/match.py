@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lorakit.core.expressions import Cost, cost_of
 from lorakit.core.sites import LowRank
@@ -25,7 +25,7 @@ _PLAIN_NAME = re.compile(r"[\w.-]+")
 #: of an expression's matching; some seconds
 MAX_STEPS = 1e9
 
-_KEYWORDS = ("all-linear", "attention", "mlp")
+_KEYWORDS = ("all-linear", "attention", "mlp", "experts", "router")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,52 @@ def select(spec: LoRASpec, paths: Sequence[str]) -> Selection:
         # as a list entry, a path of one name would also select whatever ends with it
         return Selection("|".join(re.escape(path) for path in sorted(paths)))
     return Selection(tuple(sorted(paths)))
+
+
+def select_parameters(spec: LoRASpec, names: Sequence[str]) -> tuple[str, ...]:
+    """Entries of ``target_parameters`` that select these parameters.
+
+    The spec's own words where each names some and all are named, else the whole names: PEFT knows
+    neither exclude_modules nor layers_to_transform for parameters.
+
+    Args:
+        names: the parameters' paths.
+    """
+    words = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+    entries = set()
+    if spec.layers is None and not spec.exclude:
+        for word in words:
+            entries |= {
+                entry
+                for entry in (word, f"{word}.weight")
+                if any(_ends_with_any(name, [entry]) for name in names)
+            }
+    if all(_ends_with_any(name, entries) for name in names):
+        return tuple(sorted(entries))
+    return tuple(sorted(names))
+
+
+def parameters_in(module: str, entries: Iterable[str]) -> tuple[set[str], ...]:
+    """The parameters of a module that ``target_parameters`` may mean, the likeliest choice first.
+
+    A bare name means the parameter of any module, so it may be another module's.
+    """
+    known = [entry.rpartition(".") for entry in entries]
+    mine = [(inside, name) for inside, _, name in known if _ends_with_any(module, [inside])]
+    bare = [("", name) for inside, _, name in known if not inside]
+    return {name for _, name in (*mine, *bare)}, {name for _, name in mine}
+
+
+def selection_in(config: Mapping[str, Any]) -> Selection:
+    """What a config of PEFT selects among modules."""
+    targets = config.get("target_modules") or ()
+    layers = config.get("layers_to_transform")
+    exclude = config.get("exclude_modules") or ()
+    return Selection(
+        targets if isinstance(targets, str) else tuple(targets),
+        (exclude,) if isinstance(exclude, str) else tuple(exclude),
+        (layers,) if isinstance(layers, int) else (None if layers is None else tuple(layers)),
+    )
 
 
 def _own_words(spec: LoRASpec, paths: Sequence[str]) -> Selection | None:

@@ -20,7 +20,7 @@ from lorakit.errors import FormatError, collected
 from lorakit.formats.folder import CONFIG, PICKLED, WEIGHTS
 from lorakit.formats.header import Header, apply_difference, read_header
 from lorakit.formats.peft import prefix as peft_prefix
-from lorakit.formats.peft.config import AUTOMATIC_HEADS, FILE_FACTS, read_config
+from lorakit.formats.peft.config import AUTOMATIC_HEADS, FILE_FACTS, malformed, read_config
 from lorakit.formats.peft.keys import (
     Found,
     Reading,
@@ -29,7 +29,7 @@ from lorakit.formats.peft.keys import (
     sort_keys,
     warn_of_grouped_dora,
 )
-from lorakit.formats.peft.match import Patterned, scalings
+from lorakit.formats.peft.match import Patterned, scalings, selection_in
 from lorakit.formats.pickled import read_pickled
 from lorakit.formats.tokenizer_files import tokenizer_files_in
 
@@ -86,15 +86,19 @@ def _adapter(files: _Files, *, keep_base_weights: bool) -> Adapter:
     if both:
         config = {**config, "peft_type": "LORA"}
         config.pop("num_virtual_tokens", None)
+    # of a malformed config nothing is matched with the keys; what is wrong is said below
+    sound = {} if malformed(config) else config
     reading = Reading(
         saved=saved_names(config),
         biases=config.get("bias", "none") != "none",
         replaced=None if header is None else header.replaced,
         prefixes=both,
         keep_base_weights=keep_base_weights,
+        parameters=tuple(sound.get("target_parameters") or ()),
+        modules=selection_in(sound),
     )
     found = sort_keys(files.tensors, reading)
-    if not config.get("target_modules"):
+    if not config.get("target_modules") and not reading.parameters:
         others = config.get("modules_to_save") or reading.biases
         nothing: Any = [] if others else "all-linear"
         config = {**config, "target_modules": sorted(found.factors) or nothing}
@@ -161,19 +165,19 @@ def _sites(
     """The sites; what is wrong with any of them is added to ``problems``."""
     sites: dict[str, Site] = {}
     settings = spec or LoRASpec()  # the rest is checked although the settings are unusable
-    factor_on = scalings(settings, found.factors)
+    names = {path: found.parameters.get(path, path) for path in found.factors}
+    factor_on = scalings(settings, names.values())
     ranks = Patterned(settings.rank, settings.rank_pattern)
     with_bias, with_magnitude = bool(config.get("lora_bias")), bool(config.get("use_dora"))
     for path, parts in found.factors.items():
-        site, wrong = low_rank_site(parts, _scaling(path, factor_on[path], header))
+        scaling, rank = _scaling(path, factor_on[names[path]], header), ranks.at(names[path])
+        site, wrong = low_rank_site(parts, scaling, found.kinds.get(path), rank)
         problems += [f"{path}: {problem}" for problem in wrong]
         if site is None:
             continue
         sites[path] = _without_added_bias(path, site, header)
-        if spec is not None and site.rank != ranks.at(path):
-            problems.append(
-                f"{path}: its tensors have rank {site.rank}, {CONFIG} gives {ranks.at(path)}"
-            )
+        if spec is not None and site.rank != rank:
+            problems.append(f"{path}: its tensors have rank {site.rank}, {CONFIG} gives {rank}")
         if (site.bias is not None) != with_bias and site.kind != "embedding":
             has = "lacks" if site.bias is None else "has"
             problems.append(f"{path}: {has} lora_B.bias, but lora_bias is {with_bias}")

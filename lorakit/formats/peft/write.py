@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lorakit.core.adapter import Adapter
 from lorakit.core.safetensors_io import write_safetensors
-from lorakit.core.sites import Replace
+from lorakit.core.sites import EXPERT_PARAMETERS, Replace
 from lorakit.errors import FormatError, collected
 from lorakit.formats.card import model_card
 from lorakit.formats.folder import CARD, CONFIG, WEIGHTS, Content, write_folder
@@ -35,6 +36,15 @@ from lorakit.formats.peft.keys import (
 from lorakit.formats.tokenizer_files import is_tokenizer_file
 
 logger = logging.getLogger(__name__)
+
+#: kinds that PEFT adapts as parameters, not as modules
+_PARAMETERS = ("experts", "router")
+
+#: last names that PEFT gives to experts on models with fused ones
+_TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+#: classes of models with fused experts, for adapters that do not tell
+_MIXTURES = re.compile(r"Moe|Mixtral|MiniMax|Deepseek|Dots|Longcat|SolarOpen|Mellum|Olmoe|FlexOlmo")
 
 #: models whose linears are transformers' Conv1D, for which PEFT wants ``fan_in_fan_out``
 _TRANSPOSED = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
@@ -77,9 +87,16 @@ def plan_files(adapter: Adapter) -> dict[str, Content]:
 def _plan(adapter: Adapter) -> tuple[dict[str, Any], Header]:
     """The config, and what it leaves out."""
     low_rank = adapter.low_rank
-    spec = peft_match.fitting_spec(adapter.spec, low_rank)
+    bare = _as_parameters(adapter)
+    names = {path: f"{path}.weight" if path in bare else path for path in low_rank}
+    spec = peft_match.fitting_spec(
+        adapter.spec, {names[path]: site for path, site in low_rank.items()}
+    )
     spec = replace(spec, bias=_bias_mode(adapter), variant=_variant(adapter))
-    selection = peft_match.select(spec, list(low_rank))
+    experts = {path for path, site in low_rank.items() if site.kind == "experts"}
+    parameters = [names[path] for path in low_rank if path in bare | experts]
+    modules = [path for path in low_rank if path not in bare | experts]
+    selection = peft_match.select(spec, modules)
     lora_bias = any(site.bias is not None for site in low_rank.values())
     facts = _file_facts(adapter)
     config = peft_config.config_from_spec(
@@ -87,6 +104,7 @@ def _plan(adapter: Adapter) -> tuple[dict[str, Any], Header]:
         target_modules=selection.target_modules,
         exclude_modules=selection.exclude_modules,
         layers_to_transform=selection.layers_to_transform,
+        target_parameters=peft_match.select_parameters(spec, parameters),
         modules_to_save=_modules_to_save(adapter),
         lora_bias=lora_bias,
         **facts,
@@ -96,7 +114,7 @@ def _plan(adapter: Adapter) -> tuple[dict[str, Any], Header]:
         config["peft_type"] = peft_prefix.BOTH
         config["num_virtual_tokens"] = adapter.num_virtual_tokens
         config = dict(sorted(config.items()))
-    scalings = peft_match.scalings(spec, low_rank)
+    scalings = peft_match.scalings(spec, names.values())
     no_bias = [p for p, s in low_rank.items() if s.bias is None] if lora_bias else []
     header = Header(
         base=adapter.base,
@@ -104,7 +122,7 @@ def _plan(adapter: Adapter) -> tuple[dict[str, Any], Header]:
         spec=spec_difference(adapter.spec, given_back),
         replaced=tuple(adapter.replaced),
         task_type=adapter.task_type if adapter.task_type != facts["task_type"] else None,
-        scaling={p: s.scaling for p, s in low_rank.items() if scalings[p] != s.scaling},
+        scaling={p: s.scaling for p, s in low_rank.items() if scalings[names[p]] != s.scaling},
         no_bias=tuple(no_bias),
     )
     return config, header
@@ -140,6 +158,42 @@ def _warn_of_new_biases(adapter: Adapter) -> None:
             new[0],
             f" and {len(new) - 1} more" if len(new) > 1 else "",
         )
+
+
+def _as_parameters(adapter: Adapter) -> set[str]:
+    """Sites of modules that PEFT has to adapt by their ``weight``.
+
+    Those are routers, which are no linears. And where a model has fused experts, PEFT (0.21) takes
+    ``gate_proj``, ``up_proj`` and ``down_proj`` in target_modules for names of experts from before
+    they were fused, and drops the dense linears that are called so, at times without a word.
+    """
+    low_rank = adapter.low_rank
+    routers = {path for path, site in low_rank.items() if site.kind == "router"}
+    if not _has_fused_experts(adapter):
+        return routers
+    hidden = {
+        path
+        for path, site in low_rank.items()
+        if site.kind == "linear" and path.rpartition(".")[2] in _TAKEN_FOR_EXPERTS
+    }
+    lone = [p for p, s in low_rank.items() if s.bias is not None or s.magnitude is not None]
+    if hidden and lone:  # which PEFT knows for modules alone
+        logger.warning(
+            "PEFT 0.21 takes %s for the name of experts and would leave it out; load this adapter "
+            "there with a DoRA or a bias of B only on models without fused experts",
+            sorted(hidden)[0],
+        )
+        return routers
+    return routers | hidden
+
+
+def _has_fused_experts(adapter: Adapter) -> bool:
+    told = adapter.provenance.get("peft")
+    if isinstance(told, Mapping) and told.get("fused_experts"):
+        return True
+    architecture = "" if adapter.base is None else adapter.base.architecture
+    kinds = {site.kind for site in adapter.low_rank.values()}
+    return bool(kinds & set(_PARAMETERS)) or _MIXTURES.search(architecture) is not None
 
 
 def _file_facts(adapter: Adapter) -> dict[str, Any]:
@@ -237,6 +291,18 @@ def _unwritable(adapter: Adapter) -> list[str]:
                 f"{path}: an embedding, beside {with_bias[0]}, which has a bias of B; PEFT's "
                 "lora_bias covers all sites and refuses embeddings"
             )
+        holder, _, own = path.rpartition(".")
+        beside = [p for p in low_rank if p != path and p.rpartition(".")[0] == holder]
+        if site.kind == "experts" and own not in EXPERT_PARAMETERS and beside:
+            problems.append(
+                f"{path}: stands beside {beside[0]}; PEFT does not name a module's parameters, and "
+                f"only {', '.join(EXPERT_PARAMETERS)} are told apart by their order"
+            )
+        if with_bias and site.kind in _PARAMETERS:
+            problems.append(
+                f"{path}: adapts a parameter, beside {with_bias[0]}, which has a bias of B; PEFT's "
+                "lora_bias covers all sites and refuses parameters"
+            )
         if with_magnitude and site.magnitude is None:
             problems.append(
                 f"{path}: is plain LoRA, and {with_magnitude[0]} is DoRA; PEFT has one switch for "
@@ -272,7 +338,12 @@ def _check_reads_back(
         FormatError: names the sites that would be read as others.
     """
     reading = Reading(
-        saved_names(config), config["bias"] != "none", header.replaced, bool(adapter.prefixes)
+        saved_names(config),
+        config["bias"] != "none",
+        header.replaced,
+        bool(adapter.prefixes),
+        parameters=tuple(config.get("target_parameters") or ()),
+        modules=peft_match.selection_in(config),
     )
     found = sort_keys(keys, reading)
     expected = {

@@ -100,7 +100,6 @@ FOREIGN_VALUES = {
     "layer_replication": [[0, 2]],
     "megatron_config": {"a": 1},
     "monteclora_config": {"num_samples": 8},
-    "target_parameters": ["experts.w"],
     "trainable_token_indices": [5],
     "use_bdlora": {"nblocks": 2},
     "use_qalora": True,
