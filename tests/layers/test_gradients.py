@@ -1,0 +1,62 @@
+"""One flat gradient: in place or through autograd, once or several times, it is the same sum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit.layers.gradients import FlatGradient, gradient_product, gradient_sum, has_place
+
+M, N, ROWS = 5, 3, 7
+
+
+@pytest.fixture
+def drawn() -> tuple[list[nn.Parameter], torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(M, N, dtype=torch.float64)) for _ in range(3)]
+    left = torch.randn(ROWS, M, dtype=torch.float64, generator=generator)
+    right = torch.randn(ROWS, N, dtype=torch.float64, generator=generator)
+    return parameters, left, right
+
+
+def test_products_are_added_where_the_parameter_has_its_place(drawn):
+    parameters, left, right = drawn
+    flat = FlatGradient(parameters)
+    assert gradient_product(parameters[1], left, right, 0.5) is None
+    assert gradient_product(parameters[1], left, right, 2.0) is None  # used twice in one forward
+    assert gradient_sum(parameters[2], torch.ones(M, N)) is None  # of another dtype
+    parameters[2].grad = torch.full((M, N), 3.0, dtype=torch.float64)  # by autograd, elsewhere
+    found = flat.collect()
+    expected = torch.cat(
+        [torch.zeros(M * N), (2.5 * left.T @ right).reshape(-1), torch.full((M * N,), 4.0)]
+    )
+    torch.testing.assert_close(found, expected.double(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(flat.collect(), found)  # asking again adds nothing
+    assert all(p.grad is None for p in parameters)
+
+
+def test_what_was_there_before_is_forgotten_even_where_it_is_not_finite(drawn):
+    parameters, left, right = drawn
+    flat = FlatGradient(parameters)
+    for parameter in parameters:
+        gradient_product(parameter, left * float("nan"), right)
+    assert not torch.isfinite(flat.collect()).any()
+    flat.clear()
+    gradient_product(parameters[0], left, right)
+    found = flat.collect()
+    torch.testing.assert_close(found[: M * N], (left.T @ right).reshape(-1), rtol=1e-12, atol=0)
+    assert not found[M * N :].any()
+
+
+def test_without_a_place_the_gradient_is_given_back(drawn):
+    parameters, left, right = drawn
+    assert not has_place(parameters[0])
+    product = gradient_product(parameters[0], left, right, 0.5)
+    assert product is not None
+    torch.testing.assert_close(product, 0.5 * left.T @ right, rtol=1e-12, atol=0)
+    flat = FlatGradient(parameters)
+    assert all(has_place(p) for p in parameters)
+    flat.release()
+    assert not any(has_place(p) for p in parameters)
+    assert gradient_product(parameters[0], left, right) is not None
