@@ -334,6 +334,7 @@ class Handle:
 
         Raises:
             RoutingError: an adapter that is not attached, or another thread is choosing too.
+            SpecError: prefixes would be blended, or one given a weight.
         """
         with self._forwards.choose(self.routing(mix, rows=rows, expand=expand, order=order)):
             yield self

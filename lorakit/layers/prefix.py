@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.errors import RoutingError
+from lorakit.errors import RoutingError, SpecError
 from lorakit.layers.attention import product
 from lorakit.layers.forwards import Forwards
 from lorakit.layers.routing import Plan, Routing
@@ -84,19 +84,19 @@ class Prefixes:
         """The adapter whose prefix each of the routing's mixes has.
 
         Raises:
-            RoutingError: a mix would blend prefixes, or give one a weight.
+            SpecError: a mix would blend prefixes, or give one a weight.
         """
         return [self._of(dict(mix)) for mix in routing.mixes]
 
     def _of(self, mix: Mapping[str, float]) -> str | None:
         mine = [name for name in mix if name in self.lengths]
         if len(mine) > 1:
-            raise RoutingError(
+            raise SpecError(
                 f"adapters {', '.join(map(repr, mine))} each have a prefix, and a row has one: "
                 "which would come first is not defined. Use one of them, with others that have none"
             )
         if mine and mix[mine[0]] != 1.0:
-            raise RoutingError(
+            raise SpecError(
                 f"adapter {mine[0]!r} has a prefix, which a row sees or does not; at weight "
                 f"{mix[mine[0]]:g} it is not defined. Use it at weight 1"
             )

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from lorakit import LoRASpec, attach
 from lorakit.core.sites import LowRank, Prefix
-from lorakit.errors import RoutingError, TargetError
+from lorakit.errors import RoutingError, SpecError, TargetError
 from lorakit.infer import answers
 from lorakit.infer.packed import PackedModel
 from lorakit.layers import Routing, token_keys
@@ -278,11 +278,11 @@ def test_the_context_is_shorter_by_the_prefix(base):
 def test_blends_of_prefixes_are_refused(tiny):
     handle = attach(tiny("llama"), LoRASpec(targets="none", prefix=2), "a")
     handle.add(LoRASpec(targets="none", prefix=3), "b")
-    with pytest.raises(RoutingError, match=r"weight 0\.5"), handle.use({"a": 0.5}):
+    with pytest.raises(SpecError, match=r"weight 0\.5"), handle.use({"a": 0.5}):
         pass
-    with pytest.raises(RoutingError, match="'a', 'b' each have a prefix"):
+    with pytest.raises(SpecError, match="'a', 'b' each have a prefix"):
         handle.routing({"a": 1.0, "b": 1.0})
-    with pytest.raises(RoutingError, match="at weight 1"):
+    with pytest.raises(SpecError, match="at weight 1"):
         handle.forward_scope(Routing.uniform({"a": 2.0}))
 
 

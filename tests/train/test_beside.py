@@ -143,6 +143,11 @@ def test_the_command_line(shop, capsys):
          "--max-new-tokens", "3", "--json"]
     )  # fmt: skip
     assert code == 0
+    code = main(
+        ["generate", "--base", str(shop.base_folder), "--adapter", f"{out}=0.5", "--prompt", "w1"]
+    )
+    assert code == 2
+    assert "at weight 0.5 it is not defined" in capsys.readouterr().err
     code = main(["merge", "--base", str(shop.base_folder), "--adapter", str(out), "--out",
                  str(shop.out / "merged")])  # fmt: skip
     assert code == 2

@@ -257,6 +257,8 @@ def _foreign(raw: Mapping[str, Any]) -> list[str]:
     problems = []
     if raw.get("peft_type", "LORA") != "LORA":
         problems.append(f"peft_type is {raw['peft_type']!r}; only LORA is read")
+        if raw["peft_type"] == "PREFIX_TUNING":
+            problems[-1] += '. A new prefix is LoRASpec(targets="none", prefix=n)'
     for name, value in raw.items():
         if name in MAPPED or name in HARMLESS:
             continue
