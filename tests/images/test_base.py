@@ -10,7 +10,7 @@ import transformers
 
 import lorakit
 from lorakit.core.spec import LoRASpec
-from lorakit.errors import BaseError, TargetError
+from lorakit.errors import BaseError, InputError, TargetError
 from lorakit.images.base import base_of, load_pipeline
 from lorakit.images.cache import encoded_picture, fingerprint
 from lorakit.images.data import PictureSettings, PicturesPlan, load_pictures
@@ -19,6 +19,7 @@ from lorakit.images.pictures import PicturesSpec
 from lorakit.images.targets import picture_targets
 from lorakit.images.task import PICTURES
 from lorakit.layers.targets import resolve_targets
+from lorakit.tasks.registry import kind_of
 from lorakit.tasks.task import Stretch
 from tests.formats.pictures import unet
 from tests.images import tiny
@@ -162,3 +163,5 @@ def test_an_unknown_pipeline(tmp_path):
         load_pipeline(tmp_path / "pipe")
     with pytest.raises(BaseError, match="is no pipeline"):
         PICTURES.on(torch.nn.Linear(1, 1), None)
+    with pytest.raises(InputError, match="lorakit images train --resume"):
+        kind_of({"name": PICTURES.name})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -118,7 +120,9 @@ def _wide_t5() -> Any:
 @functools.cache
 def folder(family: str, prediction: str = "epsilon") -> Path:
     """A saved pipeline; made once for all tests of a process."""
-    path = Path(tempfile.mkdtemp(prefix="lorakit-tiny-")) / family
+    above = tempfile.mkdtemp(prefix="lorakit-tiny-")
+    atexit.register(shutil.rmtree, above, ignore_errors=True)
+    path = Path(above) / family
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         make(family, prediction).save_pretrained(path)
