@@ -77,7 +77,7 @@ def _by_kind(sites: list[SitePair]) -> dict[str, list[SitePair]]:
     """Sites by the last name of their path; the commonest kinds, in the order they come."""
     kinds: dict[str, list[SitePair]] = {}
     for site in sites:
-        name = site.path.rpartition(".")[2]
+        name = site.path.rpartition(".")[2].partition("[")[0]  # an expert has a number
         kinds.setdefault("numbered" if name.isdigit() else name, []).append(site)
     most = sorted(kinds, key=lambda name: -len(kinds[name]))[:_KINDS]
     return {name: members for name, members in kinds.items() if name in most}

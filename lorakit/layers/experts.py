@@ -66,6 +66,8 @@ def check_experts(modules: Mapping[str, nn.Module]) -> None:
 
 def _why_not(module: Any) -> str | None:
     own = module.__dict__.get("forward")
+    if isinstance(own, ExpertsForward) and own.agrees:
+        return None  # found out when its first adapter came
     if own is not None and not isinstance(own, ExpertsForward):
         return (
             "another library has overridden its forward (offloading to the processor?); load the "
@@ -132,6 +134,11 @@ class ExpertsForward(SiteForward):
         self._parts: dict[str, dict[str, LowRankParameters]] = {}
         self._agreed = {implementation(module)}  # compared when it was attached
 
+    @property
+    def agrees(self) -> bool:
+        """Whether what is computed here was compared with how the experts run now."""
+        return implementation(self.module) in self._agreed
+
     def put(self, name: str, path: str, parameters: LowRankParameters) -> None:
         """Add one adapter's factors of the parameter at ``path``."""
         if name not in self.low_rank:
@@ -177,12 +184,11 @@ class ExpertsForward(SiteForward):
 
     def _check(self) -> None:
         """The way of running them may have been changed since the adapter was attached."""
-        how = implementation(self.module)
-        if how not in self._agreed:
+        if not self.agrees:
             reason = _disagreement(self.module)
             if reason is not None:
                 raise RoutingError(f"{self.path}: {reason}")
-            self._agreed.add(how)
+            self._agreed.add(implementation(self.module))
 
     def _arguments(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
