@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 CAUSAL = "causal"
 #: repeated here, for the help must not import what computes them; a test compares the two
-TASKS = (CAUSAL, "seq2seq", "classify", "vision", "speech", "embed")
+TASKS = (CAUSAL, "seq2seq", "classify", "vision", "speech", "embed", "vision-chat")
 
 #: flags about texts that are continued
 _OF_CAUSAL = ("system", "format", "loss_on")
@@ -54,8 +54,8 @@ def add_task_argument(group: Any) -> None:
         "--task",
         choices=TASKS,
         help="what the model does: causal (continues text), seq2seq (T5, BART), classify (labels "
-        "texts), vision (labels pictures), speech (Whisper), embed (vectors of texts); default: "
-        "by the base and the data, and said",
+        "texts), vision (labels pictures), speech (Whisper), embed (vectors of texts), vision-chat "
+        "(chats with pictures); default: by the base and the data, and said",
     )
 
 

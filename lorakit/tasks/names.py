@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 #: what ``--task`` takes
-TASKS = ("causal", "seq2seq", "classify", "vision", "speech", "embed")
+TASKS = ("causal", "seq2seq", "classify", "vision", "speech", "embed", "vision-chat")
 
 #: how examples share a forward: *packed*, one behind the other; *padded*, each as large as the
 #: largest of them; *single*, each in a forward of its own

@@ -18,6 +18,7 @@ _KINDS = {
     "vision": "Vision",
     "speech": "Speech",
     "embed": "Embed",
+    "vision-chat": "VisionChat",
 }
 
 
@@ -82,6 +83,10 @@ def fitting_task(
         return "seq2seq", f"{named_so} is an encoder-decoder"
     if model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return "vision", f"{named_so} sees pictures"
+    if model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and (
+        "vision_config" in config
+    ):
+        return "vision-chat", f"{named_so} continues chats with pictures"
     decodes = model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _ends(
         names, "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"
     )

@@ -66,6 +66,8 @@ def _made(folder: Path, name: str) -> Bench:
     }
     if name == "vision":
         write, rows = small.write_vit, small.write_pictures(folder, 16)
+    elif name == "vision-chat":
+        write, rows = small.write_smolvlm, small.write_chats(folder, 16)
     elif name == "speech":
         write, rows = small.write_whisper, small.write_sounds(folder, 12)
     else:
@@ -76,7 +78,7 @@ def _made(folder: Path, name: str) -> Bench:
     return Bench(name, base, file, kind.fitted(RowSpec((str(file),)), read_config(str(base))))
 
 
-KINDS = ("classify", "t5", "bart", "vision", "speech", "embed")
+KINDS = ("classify", "t5", "bart", "vision", "speech", "embed", "vision-chat")
 
 
 @pytest.fixture(scope="session")

@@ -97,6 +97,26 @@ def test_recordings(place, tmp_path, capsys):
     assert "3.wav cannot be read as sound" in told
 
 
+def test_chats(place, tmp_path, capsys):
+    rows = small.write_chats(tmp_path, 7)
+    rows[0]["messages"] = "hello"
+    rows[1]["messages"][0]["role"] = "human"
+    rows[2]["messages"].pop()
+    rows[3]["messages"][0]["content"] = "w1 without a picture"
+    rows[4]["messages"][0]["content"][0] = {"type": "video"}
+    rows[5]["messages"][0]["content"][0] = {"type": "image", "image": "lost.png"}
+    told = said(place("vision-chat", rows), capsys, "6 of 7 rows cannot be used")
+    for part in (
+        'the messages are text "hello"; expected a list',
+        "message 1 is an object with role, content; expected a role",
+        "there is no message of an assistant",
+        "there is no picture; rows of text alone are for a language model",
+        "message 1 holds an object with type; expected text or an image",
+        "lost.png: No such file or directory",
+    ):
+        assert part in told
+
+
 def test_a_single_pair(place, capsys):
     rows = [{"anchor": "w1", "positive": "w2"}]
     said(place("embed", rows), capsys, "nothing to contrast it with")
@@ -164,6 +184,7 @@ def test_what_is_guessed(benches):
     assert guess("bart", "prompt", "completion") == "seq2seq"
     assert guess("speech") == "speech"
     assert guess("vision") == "vision"
+    assert guess("vision-chat", "messages") == "vision-chat"
     assert guess("classify", "text", "label") == "classify"
     assert guess("classify", "sentence1", "sentence2", "label") == "classify"
     assert guess("classify", "anchor", "positive") == "embed"

@@ -22,6 +22,7 @@ CLASSES = {
     "vision": "AutoModelForImageClassification",
     "speech": "AutoModelForSpeechSeq2Seq",
     "embed": "AutoModel",
+    "vision-chat": "AutoModelForImageTextToText",
 }
 TARGETS = {
     "classify": ["query", "value", "dense"],
@@ -30,6 +31,7 @@ TARGETS = {
     "vision": ["q_proj", "v_proj"],
     "speech": ["q_proj", "fc2"],
     "embed": ["query", "dense"],
+    "vision-chat": ["q_proj", "down_proj", "proj"],
 }
 
 
@@ -50,7 +52,8 @@ def inputs_of(bench, base):
     if bench.name == "embed":
         texts = [data[i].inputs["ids"][0] for i in (0, 3, 5)]
         return dict(task._rows._batch(texts))
-    batch = task._batch([data[i] for i in (0, 3, 5)])
+    rows = (3,) if bench.name == "vision-chat" else (0, 3, 5)
+    batch = task._batch([data[i] for i in rows])
     return {name: tensor for name, tensor in batch.items() if not name.startswith("_")}
 
 

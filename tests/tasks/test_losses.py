@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import math
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 
 from lorakit.core.spec import LoRASpec
 from lorakit.tasks.task import Stretch
+from lorakit.tasks.vision_chat import processed
 from tests.tasks.conftest import stir
 
 from .conftest import Bench
@@ -64,6 +66,8 @@ def by_hand(bench: Bench, model, example) -> torch.Tensor:
             pixels = (pixels / 255 - 0.5) / 0.5
             given = {"pixel_values": torch.from_numpy(pixels).permute(2, 0, 1)[None]}
         return -log_p(model(**given).logits[0], inputs["label"])
+    if bench.name == "vision-chat":
+        return answer_by_hand(model, inputs)
     labels = inputs["labels"].tolist()
     start = model.config.decoder_start_token_id
     decoder = torch.tensor([[start, *labels[:-1]]])
@@ -80,7 +84,18 @@ def by_hand(bench: Bench, model, example) -> torch.Tensor:
     return -sum(log_p(logits[t], label) for t, label in enumerate(labels))
 
 
-@pytest.mark.parametrize("name", ["classify", "t5", "bart", "vision", "speech"])
+def answer_by_hand(model, inputs):
+    """The words behind the last ``<s> assistant``, and the end; each from all before it."""
+    pictures = [Path(name).read_bytes() for name in inputs["sources"]]
+    given = processed(inputs["processor"], inputs["messages"], pictures, ask=False)
+    given["pixel_values"] = given["pixel_values"].double()
+    ids = given["input_ids"][0].tolist()
+    start = len(ids) - ids[::-1].index(1) + 1  # <s> has number 1, and then comes "assistant"
+    logits = model(**given).logits[0]
+    return -sum(log_p(logits[t - 1], ids[t]) for t in range(start, len(ids)))
+
+
+@pytest.mark.parametrize("name", ["classify", "t5", "bart", "vision", "speech", "vision-chat"])
 def test_gradients_are_those_of_float64_formulas(benches, name):
     bench = benches[name]
     base = bench.base(dtype="float64")
@@ -88,9 +103,10 @@ def test_gradients_are_those_of_float64_formulas(benches, name):
     data = bench.data(base)
     task = bench.kind.on(base.model, handle)
     handle.flat("a")  # gathers the gradients of the sites
-    assert task.mode == "padded"
+    assert task.mode == ("single" if name == "vision-chat" else "padded")
     examples = [data[i] for i in (0, 3, 5)]
-    assert len({example.size for example in examples}) > (name != "vision")
+    if name not in ("vision", "vision-chat"):
+        assert len({example.size for example in examples}) > 1
     sums = task.losses([Stretch(examples, "a")])
     sums.sum().backward()
     adapter, found = handle.snapshot("a"), gradients(handle, "a")
