@@ -32,6 +32,7 @@ IMPOSSIBLE = [
     ({"optimizer": "adam"}, "optimizer is 'adam'; it must be one of adamw, adamw8bit, paged"),
     ({"recompute": "all"}, "recompute is 'all'; it must be one of none, mlp, layers, offload"),
     ({"lora_plus_ratio": 0.0}, "lora_plus_ratio is 0.0; it must be a number above 0"),
+    ({"prefix_lr_ratio": 0.0}, "prefix_lr_ratio is 0.0; it must be a number above 0"),
     ({"lr_pattern": {"q_proj": 0}}, "lr_pattern 'q_proj' has the factor 0"),
     ({"lr_pattern": {"q_(": 1.0}}, "lr_pattern 'q_(' is no regular expression"),
     ({"lr_pattern": 2.0}, "lr_pattern is 2.0; it must map patterns to factors"),
