@@ -46,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default=str(shared / "e2e_dev.csv"))
     parser.add_argument("--test", default=str(shared / "e2e_test.csv"), help="held out")
     parser.add_argument("--map", default="prompt=mr,completion=ref", help="'' for none")
+    parser.add_argument("--format", default="plain", help="as of train")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--eval-every", type=int, default=20)
@@ -88,7 +89,7 @@ def _check_same(out: Path, options: argparse.Namespace) -> None:
 
 
 _DECISIVE = (
-    *("base", "data", "test", "map", "steps", "batch_size", "eval_every", "eval_rows"),
+    *("base", "data", "test", "map", "format", "steps", "batch_size", "eval_every", "eval_rows"),
     *("test_items", "metrics", "rank", "seeds", "dtype"),
 )
 
@@ -184,6 +185,7 @@ def _train(out: Path, name: str, options: argparse.Namespace) -> None:
         "--base": options.base,
         "--data": options.data,
         "--map": options.map,
+        "--format": options.format,
         "--steps": options.steps,
         "--batch-size": options.batch_size,
         "--eval-every": options.eval_every,
@@ -230,6 +232,7 @@ def _judge(out: Path, name: str, options: argparse.Namespace) -> None:
     command += ["--device", options.device, "--dtype", options.dtype]
     for flag, value in (
         ("--map", options.map),
+        ("--format", options.format),
         ("--limit", options.test_items),
         ("--metrics", options.metrics),
     ):

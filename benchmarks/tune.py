@@ -36,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default=str(shared / "e2e_dev.csv"))
     parser.add_argument("--test", default=str(shared / "e2e_test.csv"), help="held out")
     parser.add_argument("--map", default="prompt=mr,completion=ref", help="'' for none")
+    parser.add_argument("--format", default="plain", help="as of train")
     parser.add_argument("--test-prompts", type=int, default=128, help="of the test file")
     parser.add_argument("--test-rows", type=int, default=2, help="of each test prompt, at most")
     parser.add_argument("--steps", type=int, default=80)
@@ -73,7 +74,8 @@ class _Task:
         columns = column_map(options.map) if options.map else {}
 
         def origin(path: str) -> Any:
-            spec = DataSpec(path=(str(Path(path).resolve()),), map=columns)
+            path = str(Path(path).resolve())
+            spec = DataSpec(path=(path,), map=columns, format=options.format)
             return Origin(base={"ref": options.base, "dtype": "float32"}, data=spec)
 
         self.origin = origin(options.data)
