@@ -2,13 +2,15 @@
 #
 #   make setup | demo | test | check | bench | bench-gpu | interop
 #
-# PYTHON=… chooses another interpreter, VENV=… another folder; ARGS=… is handed to what runs.
+# PYTHON=… chooses another interpreter, VENV=… another folder; ARGS=… is handed to what runs, and
+# WORKERS=… is how many processes test at once, each on one thread.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format bench bench-gpu interop clean
 
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 RIGHT_VERSION := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
@@ -24,7 +26,7 @@ demo: $(VENV)/.demo-is-ready  ## train SmolLM2-135M on a shop's mail, and see wh
 	$(BIN)/python examples/orders/demo.py $(ARGS)
 
 test: $(VENV)/.dev-is-ready  ## the tests, less those marked slow or gpu
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev-is-ready  ## lint, format, types, and which layer imports which
 	$(BIN)/ruff check .
