@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli import train
 from lorakit.cli.common import (
     add_base_arguments,
     add_data_arguments,
@@ -29,6 +28,8 @@ from lorakit.cli.common import (
     emit_json,
     printable_stdout,
 )
+from lorakit.cli.train_arguments import add_adapter_arguments, add_training_arguments
+from lorakit.cli.training import given_of
 from lorakit.errors import SpecError, collected
 
 if TYPE_CHECKING:
@@ -54,13 +55,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags: those of training, and a few of its own."""
     add_base_arguments(parser)
     add_data_arguments(parser)
-    train._add_adapter_arguments(parser)
-    train._add_training_arguments(parser)
+    add_adapter_arguments(parser)
+    add_training_arguments(parser)
     group = parser.add_argument_group("estimate")
     group.add_argument(
         "--full",
         action="store_true",
-        help="all weights of the base in place of an adapter, to compare; `lorakit train` does not",
+        help="all weights of the base, as `lorakit train --full` does",
     )
     group.add_argument(
         "--gpu",
@@ -78,8 +79,8 @@ def run(options: argparse.Namespace) -> int:
     from lorakit.evaluate.estimate_machine import known_gpu
     from lorakit.train.settings import TrainSettings
 
-    settings = TrainSettings(**train._given(options, TrainSettings))
-    spec = LoRASpec(**train._given(options, LoRASpec))
+    settings = TrainSettings(**given_of(options, TrainSettings))
+    spec = LoRASpec(**given_of(options, LoRASpec))
     gpu = None if options.gpu is None else known_gpu(options.gpu)
     _check(options)
     from lorakit.bases import base_config, context_length, load_tokenizer
@@ -122,7 +123,7 @@ def _check(options: argparse.Namespace) -> None:
 
         problems += [
             f"--{name.replace('_', '-')} is about an adapter, and --full trains none"
-            for name in train._given(options, LoRASpec)
+            for name in given_of(options, LoRASpec)
         ]
     if options.gpu is not None and options.device != "auto":
         problems.append("--device is a device here, and --gpu one that is not; give one of them")

@@ -24,33 +24,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.common import (
-    ADAPTER_HELP,
     adapter_path,
-    add_json_argument,
     check_text,
-    count,
     emit_json,
-    finite_float,
-    fraction,
     missing,
-    non_negative_float,
     plural,
-    positive_float,
-    positive_int,
     say,
-    seed,
 )
+from lorakit.cli.images_arguments import LEAST_STEPS, MOST_STEPS, PASSES, configure
 from lorakit.cli.images_sample import (
-    add_pipeline_arguments,
     load_pipeline_from,
     pipeline_options,
 )
+from lorakit.cli.training import check_nothing_changes, interruptible
 from lorakit.errors import InputError, SpecError, collected
 
 if TYPE_CHECKING:
@@ -61,269 +51,21 @@ if TYPE_CHECKING:
     from lorakit.images.training import Sheets
     from lorakit.train import Callback, RunResult, Trainer, TrainSettings
 
+__all__ = ["configure", "run"]  # what a command is made of
+
 #: flags that act on a run that goes on, too
 _WITH_RESUME = {"resume", "json", "quiet", "debug"}
 #: text encoders' modules, whatever their number
 _TEXT_PATTERN = r"text_encoder(_\d)?\..*"
-#: where nobody says how long: passes over the pictures, within these steps
-_PASSES, _LEAST_STEPS, _MOST_STEPS = 60, 300, 2000
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", metavar="RUN", help="run folder to make; of --each, for all runs")
-    group.add_argument(
-        "--resume", metavar="RUN", help="go on with an interrupted run, or with all of a folder"
-    )
-    group.add_argument(
-        "--each",
-        metavar="FOLDER",
-        help="an adapter for each folder of pictures in this one, with these flags for all; they "
-        "share forwards, and each comes out as if it were alone",
-    )
-    group.add_argument(
-        "--from", dest="start", metavar="ADAPTER", help=f"go on with this adapter: {ADAPTER_HELP}"
-    )
-    add_pipeline_arguments(parser, required=False)
-    _add_data_arguments(parser)
-    _add_validation_arguments(parser)
-    _add_adapter_arguments(parser)
-    _add_training_arguments(parser)
-    _add_sheet_arguments(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument("--quiet", action="store_true", help="no progress and no notes")
-    add_json_argument(parser)
-    parser.set_defaults(defaults={action.dest: action.default for action in parser._actions})
-
-
-def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pictures")
-    group.add_argument("--data", metavar="FOLDER", help="pictures and their captions")
-    group.add_argument("--caption", metavar="TEXT", help="of pictures that have none")
-    group.add_argument("--caption-column", metavar="NAME", help="of metadata.jsonl or .csv")
-    group.add_argument(
-        "--trigger", metavar="WORDS", help="put before every caption; the adapter's name for it"
-    )
-    group.add_argument(
-        "--resolution",
-        type=positive_int,
-        metavar="PIXELS",
-        help="side of the square whose area every picture gets; default: the base's own",
-    )
-    group.add_argument(
-        "--square", action="store_true", help="crop all to squares; default: by aspect ratio"
-    )
-    group.add_argument("--enlarge", action="store_true", help="scale small pictures up")
-    group.add_argument(
-        "--bad-pictures",
-        choices=("error", "skip"),
-        default="error",
-        help="what a picture that cannot be used does: error (default) or skip, which counts them",
-    )
-    group.add_argument("--masked", action="store_true", help="learn only what the masks show")
-    group.add_argument(
-        "--prior-data",
-        metavar="FOLDER",
-        help="pictures of a class that the base is to draw as before; half of what is seen",
-    )
-    group.add_argument("--prior-caption", metavar="TEXT", help="of those that have none")
-    group.add_argument(
-        "--prior-weight", type=positive_float, metavar="X", help="on their loss; default 1"
-    )
-    group.add_argument(
-        "--cache",
-        metavar="FOLDER",
-        help="where latents and embeddings are kept; default: $LORAKIT_CACHE/images",
-    )
-
-
-def _add_validation_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "validation",
-        "The loss at fixed noise and times; the adapter with the lowest is kept. Without "
-        "validation it is that of the last step.",
-    )
-    group.add_argument("--valid", metavar="FOLDER", help="pictures to evaluate on")
-    group.add_argument(
-        "--validation-fraction",
-        type=fraction,
-        metavar="X",
-        help="share of --data to hold out; default: none of fewer than 40 pictures",
-    )
-    group.add_argument(
-        "--eval-every",
-        type=count,
-        metavar="N",
-        help="steps between two evaluations; 0: only at the start and the end",
-    )
-    group.add_argument(
-        "--eval-rows", type=count, metavar="N", help="pictures of each evaluation; 0: all"
-    )
-    group.add_argument(
-        "--patience", type=count, metavar="N", help="stop after N without a new best; default 0"
-    )
-
-
-def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("adapter")
-    group.add_argument("--rank", type=positive_int, metavar="R", help="default 16")
-    group.add_argument(
-        "--rank-pattern",
-        nargs="+",
-        type=_pattern,
-        metavar="PATTERN=R",
-        help="another rank for modules whose path ends in PATTERN, such as conv1=4",
-    )
-    group.add_argument(
-        "--alpha", type=finite_float, metavar="A", help="numerator of the scaling; default 32"
-    )
-    group.add_argument(
-        "--targets",
-        nargs="+",
-        metavar="T",
-        help="cross-attention, attention (default), all-linear, conv (linears and convolutions), "
-        "or names, name endings and regular expressions of modules",
-    )
-    group.add_argument("--exclude", nargs="+", metavar="T", help="modules to leave out again")
-    group.add_argument(
-        "--dropout",
-        type=fraction,
-        metavar="P",
-        help="probability to drop an input of A; default 0",
-    )
-    group.add_argument(
-        "--text-encoder-lr",
-        type=positive_float,
-        metavar="X",
-        help="adapt the CLIP text encoders too, at this learning rate",
-    )
-    group.add_argument(
-        "--scaling", choices=("alpha/r", "alpha/sqrt(r)"), help="factor on B·A; default alpha/r"
-    )
-    group.add_argument(
-        "--init",
-        choices=("kaiming", "gaussian", "orthogonal", "pissa", "olora"),
-        help="where A and B begin; default kaiming",
-    )
-    group.add_argument("--variant", choices=("lora", "dora"), help="default lora")
-
-
-def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--steps",
-        type=positive_int,
-        metavar="N",
-        help=f"optimizer steps; default: {_PASSES} passes, within {_LEAST_STEPS} to {_MOST_STEPS}",
-    )
-    group.add_argument("--epochs", type=positive_float, metavar="X", help="passes over the data")
-    group.add_argument(
-        "--batch-size", type=positive_int, metavar="N", help="pictures per step; default 4"
-    )
-    group.add_argument(
-        "--micro-batch",
-        type=positive_int,
-        metavar="N",
-        help="pictures per forward at most; the batch is accumulated, with the same result",
-    )
-    group.add_argument(
-        "--lr", type=positive_float, metavar="X", help="highest learning rate; default 1e-4"
-    )
-    group.add_argument(
-        "--schedule", choices=("constant", "linear", "cosine"), help="default linear (to zero)"
-    )
-    group.add_argument("--warmup", type=count, metavar="N", help="steps in which the rate rises")
-    group.add_argument(
-        "--optimizer",
-        choices=("adamw", "adamw8bit", "paged-adamw8bit", "sgd"),
-        help="default adamw",
-    )
-    group.add_argument("--weight-decay", type=non_negative_float, metavar="X", help="default 0")
-    group.add_argument(
-        "--clip", type=non_negative_float, metavar="X", help="largest norm; default 1, 0: no limit"
-    )
-    group.add_argument(
-        "--min-snr",
-        type=positive_float,
-        metavar="G",
-        help="weigh times by min-SNR with this γ (usually 5); for bases that learn no flows",
-    )
-    group.add_argument(
-        "--noise-offset",
-        type=non_negative_float,
-        metavar="X",
-        help="add noise to whole channels (0.05 to 0.1), for very dark and bright pictures",
-    )
-    group.add_argument(
-        "--caption-dropout",
-        type=fraction,
-        metavar="P",
-        help="share of the examples that are seen without a caption, for guidance; default 0",
-    )
-    group.add_argument(
-        "--recompute",
-        action="store_true",
-        help="make the denoiser's blocks again in the backward: less memory, more time",
-    )
-    group.add_argument("--seed", type=seed, metavar="N", help="default 0. One seed, one result")
-    group.add_argument(
-        "--checkpoint-every", type=positive_int, metavar="N", help="steps; default: every minute"
-    )
-    group.add_argument(
-        "--keep-checkpoints", type=positive_int, metavar="N", help="checkpoints kept; default 2"
-    )
-    group.add_argument(
-        "--max-concurrent", type=positive_int, metavar="N", help="of --each, at the same time"
-    )
-
-
-def _add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "sheets", "Pictures with the same prompts and seeds at the start, meanwhile and at the end."
-    )
-    group.add_argument(
-        "--sample-prompt",
-        action="append",
-        metavar="P",
-        help="may be repeated; default: some captions of the data",
-    )
-    group.add_argument("--sample-negative", metavar="TEXT", help="what they should not show")
-    group.add_argument(
-        "--sample-every", type=count, metavar="N", help="steps between two; default: a quarter"
-    )
-    group.add_argument(
-        "--sample-seeds", type=positive_int, metavar="N", help="pictures of each prompt; default 2"
-    )
-    group.add_argument(
-        "--sample-steps", type=positive_int, metavar="N", help="denoising steps; default 20"
-    )
-    group.add_argument("--sample-guidance", type=non_negative_float, metavar="X")
-    group.add_argument("--no-samples", action="store_true", help="draw nothing")
-
-
-def _pattern(text: str) -> tuple[str, int]:
-    """``conv1=4`` → the pattern and its rank."""
-    pattern, equals, rank = text.rpartition("=")
-    if not equals or not pattern:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=RANK, such as conv1=4")
-    return pattern, positive_int(rank)
-
-
-# --- running ---------------------------------------------------------------------------------
 
 
 def run(options: argparse.Namespace) -> int:
     """Train or resume, then print where the adapters are."""
-    from lorakit.train.interrupt import signals_as_interrupts
-
-    def tell(text: str) -> None:  # from a signal handler: past all buffers
-        with contextlib.suppress(OSError, ValueError):
-            os.write(sys.stderr.fileno(), f"\nlorakit images train: {text}\n".encode())
-
-    with signals_as_interrupts(tell):
+    with interruptible("images train"):
         if options.resume is not None:
-            _check_nothing_changes(options)
+            check_nothing_changes(
+                options, _WITH_RESUME, anew="lorakit images train --from ADAPTER …"
+            )
             return _resume(options)
         if options.each is not None:
             return _each(options)
@@ -411,20 +153,6 @@ def _resume_all(options: argparse.Namespace, outs: list[str]) -> int:
             on_item=on_item,
         )
     return _all_told(options, outs, results)
-
-
-def _check_nothing_changes(options: argparse.Namespace) -> None:
-    given = [
-        "--" + ("from" if name == "start" else name.replace("_", "-"))
-        for name, value in vars(options).items()
-        if name in options.defaults and value != options.defaults[name]
-        if name not in _WITH_RESUME
-    ]
-    if given:
-        raise InputError(
-            f"{', '.join(sorted(given))} cannot be changed in a run that goes on exactly; its "
-            "settings are in run.yaml. Leave them out, or start a new run with --from"
-        )
 
 
 # --- from flags to objects -------------------------------------------------------------------
@@ -539,8 +267,8 @@ def _settings(options: argparse.Namespace, num_pictures: int) -> TrainSettings:
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given.setdefault("batch_size", 4)
     if "steps" not in given and "epochs" not in given:
-        passes = round(_PASSES * num_pictures / given["batch_size"])
-        given["steps"] = max(_LEAST_STEPS, min(_MOST_STEPS, passes))
+        passes = round(PASSES * num_pictures / given["batch_size"])
+        given["steps"] = max(LEAST_STEPS, min(MOST_STEPS, passes))
     if options.text_encoder_lr is not None:
         from lorakit.images.training import LEARNING_RATE
 

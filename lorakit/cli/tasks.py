@@ -248,11 +248,11 @@ def trainer_for(
     spec = row_spec(options)
     start: Adapter | None = None
     if options.start is not None:
-        start = train._with_flags(load_adapter(adapter_path(options.start)), options)
+        start = train.with_flags(load_adapter(adapter_path(options.start)), options)
     kind = kind_for(options, task, spec, {"--from": start} if start is not None else None)
     base = load_kind_base(kind, options, quiet=options.quiet)
     valid = None if options.valid is None else row_spec(options, options.valid)
-    origin = Origin(base=train._base_options(options), data=spec, validation=valid, kind=kind)
+    origin = Origin(base=train.base_options(options), data=spec, validation=valid, kind=kind)
     data, validation = origin.load_data(base), origin.load_validation(base)
     for found in filter(None, (data, validation)):
         for line in found.report.lines():

@@ -34,30 +34,19 @@ A file of jobs says what all share and what each has of its own, in the names of
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.common import (
-    ADAPTER_HELP,
     adapter_path,
-    add_base_arguments,
-    add_data_arguments,
-    add_json_argument,
-    count,
-    finite_float,
-    fraction,
     missing,
-    non_negative_float,
     plural,
-    positive_float,
-    positive_int,
-    seed,
 )
+from lorakit.cli.train_arguments import configure
+from lorakit.cli.training import check_nothing_changes, given_of, interruptible
 from lorakit.errors import InputError, SpecError, collected
 
 if TYPE_CHECKING:
@@ -68,6 +57,8 @@ if TYPE_CHECKING:
     from lorakit.train import Callback, RunResult, Trainer, TrainSettings
     from lorakit.train.distributed import World
     from lorakit.train.full import Full
+
+__all__ = ["configure", "run"]  # what a command is made of
 
 #: flags that act on a resumed run too; all others are in its run.yaml
 _WITH_RESUME = {"resume", "json", "quiet", "debug", "command", "run", "shard"}
@@ -81,353 +72,14 @@ _OF_LOW_RANK = (
 )
 #: flags that act where there are many adapters
 _MANY = ("max_concurrent", "token_budget")
-_TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the flags."""
-    _add_run_arguments(parser)
-    add_base_arguments(parser, required=False, task=True)
-    add_data_arguments(parser, required=False)
-    _add_validation_arguments(parser)
-    _add_adapter_arguments(parser)
-    _add_training_arguments(parser)
-    _add_many_arguments(parser)
-    _add_process_arguments(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--report-to",
-        action="append",
-        choices=_TRACKERS,
-        metavar="TRACKER",
-        help=f"also send the numbers to {', '.join(_TRACKERS)}; again for several",
-    )
-    output.add_argument("--quiet", action="store_true", help="no progress and no notes")
-    add_json_argument(parser)
-    parser.set_defaults(defaults={action.dest: action.default for action in parser._actions})
-
-
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "jobs", nargs="?", metavar="jobs.yaml", help="a file of jobs: many adapters on one base"
-    )
-    group.add_argument(
-        "--each",
-        metavar="FOLDER",
-        help="an adapter for each data file of this folder, with these flags for all; a file that "
-        "is broken is named at the end, and the others are done",
-    )
-    group.add_argument(
-        "--out",
-        metavar="RUN",
-        help="run folder to make; it must not exist yet. Of many: the folder for their runs",
-    )
-    group.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="go on with an interrupted run, or with all of a folder of runs; the settings are in "
-        "RUN/run.yaml",
-    )
-    group.add_argument(
-        "--full",
-        action="store_true",
-        help="train all weights of the base and no adapter, by the same loop. The weights must be "
-        "float32, or bfloat16 (a float32 copy is trained); 16 or 18 bytes of memory for each, and "
-        "checkpoints of three times the model, of which one is kept",
-    )
-    group.add_argument(
-        "--from",
-        dest="start",
-        metavar="ADAPTER",
-        help=f"go on with this adapter ({ADAPTER_HELP}) on new data; it brings rank, "
-        "targets and alpha, and the optimizer starts anew",
-    )
-
-
-def _add_many_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "many adapters", "They share forwards, and each comes out as if it were alone."
-    )
-    group.add_argument(
-        "--max-concurrent",
-        type=positive_int,
-        metavar="N",
-        help="trained at the same time at most; default: until their batches fill a forward, as "
-        "far as the memory has room",
-    )
-    group.add_argument(
-        "--token-budget",
-        type=positive_int,
-        metavar="N",
-        help="tokens of a shared forward at most; default: the largest --micro-batch-tokens",
-    )
-
-
-def _add_validation_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "validation", "The adapter with the lowest validation loss is kept."
-    )
-    group.add_argument(
-        "--valid",
-        nargs="+",
-        metavar="F",
-        help="validation files, read like --data; default: some prompts of --data are held out",
-    )
-    group.add_argument(
-        "--validation-fraction",
-        type=fraction,
-        metavar="X",
-        help="share of --data to hold out, in whole prompts; 0: none, and the last step is kept",
-    )
-    group.add_argument(
-        "--eval-every",
-        type=count,
-        metavar="N",
-        help="steps between two evaluations; 0: only at the start and the end",
-    )
-    group.add_argument(
-        "--eval-rows", type=count, metavar="N", help="validation rows of each evaluation; 0: all"
-    )
-    group.add_argument(
-        "--patience",
-        type=count,
-        metavar="N",
-        help="stop after N evaluations in a row without a new best; default 0: never",
-    )
-    group.add_argument(
-        "--samples",
-        type=count,
-        metavar="N",
-        help="items that base and adapter answer at the end for the report; default 4, 0: none",
-    )
-
-
-def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("adapter")
-    group.add_argument("--rank", type=positive_int, metavar="R", help="default 16")
-    group.add_argument(
-        "--alpha",
-        type=finite_float,
-        metavar="A",
-        help="numerator of the scaling; default 32. Leave it while you vary the rank: the best "
-        "learning rate then hardly moves",
-    )
-    group.add_argument(
-        "--targets",
-        nargs="+",
-        metavar="T",
-        help="all-linear (default: every linear but the output head), attention, mlp, experts and "
-        "router (of a mixture of experts), or names, "
-        "name endings and regular expressions of modules; none: no LoRA, for --prefix, --bias, "
-        "--norms or --train-modules alone",
-    )
-    group.add_argument("--exclude", nargs="+", metavar="T", help="modules to leave out again")
-    group.add_argument("--layers", metavar="RANGE", help="blocks to adapt, such as 0-11, 20- or 3")
-    group.add_argument(
-        "--dropout",
-        type=fraction,
-        metavar="P",
-        help="probability to drop an input of A; default 0",
-    )
-    group.add_argument(
-        "--scaling",
-        choices=("alpha/r", "alpha/sqrt(r)"),
-        help="factor on B·A; default alpha/r, alpha/sqrt(r) is rsLoRA",
-    )
-    group.add_argument(
-        "--init",
-        choices=("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga", "loftq"),
-        help="where A and B begin; default kaiming (A drawn, B zero, as with gaussian and "
-        "orthogonal). pissa, olora: inside of the weight; eva, lora-ga: from some of the data; "
-        "loftq: with what --quantize loses. Each has its own default learning rate",
-    )
-    group.add_argument(
-        "--init-examples",
-        type=positive_int,
-        metavar="N",
-        help="training examples that --init eva and lora-ga look at; default 64",
-    )
-    group.add_argument(
-        "--eva-rho",
-        type=positive_float,
-        metavar="X",
-        help="--init eva shares the ranks out, up to X times the rank for a module; default 1: "
-        "every module keeps the rank",
-    )
-    group.add_argument(
-        "--variant",
-        choices=("lora", "dora"),
-        help="default lora; dora also trains the length of each output's weights, which takes more "
-        "time a step",
-    )
-    group.add_argument(
-        "--bias",
-        choices=("none", "lora", "all", "new"),
-        help="train biases too (BitFit): of the adapted modules (lora), all, or new: all, and each "
-        "linear that has none gets one, from zero (Llama and its kind have none); default none",
-    )
-    group.add_argument(
-        "--norms",
-        action="store_true",
-        default=None,
-        help="train the weights of all norms too, and save them whole",
-    )
-    group.add_argument(
-        "--prefix",
-        type=positive_int,
-        metavar="N",
-        help="prefix tuning: also train the keys and values of N virtual tokens in front of the "
-        "text, in every layer",
-    )
-    group.add_argument(
-        "--prefix-lr-ratio",
-        type=positive_float,
-        metavar="X",
-        help="the prefix learns X times faster than the rest; default 10",
-    )
-    group.add_argument(
-        "--train-modules", nargs="+", metavar="M", help="modules to train and save whole"
-    )
-
-
-def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=positive_int, metavar="N", help="optimizer steps")
-    group.add_argument(
-        "--epochs", type=positive_float, metavar="X", help="passes over the data; default 3"
-    )
-    group.add_argument(
-        "--batch-size",
-        type=positive_int,
-        metavar="N",
-        help="examples per optimizer step, over all processes; default 8",
-    )
-    group.add_argument(
-        "--micro-batch",
-        type=positive_int,
-        metavar="N",
-        help="examples per forward at most; the batch is accumulated, with the same result",
-    )
-    group.add_argument(
-        "--micro-batch-tokens",
-        type=positive_int,
-        metavar="N",
-        help="tokens per forward at most; lower it if memory runs out, the result stays the same",
-    )
-    group.add_argument(
-        "--recompute",
-        choices=("none", "mlp", "layers", "offload"),
-        help="make again in the backward instead of keeping it: the middle of the MLP (mlp) or the "
-        "whole layer (layers; offload also moves its input off the GPU). Less memory, more time, "
-        "the same gradient; default none",
-    )
-    group.add_argument(
-        "--lr",
-        type=_rate,
-        metavar="X",
-        help="highest learning rate; default: by the width of the base and the --init, and a tenth "
-        "of that with --full; auto: found "
-        "by training several together first (lorakit tune --quick), in 4 to 5 times the steps",
-    )
-    group.add_argument(
-        "--lora-plus-ratio",
-        type=positive_float,
-        metavar="X",
-        help="every B learns X times faster than its A, whose rate is --lr (LoRA+; its paper "
-        "takes 16); default 1",
-    )
-    group.add_argument(
-        "--lr-pattern",
-        nargs="+",
-        type=_pattern,
-        metavar="PATTERN=X",
-        help="factor on the learning rate of modules whose path ends in PATTERN, such as "
-        "q_proj=0.5; the first that fits counts",
-    )
-    group.add_argument(
-        "--schedule",
-        choices=("constant", "linear", "cosine"),
-        help="what the rate does after the warm-up; default linear (to zero)",
-    )
-    group.add_argument(
-        "--warmup",
-        type=count,
-        metavar="N",
-        help="steps in which the rate rises; default: a twentieth, at most 100",
-    )
-    group.add_argument(
-        "--optimizer",
-        choices=("adamw", "adamw8bit", "paged-adamw8bit", "sgd"),
-        help="default adamw; adamw8bit keeps its averages in 8 bits (bitsandbytes), and the paged "
-        "one lets them leave a CUDA GPU that is full",
-    )
-    group.add_argument(
-        "--weight-decay", type=non_negative_float, metavar="X", help="decoupled; default 0"
-    )
-    group.add_argument(
-        "--clip",
-        type=non_negative_float,
-        metavar="X",
-        help="largest norm of the gradient; default 1, 0: no limit",
-    )
-    group.add_argument(
-        "--seed",
-        type=seed,
-        metavar="N",
-        help="of initial weights, order, split and dropout; default 0. One seed, one result",
-    )
-    group.add_argument(
-        "--checkpoint-every",
-        type=positive_int,
-        metavar="N",
-        help="steps between two checkpoints; default: about every minute",
-    )
-    group.add_argument(
-        "--keep-checkpoints",
-        type=positive_int,
-        metavar="N",
-        help="checkpoints kept; default 2, with --full 1",
-    )
-
-
-def _add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "several processes",
-        "Started by torchrun, they share each batch. With --max-restarts, torchrun starts them "
-        "again when one dies, and the run goes on from its last checkpoint.",
-    )
-    group.add_argument(
-        "--shard",
-        action="store_true",
-        help="spread the base's weights over the processes (FSDP2); default: each has them whole",
-    )
-
-
-def _rate(text: str) -> float | str:
-    """``auto``, or a number."""
-    return text if text == "auto" else float(positive_float(text))
-
-
-def _pattern(text: str) -> tuple[str, float]:
-    """``q_proj=0.5`` → the pattern and its factor."""
-    pattern, equals, factor = text.rpartition("=")
-    if not equals or not pattern:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=FACTOR, such as q_proj=0.5")
-    return pattern, positive_float(factor)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train or resume, then print where the adapter is."""
     from lorakit.train.distributed import joined
-    from lorakit.train.interrupt import signals_as_interrupts
-
-    def tell(text: str) -> None:  # from a signal handler: past all buffers
-        with contextlib.suppress(OSError, ValueError):
-            os.write(sys.stderr.fileno(), f"\nlorakit train: {text}\n".encode())
 
     several = "RANK" in os.environ and os.environ["RANK"] != "0"
-    with signals_as_interrupts(None if several else tell), joined() as world:
+    with interruptible("train", silent=several), joined() as world:
         if not world.first:
             options.quiet, options.json = True, False
         if options.shard:
@@ -458,12 +110,12 @@ def _plan(options: argparse.Namespace) -> Plan | None:
         told = " and ".join("a file of jobs" if w == "jobs" else f"--{w}" for w in ways)
         raise InputError(f"{told} are given; give one of them")
     if options.jobs is not None:
-        return train_many.plan_of_file(Path(options.jobs), options, configure)
+        return train_many.plan_of_file(Path(options.jobs), options)
     if options.each is not None:
-        return train_many.plan_of_folder(options, configure)
+        return train_many.plan_of_folder(options)
     if options.resume is not None and (Path(options.resume) / train_many.JOBS_FILE).is_file():
-        _check_nothing_changes(options, (*_MANY,))
-        return train_many.plan_of_runs(Path(options.resume), options, configure)
+        _check_nothing_changes(options, _MANY)
+        return train_many.plan_of_runs(Path(options.resume), options)
     idle = [f"--{n.replace('_', '-')}" for n in _MANY if getattr(options, n) is not None]
     if idle:
         raise SpecError(
@@ -538,7 +190,7 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
     """
     from lorakit.train.settings import TrainSettings
 
-    settings = TrainSettings(**_given(options, TrainSettings))
+    settings = TrainSettings(**given_of(options, TrainSettings))
     if options.valid is not None and settings.validation_fraction:
         raise SpecError(
             f"--validation-fraction is {settings.validation_fraction:g}, but --valid names "
@@ -555,7 +207,7 @@ def spec_of(options: argparse.Namespace) -> LoRASpec:
     """
     from lorakit.core.spec import LoRASpec
 
-    given = _given(options, LoRASpec)
+    given = given_of(options, LoRASpec)
     spec = LoRASpec(**given)
     idle = [
         f"--{name.replace('_', '-')}"
@@ -607,7 +259,7 @@ def load_shared_base(options: argparse.Namespace, *, quiet: bool) -> Base:
     from lorakit.bases import load_base
     from lorakit.cli.common import load_base_from
 
-    return load_base(**_base_options(options)) if quiet else load_base_from(options)
+    return load_base(**base_options(options)) if quiet else load_base_from(options)
 
 
 def trainer_on(
@@ -639,19 +291,19 @@ def trainer_on(
         )
     settings, what = settings_of(options), what_of(options)
     origin = Origin(
-        base=_base_options(options),
+        base=base_options(options),
         data=data_spec(options),
         validation=None if options.valid is None else data_spec(options, options.valid),
     )
     start: Adapter | None = None
     if options.start is not None:
-        start = _with_flags(load_adapter(adapter_path(options.start)), options)
+        start = with_flags(load_adapter(adapter_path(options.start)), options)
     data, validation = origin.load_data(base), origin.load_validation(base)
     if say:
         _say(options, *data.report.lines())
     if say and validation is not None:
         _say(options, "Validation:", *validation.report.lines())
-    dense = {**_base_options(options), "quantize": None, "device": "cpu"}
+    dense = {**base_options(options), "quantize": None, "device": "cpu"}
     return Trainer(
         base,
         what if start is None else start,
@@ -681,19 +333,8 @@ def _resume(options: argparse.Namespace, world: World) -> RunResult:
 
 
 def _check_nothing_changes(options: argparse.Namespace, but: Sequence[str] = ()) -> None:
-    """Refuse settings of a run that goes on."""
-    given = [
-        "--" + ("from" if name == "start" else name.replace("_", "-"))
-        for name, value in vars(options).items()
-        if name in options.defaults and value != options.defaults[name]
-        if name not in _WITH_RESUME and name not in but
-    ]
-    if given:
-        raise InputError(
-            f"{', '.join(sorted(given))} cannot be changed in a run that goes on exactly; its "
-            "settings are in run.yaml. Leave them out; or start a new run from its adapter: "
-            f"lorakit train --from {options.resume}/adapter …"
-        )
+    anew = f"lorakit train --from {options.resume}/adapter …"
+    check_nothing_changes(options, {*_WITH_RESUME, *but}, anew)
 
 
 def _resume_exactly(options: argparse.Namespace, out: str, world: World) -> RunResult:
@@ -713,23 +354,7 @@ def _resume_exactly(options: argparse.Namespace, out: str, world: World) -> RunR
     )
 
 
-def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """The flags that name fields of a dataclass and were given."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    found: dict[str, Any] = {name: getattr(options, name, None) for name in names}
-    targets = found.get("targets")
-    if targets is not None and len(targets) == 1:
-        found["targets"] = targets[0]
-    if found.get("lr_pattern") is not None:
-        found["lr_pattern"] = dict(found["lr_pattern"])
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in found.items()
-        if value is not None
-    }
-
-
-def _with_flags(adapter: Adapter, options: argparse.Namespace) -> Adapter:
+def with_flags(adapter: Adapter, options: argparse.Namespace) -> Adapter:
     """The adapter of ``--from``; flags may repeat its settings, and change only the dropout.
 
     Raises:
@@ -737,7 +362,7 @@ def _with_flags(adapter: Adapter, options: argparse.Namespace) -> Adapter:
     """
     from lorakit.core.spec import LoRASpec
 
-    given = _given(options, LoRASpec)
+    given = given_of(options, LoRASpec)
     problems = [
         f"--{name.replace('_', '-')} {value}: the adapter has {getattr(adapter.spec, name)}"
         for name, value in given.items()
@@ -752,7 +377,8 @@ def _with_flags(adapter: Adapter, options: argparse.Namespace) -> Adapter:
     return adapter.with_(spec=dataclasses.replace(adapter.spec, dropout=given["dropout"]))
 
 
-def _base_options(options: argparse.Namespace) -> dict[str, Any]:
+def base_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The flags of the base, by the names that `load_base` and a run folder have for them."""
     names = ("device", "dtype", "quantize", "revision", "trust_remote_code")
     return {"ref": options.base, **{name: getattr(options, name) for name in names}}
 

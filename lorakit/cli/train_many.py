@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -69,7 +69,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def plan_of_file(path: Path, options: argparse.Namespace, configure: Callable[..., Any]) -> Plan:
+def plan_of_file(path: Path, options: argparse.Namespace) -> Plan:
     """Read a file of jobs; flags beside it are defaults for all.
 
     Raises:
@@ -98,10 +98,10 @@ def plan_of_file(path: Path, options: argparse.Namespace, configure: Callable[..
     entries = [{**defaults, **flags, **job} for job in jobs]
     if out is None and any("out" not in job for job in entries):
         problems.append("out: missing; the folder for the runs (or out in every job)")
-    return _plan(str(path), shared, entries, Path(out or "."), configure, problems)
+    return _plan(str(path), shared, entries, Path(out or "."), problems)
 
 
-def plan_of_folder(options: argparse.Namespace, configure: Callable[..., Any]) -> Plan:
+def plan_of_folder(options: argparse.Namespace) -> Plan:
     """One job for each data file of ``--each FOLDER``.
 
     Raises:
@@ -126,17 +126,17 @@ def plan_of_folder(options: argparse.Namespace, configure: Callable[..., Any]) -
         {"samples": 0, **flags, "name": name, "data": str(file)}
         for name, file in zip(names, files, strict=True)
     ]
-    return _plan(f"--each {folder}", shared, entries, Path(options.out or "."), configure, problems)
+    return _plan(f"--each {folder}", shared, entries, Path(options.out or "."), problems)
 
 
-def plan_of_runs(folder: Path, options: argparse.Namespace, configure: Callable[..., Any]) -> Plan:
+def plan_of_runs(folder: Path, options: argparse.Namespace) -> Plan:
     """What is left to do in a folder of runs."""
     content = _read(folder / JOBS_FILE)
     shared = {k: content[k] for k in SHARED if k in content}
     for name in ("max_concurrent", "token_budget"):
         if getattr(options, name) is not None:
             shared[name] = getattr(options, name)
-    plan = _plan(str(folder / JOBS_FILE), shared, content["jobs"], folder, configure, [])
+    plan = _plan(str(folder / JOBS_FILE), shared, content["jobs"], folder, [])
     plan.resume = True
     return plan
 
@@ -167,7 +167,6 @@ def _plan(
     shared: dict[str, Any],
     entries: list[dict[str, Any]],
     out: Path,
-    configure: Callable[..., Any],
     problems: list[str],
 ) -> Plan:
     jobs: list[Job] = []
@@ -175,7 +174,7 @@ def _plan(
         name = _name(entry, number)
         keys = {key: value for key, value in entry.items() if key not in ("name", "out")}
         try:
-            options = _options(keys, shared, configure)
+            options = _options(keys, shared)
         except InputError as error:
             problems.append(f"job {name}: {error}")
             continue
@@ -207,15 +206,14 @@ def _name(entry: Mapping[str, Any], number: int) -> str:
     return Path(str(first)).stem if first else str(number)
 
 
-def _options(
-    keys: Mapping[str, Any], shared: Mapping[str, Any], configure: Callable[..., Any]
-) -> argparse.Namespace:
+def _options(keys: Mapping[str, Any], shared: Mapping[str, Any]) -> argparse.Namespace:
     """A job's keys as the flags of ``lorakit train``, checked as those are.
 
     Raises:
         InputError: names the key.
     """
     from lorakit.cli.train import settings_of, spec_of
+    from lorakit.cli.train_arguments import configure
 
     parser = _Parser(allow_abbrev=False, add_help=False)
     configure(parser)

@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli import train as train_command
 from lorakit.cli.common import (
     add_base_arguments,
     add_data_arguments,
@@ -41,6 +40,9 @@ from lorakit.cli.common import (
     printable_stdout,
     say,
 )
+from lorakit.cli.train import base_options
+from lorakit.cli.train_arguments import add_adapter_arguments, add_training_arguments
+from lorakit.cli.training import given_of, note_defaults
 from lorakit.errors import InputError, SpecError, collected
 
 if TYPE_CHECKING:
@@ -106,12 +108,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="validation rows of each comparison; 0: all; default 64 to 256",
     )
-    train_command._add_adapter_arguments(parser)
-    train_command._add_training_arguments(parser)
+    add_adapter_arguments(parser)
+    add_training_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--quiet", action="store_true", help="no progress and no notes")
     add_json_argument(parser)
-    parser.set_defaults(defaults={action.dest: action.default for action in parser._actions})
+    note_defaults(parser)
 
 
 def duration(text: str) -> float:
@@ -159,7 +161,7 @@ def _start(options: argparse.Namespace, watcher: Watcher) -> TuneResult:
     search = parse_search(options.search or ())
     if options.lr == "auto":
         options.lr = None  # it is what a search finds
-    given = train_command._given(options, TrainSettings), train_command._given(options, LoRASpec)
+    given = given_of(options, TrainSettings), given_of(options, LoRASpec)
     settings, spec = TrainSettings(**given[0]), LoRASpec(**given[1])
     both = [name for name in search if name in given[1] and name != "alpha"]
     if both:
@@ -200,7 +202,7 @@ def search_for(
         fixed=tuple(fixed),
     )
     origin = Origin(
-        base=train_command._base_options(options),
+        base=base_options(options),
         data=data_spec(options),
         validation=None if options.valid is None else data_spec(options, options.valid),
     )
@@ -260,7 +262,7 @@ def train_at_found_rate(options: argparse.Namespace, world: World) -> RunResult:
     if problems:
         raise InputError(collected("With --lr auto this cannot be", problems))
     options.lr = None
-    given = train_command._given(options, TrainSettings), train_command._given(options, LoRASpec)
+    given = given_of(options, TrainSettings), given_of(options, LoRASpec)
     settings, spec = TrainSettings(**given[0]), LoRASpec(**given[1])
     run = RunFolder(Path(options.out))
     run.check_new()
