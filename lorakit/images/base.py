@@ -56,13 +56,13 @@ class Parts(nn.Module):
             self.add_module(name, component)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PictureBase(Base):
     """A loaded pipeline."""
 
-    pipe: Any = None
+    pipe: Any
     """The diffusers pipeline; its components are those of ``model``."""
-    family: Family = None  # type: ignore[assignment]
+    family: Family
     text_length: int | None = None
     """Tokens of T5's text; ``None`` where there is no choice."""
 

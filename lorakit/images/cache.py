@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,14 @@ class Cache:
         for done, (picture, placed) in enumerate(latents, start=1):
             missing += self._ensure(
                 self._latent_path(picture, placed, masks),
-                lambda p=picture, q=placed: encoded_picture(self._base, p, q, masks),  # type: ignore[misc]
+                partial(encoded_picture, self._base, picture, placed, masks),
             )
             if on_item is not None:
                 on_item(done, len(latents) + len(texts))
         for done, caption in enumerate(texts, start=len(latents) + 1):
             missing += self._ensure(
                 self._text_path(caption),
-                lambda c=caption: encoded_caption(self._base, c),  # type: ignore[misc]
+                partial(encoded_caption, self._base, caption),
             )
             if on_item is not None:
                 on_item(done, len(latents) + len(texts))

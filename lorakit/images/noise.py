@@ -27,7 +27,7 @@ from lorakit.errors import BaseError
 from lorakit.optional import require
 
 Prediction = Literal["epsilon", "v", "sample", "flow"]
-_KINDS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+_KINDS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 #: SD3's way to draw time, most of it in the middle (Esser et al., arXiv 2403.03206)
 _LOGIT_NORMAL = {"weighting_scheme": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0}
@@ -78,7 +78,7 @@ class NoiseModel:
                 f"the pipeline's scheduler is a {type(scheduler).__name__} that predicts {told!r}; "
                 f"known are {', '.join(_KINDS)}, and flows of FlowMatchEulerDiscreteScheduler"
             )
-        self.prediction = _KINDS[told]  # type: ignore[assignment]
+        self.prediction = _KINDS[told]
         wanted = set(diffusers.DDPMScheduler().config)
         settings = {k: v for k, v in scheduler.config.items() if k in wanted}
         self._schedule = diffusers.DDPMScheduler.from_config(settings)

@@ -49,6 +49,23 @@ def test_what_was_there_before_is_forgotten_even_where_it_is_not_finite(drawn):
     assert not found[M * N :].any()
 
 
+def test_a_part_without_rows_adds_nothing_and_leaves_nothing_behind(drawn):
+    # in the last layer, where an adapter's part of a forward has no supervised token
+    parameters, left, right = drawn
+    flat = FlatGradient(parameters)
+    gradient_product(parameters[0], left * float("nan"), right)
+    flat.clear()
+    for parameter in parameters:
+        assert gradient_product(parameter, left[:0], right[:0]) is None
+    gradient_product(parameters[1], left, right)
+    found = flat.collect()
+    torch.testing.assert_close(
+        found[M * N : 2 * M * N], (left.T @ right).reshape(-1), rtol=1e-12, atol=0
+    )
+    assert not found[: M * N].any()
+    assert not found[2 * M * N :].any()
+
+
 def test_without_a_place_the_gradient_is_given_back(drawn):
     parameters, left, right = drawn
     assert not has_place(parameters[0])
