@@ -275,14 +275,15 @@ class _Times:
     def callback(self) -> Any:
         from lorakit.train import Callback
 
-        def on_step(_: Any) -> None:
-            now = self._clock()
-            self.steps.append(now - self._last)
-            self._last = now
+        times = self
 
-        listener = Callback()
-        listener.on_step = on_step  # type: ignore[method-assign]
-        return listener
+        class Listener(Callback):
+            def on_step(self, metrics: Any) -> None:
+                now = times._clock()
+                times.steps.append(now - times._last)
+                times._last = now
+
+        return Listener()
 
 
 def _row(

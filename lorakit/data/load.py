@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakit.data.columns import Columns, Kind, find_columns
 from lorakit.data.encode import Encoded, Encoder, Sample
-from lorakit.data.readers import open_rows
+from lorakit.data.readers import open_all
 from lorakit.data.rendering import make_rendering
 from lorakit.data.report import DataReport
 from lorakit.data.rows import Problems, Row, RowError, plural
@@ -18,7 +18,7 @@ from lorakit.data.spec import DataSpec
 from lorakit.data.store import MEMORY_BYTES
 from lorakit.data.tokenizer import special_pattern
 from lorakit.data.tokens import Builder, TokenData
-from lorakit.errors import DataError, collected
+from lorakit.errors import DataError
 
 _BATCH = 1024
 
@@ -48,7 +48,7 @@ def load_data(
     limit, limit_reason = _limit(spec, context_length)
     notes: list[str] = []
     problems = Problems()
-    rows, first = _first_good(_all_rows(spec, notes), problems)
+    rows, first = _first_good(open_all(spec.path, notes), problems)
     columns = find_columns(spec, list(map(str, first.values)), first.where, notes)
     rendering = make_rendering(tokenizer, spec.format, system=spec.system, kind=columns.kind)
     work = _Work(spec, Encoder(spec, columns, rendering), limit, problems)
@@ -94,7 +94,7 @@ def kind_of_rows(spec: DataSpec) -> Kind:
     Raises:
         DataError: a file cannot be read, or its columns are not understood.
     """
-    _, first = _first_good(_all_rows(spec, []), Problems())
+    _, first = _first_good(open_all(spec.path, []), Problems())
     return find_columns(spec, list(map(str, first.values)), first.where, []).kind
 
 
@@ -178,21 +178,6 @@ class _Work:
                 f"{plural(self.special_rows, 'row')} whose text holds a special token of the "
                 f"tokenizer, which is read as that token (first: {self.special_first})"
             )
-
-
-def _all_rows(spec: DataSpec, notes: list[str]) -> Iterator[Row]:
-    """Rows of all files; whatever is missing is said before any is read."""
-    opened, problems = [], []
-    for ref in spec.path:
-        try:
-            opened.append(open_rows(ref, notes))
-        except DataError as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise DataError(collected("These files cannot be read", map(str, problems)))
-    return itertools.chain.from_iterable(opened)
 
 
 def _first_good(rows: Iterator[Row], problems: Problems) -> tuple[Iterator[Row], Row]:

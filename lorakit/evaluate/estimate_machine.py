@@ -37,7 +37,7 @@ ROWS = (64, 256, 1024)
 WIDTHS = (640, 2048)
 #: ranks whose thin products are timed
 RANKS = (8, 64)
-#: seconds for each of the timings; there are fifteen
+#: seconds for each of the timings; there are less than twenty
 _SECONDS = 0.3
 #: raised when what is measured changes
 _LAYOUT = 4

@@ -5,7 +5,7 @@
     head and loss            4 · S · d · V, and the softmax
     elementwise              passes over activations, counted in ``infer/fused/layer.py``
     attention                7 · q · Σ n² over the examples
-    optimizer                each trained parameter once, and a copy of its state
+    optimizer                AdamW, the gradient's norm and clipping; of all weights, new gradients
     operations               a fixed cost for starting each
 
 Legend: as in ``evaluate.estimate_memory``.

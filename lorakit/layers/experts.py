@@ -33,7 +33,7 @@ from lorakit.layers.forwards import Forwards
 from lorakit.layers.grouped import filled, grouped_product
 from lorakit.layers.kinds import expert_shapes
 from lorakit.layers.routing import Plan, Share
-from lorakit.layers.site import SiteForward, is_sole
+from lorakit.layers.site import OutsideOfGraphs, is_sole
 
 #: transformers' ways of running experts that are computed here
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -125,12 +125,14 @@ def implementation(module: Any) -> str:
     return getattr(config, "_experts_implementation", None) or "eager"
 
 
-class ExpertsForward(SiteForward):
-    """Stands as the forward of a module of fused experts; see the file."""
+class ExpertsForward(OutsideOfGraphs):
+    """Stands as the forward of a module of fused experts; see the file.
+
+    How many tokens an expert gets is known at run time alone, so it runs outside of graphs.
+    """
 
     def __init__(self, module: nn.Module, path: str, forwards: Forwards) -> None:
         super().__init__(module, path, forwards)
-        self.routed = False  # it sees all tokens, and knows which is which
         self._parts: dict[str, dict[str, LowRankParameters]] = {}
         self._agreed = {implementation(module)}  # compared when it was attached
 
@@ -145,14 +147,6 @@ class ExpertsForward(SiteForward):
             self._parts[name] = {}
         self._parts[name][path.rpartition(".")[2]] = parameters
         self.low_rank[name] = parameters
-
-    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
-        return self._outside_of_graphs(*args, **kwargs)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _outside_of_graphs(self, *args: Any, **kwargs: Any) -> Any:
-        """How many tokens an expert gets is known at run time, so a graph is broken here."""
-        return self._eager(*args, **kwargs)
 
     def _eager(self, *args: Any, **kwargs: Any) -> Any:
         self.called = True

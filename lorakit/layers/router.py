@@ -11,34 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lorakit.errors import RoutingError
 from lorakit.layers.dropout import keys_of
 from lorakit.layers.routing import Plan, Share
-from lorakit.layers.site import SiteForward, is_sole
+from lorakit.layers.site import OutsideOfGraphs, is_sole
 
 #: what a router may do to its weight before it multiplies by it
 _CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.double)
 
 
-class RouterForward(SiteForward):
-    """Stands as the forward of a router; see the file."""
+class RouterForward(OutsideOfGraphs):
+    """Stands as the forward of a router; see the file.
 
-    def __init__(self, module: nn.Module, path: str, forwards: Any) -> None:
-        super().__init__(module, path, forwards)
-        self.routed = False
-
-    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
-        return self._outside_of_graphs(*args, **kwargs)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _outside_of_graphs(self, *args: Any, **kwargs: Any) -> Any:
-        """A graph is traced without what is added inside of the router, so it is broken here."""
-        return self._eager(*args, **kwargs)
+    A graph would be traced without what is added inside of the router.
+    """
 
     def _eager(self, *args: Any, **kwargs: Any) -> Any:
         self.called = True

@@ -359,3 +359,21 @@ class SiteForward:
             change = self._change(site, name, x, origin, y.dtype, None)
             y = torch.where(weight != 0, y + weight * change.to(y.dtype), y)
         return y
+
+
+class OutsideOfGraphs(SiteForward):
+    """A site whose forward no graph holds: ``torch.compile`` breaks its graph there.
+
+    It sees all tokens of the batch, in order.
+    """
+
+    def __init__(self, module: nn.Module, path: str, forwards: Forwards) -> None:
+        super().__init__(module, path, forwards)
+        self.routed = False
+
+    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
+        return self._broken(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _broken(self, *args: Any, **kwargs: Any) -> Any:
+        return self._eager(*args, **kwargs)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorakit.bases import Base
 from lorakit.core.spec import LoRASpec
 from lorakit.data.columns import checked_text
+from lorakit.data.readers import open_all
 from lorakit.data.rows import Row, RowError
 from lorakit.errors import DataError
 from lorakit.layers import Handle
@@ -38,7 +39,6 @@ from lorakit.tasks.rows import (
     RowData,
     RowExample,
     RowSpec,
-    all_rows,
     find_fields,
     load_rows,
 )
@@ -160,7 +160,7 @@ def labels_of(
     """
     found: list[str] = []
     columns: dict[str, str] = {}
-    for row in all_rows(spec, []):
+    for row in open_all(spec.path, []):
         if row.problem is not None:
             continue
         if not columns:

@@ -18,6 +18,7 @@ from lorakit.data.template import Template, parse_template
 from lorakit.errors import BaseError, DataError, InputError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
+from lorakit.tasks.causal import perplexity
 from lorakit.tasks.names import Recompute
 from lorakit.tasks.rows import Fields, RowData, RowSpec
 from lorakit.tasks.task import Task
@@ -106,7 +107,8 @@ class RowKind:
     def metrics(
         self, loss: float, examples: Any, indices: Sequence[int], outputs: np.ndarray | None
     ) -> dict[str, float]:
-        return {}
+        """What is told beside the loss; of texts, whose loss is per token, the perplexity."""
+        return {"perplexity": perplexity(loss)} if self.text_metrics else {}
 
     def predict(
         self,

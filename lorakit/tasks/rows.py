@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.data.readers import open_rows
+from lorakit.data.readers import open_all
 from lorakit.data.rows import Problems, Row, RowError, plural
 from lorakit.data.template import closest
 from lorakit.errors import DataError, collected
@@ -243,7 +243,7 @@ def load_rows(
             left.
     """
     said = list(notes)
-    stream = all_rows(spec, said) if rows is None else rows
+    stream = open_all(spec.path, said) if rows is None else rows
     problems, found = Problems(), []
     columns: dict[str, str] = {}
     unused: tuple[str, ...] = ()
@@ -302,28 +302,13 @@ def load_rows(
     return RowData(examples, [row for row, _ in found], keys, report, digest.hexdigest(), spec)
 
 
-def all_rows(spec: RowSpec, notes: list[str]) -> Iterator[Row]:
-    """Rows of all files; whatever is missing is said before any is read."""
-    opened, problems = [], []
-    for ref in spec.path:
-        try:
-            opened.append(open_rows(ref, notes))
-        except DataError as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise DataError(collected("These files cannot be read", map(str, problems)))
-    return itertools.chain.from_iterable(opened)
-
-
 def first_columns(path: Sequence[str]) -> list[str]:
     """The columns of the first row that can be read; none where there is no such row.
 
     Raises:
         DataError: a file cannot be read.
     """
-    rows = all_rows(RowSpec(tuple(path)), [])
+    rows = open_all(path, [])
     for row in itertools.islice(rows, 1000):
         if row.problem is None:
             return list(map(str, row.values))

@@ -18,7 +18,6 @@ from lorakit.data.rows import Row, RowError
 from lorakit.errors import InputError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
-from lorakit.tasks.causal import perplexity
 from lorakit.tasks.forwards import RowTask, padded, token_losses
 from lorakit.tasks.kinds import RowKind, Texts, pad_id, random_ids, tokenizer_of
 from lorakit.tasks.names import Recompute
@@ -85,11 +84,6 @@ class Seq2Seq(RowKind):
             for i, (n, m) in enumerate(((7, 3), (4, 5)))
         ]  # fmt: skip
         return RowTask(model, handle, batch, decoder_sums, recompute=recompute, probe=probe)
-
-    def metrics(
-        self, loss: float, examples: Any, indices: Sequence[int], outputs: np.ndarray | None
-    ) -> dict[str, float]:
-        return {"perplexity": perplexity(loss)}
 
     @torch.no_grad()
     def predict(

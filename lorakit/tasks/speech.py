@@ -22,7 +22,6 @@ from lorakit.errors import InputError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.optional import require
-from lorakit.tasks.causal import perplexity
 from lorakit.tasks.forwards import RowTask
 from lorakit.tasks.kinds import RowKind, Texts, tokenizer_of
 from lorakit.tasks.names import Recompute
@@ -80,11 +79,6 @@ class Speech(RowKind):
             return {"input_features": features(examples), **decoder_batch(model, examples)}
 
         return RowTask(model, handle, batch, decoder_sums, recompute=recompute)
-
-    def metrics(
-        self, loss: float, examples: Any, indices: Sequence[int], outputs: np.ndarray | None
-    ) -> dict[str, float]:
-        return {"perplexity": perplexity(loss)}
 
     @torch.no_grad()
     def predict(

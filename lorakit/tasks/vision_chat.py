@@ -25,7 +25,6 @@ from lorakit.data.rows import Row, RowError, shown
 from lorakit.errors import BaseError, InputError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
-from lorakit.tasks.causal import perplexity
 from lorakit.tasks.forwards import RowTask, token_losses
 from lorakit.tasks.kinds import RowKind, limit_of
 from lorakit.tasks.names import Recompute
@@ -89,11 +88,6 @@ class VisionChat(RowKind):
             model, handle, chat_batch, chat_sums, recompute=recompute,
             single="a chat's pictures are not rows of a batch",
         )  # fmt: skip
-
-    def metrics(
-        self, loss: float, examples: Any, indices: Sequence[int], outputs: np.ndarray | None
-    ) -> dict[str, float]:
-        return {"perplexity": perplexity(loss)}
 
     @torch.no_grad()
     def predict(

@@ -6,6 +6,6 @@ streams where the format allows. A row that cannot be read comes back as a
 ``DataError``. What a reader had to decide goes into ``notes``.
 """
 
-from lorakit.data.readers.source import holds_rows, open_rows
+from lorakit.data.readers.source import holds_rows, open_all, open_rows
 
-__all__ = ["holds_rows", "open_rows"]
+__all__ = ["holds_rows", "open_all", "open_rows"]

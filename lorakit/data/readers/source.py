@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lorakit.data.readers import hub, json_rows, parquet, table, text
 from lorakit.data.rows import Row
-from lorakit.errors import DataError
+from lorakit.errors import DataError, collected
 
 Reader = Callable[[Path, str, list[str]], Iterator[Row]]
 
@@ -37,6 +38,28 @@ _SHOWN = 12
 def holds_rows(ref: str) -> bool:
     """Whether a file's name says that it has columns, as CSV has and plain text has not."""
     return READERS.get(_suffix(Path(ref)), text.read) is not text.read
+
+
+def open_all(refs: Iterable[str], notes: list[str]) -> Iterator[Row]:
+    """Rows of several, one behind the other; whatever is missing is said before any is read.
+
+    Args:
+        notes: as of :func:`open_rows`.
+
+    Raises:
+        DataError: some cannot be opened; all are listed.
+    """
+    opened, problems = [], []
+    for ref in refs:
+        try:
+            opened.append(open_rows(ref, notes))
+        except DataError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise DataError(collected("These files cannot be read", map(str, problems)))
+    return itertools.chain.from_iterable(opened)
 
 
 def open_rows(ref: str, notes: list[str]) -> Iterator[Row]:
