@@ -1,14 +1,19 @@
 """``lorakit tune`` beside an exhaustive grid of runs that are trained alone.
 
-Three parts, each with its own invocation, so that the long one can be stopped, resumed and split::
+Its parts have invocations of their own, so that the long one can be stopped, resumed and split::
 
     python -m benchmarks tune grid   --out results/tune            # a JSON line for each cell
     python -m benchmarks tune grid   --out results/tune --cells 0/2    # one half of the cells
     python -m benchmarks tune search --out results/tune
+    python -m benchmarks tune judge  --out results/tune            # the losses that are compared
     python -m benchmarks tune report --out results/tune
 
-Grid and search have the same steps, rows, validation rows and seed. The loss that is compared is on
-a test file that neither has seen; its time counts for neither.
+Grid and search have the same steps, batches and seed. A cell of the grid is evaluated at its start
+and its end, and the search at its rungs, on as many rows as it chooses. Two losses are compared, on
+rows that neither has seen, and their time counts for neither: those of a test file, and those of
+prompts of the data file itself that no step has drawn. E2E's files are not alike (its dev file has
+two kinds of food, its test file seven), so the first also tells what is lost where the data is
+another than what was tuned on.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +36,7 @@ RANKS = (4, 8, 16, 32, 64)
 
 def configure(parser: argparse.ArgumentParser) -> None:
     shared = Path(os.environ.get("LORAKIT_SHARED", "../shared")) / "data"
-    parser.add_argument("part", choices=("grid", "search", "report"))
+    parser.add_argument("part", choices=("grid", "search", "judge", "report"))
     parser.add_argument("--out", required=True, help="folder of the numbers and the runs")
     parser.add_argument("--base", default="smollm2", help="hub id, folder, .gguf, or smollm2")
     parser.add_argument("--data", default=str(shared / "e2e_dev.csv"))
@@ -41,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-rows", type=int, default=2, help="of each test prompt, at most")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--eval-rows", type=int, default=96)
+    parser.add_argument("--eval-rows", type=int, default=96, help="of the grid")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="of the grid")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="of the grid")
@@ -55,7 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    return {"grid": _grid, "search": _search, "report": _report}[options.part](options, out)
+    parts = {"grid": _grid, "search": _search, "judge": _judge, "report": _report}
+    return parts[options.part](options, out)
 
 
 # --- what is trained and measured --------------------------------------------------------------
@@ -80,27 +87,49 @@ class _Task:
 
         self.origin = origin(options.data)
         self.data = self.origin.load_data(self.base)
-        self.test = origin(options.test).load_data(self.base)
-        self.rows = self._rows(options.test_prompts, options.test_rows)
+        self._origin_of = origin
+        self._options = options
 
-    def _rows(self, prompts: int, each: int) -> list[int]:
+    def held_out(self) -> dict[str, tuple[Any, list[int]]]:
+        """Rows that no step has drawn and no evaluation has read, by where they are from."""
+        options = self._options
+        test = self._origin_of(options.test).load_data(self.base)
+        everything = range(len(test))
+        return {
+            "test": (test, self._rows(test, everything)),
+            "unseen": (self.data, self._rows(self.data, self._unseen())),
+        }
+
+    def _unseen(self) -> list[int]:
+        from lorakit.data.ordering import indices_at
+        from lorakit.data.splitting import split
+
+        options, data = self._options, self.data
+        fraction = _settings(options).held_out(len(data))
+        training, validation = split(data, fraction, options.seed)
+        drawn = options.steps * options.batch_size
+        seen = [*training[indices_at(len(training), options.seed, 0, drawn)], *validation]
+        keys = {data.prompt_key(int(row)) for row in seen}
+        return [row for row in range(len(data)) if data.prompt_key(row) not in keys]
+
+    def _rows(self, data: Any, rows: Iterable[int]) -> list[int]:
         """The first rows of each of the first prompts."""
         found: dict[bytes, list[int]] = {}
-        for row in range(len(self.test)):
-            key = self.test.prompt_key(row)
-            if key in found or len(found) < prompts:
+        for row in rows:
+            key = data.prompt_key(row)
+            if key in found or len(found) < self._options.test_prompts:
                 found.setdefault(key, []).append(row)
-        return [row for rows in found.values() for row in rows[:each]]
+        return [row for rows in found.values() for row in rows[: self._options.test_rows]]
 
-    def test_loss(self, adapter: Path) -> float:
-        """Of an adapter, on rows that it has not seen."""
+    def loss(self, adapter: Path, data: Any, rows: list[int]) -> float:
+        """Of an adapter, in nats per supervised token."""
         from lorakit.evaluate import loss
         from lorakit.formats import load_adapter
         from lorakit.layers import attach
 
-        handle = attach(self.base.model, load_adapter(adapter), name="tested")
+        handle = attach(self.base.model, load_adapter(adapter), name="judged")
         try:
-            return loss(self.base.model, handle, "tested", self.test, self.rows).loss
+            return loss(self.base.model, handle, "judged", data, rows).loss
         finally:
             handle.detach()
 
@@ -111,7 +140,6 @@ def _settings(options: argparse.Namespace, **more: Any) -> Any:
     return TrainSettings(
         steps=options.steps,
         batch_size=options.batch_size,
-        eval_rows=options.eval_rows,
         seed=options.seed,
         **more,
     )
@@ -134,6 +162,10 @@ def _lines(out: Path, names: str) -> list[dict[str, Any]]:
 # --- the parts ---------------------------------------------------------------------------------
 
 
+def _name(lr: float, rank: int, **_: object) -> str:
+    return f"lr{lr:g}-r{rank}"
+
+
 def _grid(options: argparse.Namespace, out: Path) -> int:
     """Every cell that has no line yet; each is a run alone, evaluated before and after."""
     from lorakit.core.spec import LoRASpec
@@ -147,20 +179,25 @@ def _grid(options: argparse.Namespace, out: Path) -> int:
     task = _Task(options) if waiting else None
     for rate, rank in waiting:
         assert task is not None
-        folder = out / "grid" / f"lr{rate:g}-r{rank}"
+        folder = out / "grid" / _name(rate, rank)
         shutil.rmtree(folder, ignore_errors=True)  # of a cell that was cut off: it is timed whole
-        settings = _settings(options, lr=rate, eval_every=0, samples=0, keep_checkpoints=1)
+        settings = _settings(
+            options,
+            lr=rate,
+            eval_every=0,
+            eval_rows=options.eval_rows,
+            samples=0,
+            keep_checkpoints=1,
+        )
         started = time.perf_counter()
         result = Trainer(
             task.base, LoRASpec(rank=rank), task.data, settings, folder, origin=task.origin
         ).run()
         seconds = time.perf_counter() - started
-        assert result.adapter is not None
         row = {
             "lr": rate,
             "rank": rank,
             "validation_loss": result.best_loss,
-            "test_loss": task.test_loss(result.adapter),
             "seconds": seconds,
             "steps": result.steps,
             "load": os.getloadavg(),
@@ -195,24 +232,44 @@ def _search(options: argparse.Namespace, out: Path) -> int:
             origin=task.origin,
             watcher=_watcher(),
         )
-    finished = [c for c in result.candidates if c.end == "finished"]
     row = {
         "chosen": result.choice.number,
-        "values": dict(result.candidates[result.choice.number].values),
-        "test_loss": task.test_loss(result.adapter),
         "seconds": result.seconds,
-        "trained_out": {
-            c.number: {
-                "values": dict(c.values),
-                "test_loss": task.test_loss(folder / "candidates" / f"{c.number:02}" / "adapter"),
-            }
-            for c in finished
+        "candidates": {
+            c.number: {"end": c.end, "values": dict(c.values)} for c in result.candidates
         },
         "reasons": [reason.text for reason in result.choice.reasons],
     }
     (out / "search.json").write_text(json.dumps(row, indent=1) + "\n")
     print(json.dumps(row, indent=1))
     return 0
+
+
+def _judge(options: argparse.Namespace, out: Path) -> int:
+    """The losses of all adapters that were trained to the end."""
+    adapters = {f"grid/{path.parent.name}": path for path in sorted(out.glob("grid/*/adapter"))}
+    if (out / "search.json").exists():
+        for number, told in json.loads((out / "search.json").read_text())["candidates"].items():
+            if told["end"] == "finished":
+                name = f"{int(number):02}"
+                adapters[f"search/{name}"] = out / "search" / "candidates" / name / "adapter"
+    done = _judged(out)
+    waiting = {name: path for name, path in adapters.items() if len(done.get(name, {})) < 2}
+    task = _Task(options) if waiting else None
+    parts = task.held_out() if task else {}
+    for name, path in waiting.items():
+        assert task is not None
+        for part in parts.keys() - done.get(name, {}).keys():
+            _append(out / "judged.jsonl", {"name": name, part: task.loss(path, *parts[part])})
+    return 0
+
+
+def _judged(out: Path) -> dict[str, dict[str, float]]:
+    """Adapter → its loss by part."""
+    found: dict[str, dict[str, float]] = {}
+    for row in _lines(out, "judged.jsonl"):
+        found.setdefault(row.pop("name"), {}).update(row)
+    return found
 
 
 def _watcher() -> Any:
@@ -230,37 +287,55 @@ def _watcher() -> Any:
 
 
 def _report(options: argparse.Namespace, out: Path) -> int:
-    """The table, and the two numbers that are asked for."""
+    """A table for each of the held-out parts, and the numbers that are asked for."""
     cells = _lines(out, "grid*.jsonl")
+    judged = _judged(out)
     search = json.loads((out / "search.json").read_text())
     if not cells:
         raise SystemExit("there is no cell of a grid yet")
-    best = min(cells, key=lambda cell: cell["test_loss"])
     seconds = sum(cell["seconds"] for cell in cells)
-    rates = sorted({cell["lr"] for cell in cells})
-    found = {(cell["lr"], cell["rank"]): cell["test_loss"] for cell in cells}
+    summary: dict[str, Any] = {
+        "cells": len(cells),
+        "grid_seconds": seconds,
+        "search_seconds": search["seconds"],
+        "share_of_grid_time": search["seconds"] / seconds,
+        "chosen": search["candidates"][str(search["chosen"])]["values"],
+    }
+    text = ""
+    for part in ("test", "unseen"):
+        found = {(c["lr"], c["rank"]): judged[f"grid/{_name(**c)}"][part] for c in cells}
+        by_validation = min(cells, key=lambda cell: cell["validation_loss"])
+        ours = judged[f"search/{search['chosen']:02}"][part]
+        best = min(found.values())
+        usual = found[by_validation["lr"], by_validation["rank"]]
+        summary[part] = {
+            "search": ours,
+            "best_of_grid": best,
+            "best_cell": min(found, key=lambda cell: found[cell]),
+            "above_best": ours / best - 1,
+            "cell_of_lowest_validation_loss": (by_validation["lr"], by_validation["rank"]),
+            "its_loss": usual,
+            "above_it": ours / usual - 1,
+        }
+        text += f"{part}\n\n{_table(found)}\n\n"
+    print(text)
+    print(json.dumps(summary, indent=1))
+    (out / "tune.md").write_text(text)
+    report = {"hardware": hardware(), "steps": options.steps, **summary, "grid": cells}
+    report["judged"] = judged
+    (out / "tune_report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def _table(found: Mapping[tuple[float, int], float]) -> str:
+    """Losses by rate and rank."""
+    rates, ranks = (sorted({cell[i] for cell in found}) for i in (0, 1))
     lines = [
         "| rank | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |",
         "|---" * (len(rates) + 1) + "|",
     ]
-    for rank in sorted({cell["rank"] for cell in cells}):
-        losses = (found.get((rate, rank)) for rate in rates)
+    for rank in ranks:
+        losses = (found.get((rate, int(rank))) for rate in rates)
         shown = ("" if loss is None else f"{loss:.4f}" for loss in losses)
         lines.append(f"| {rank} | " + " | ".join(shown) + " |")
-    summary = {
-        "best_of_grid": best,
-        "cells": len(cells),
-        "grid_seconds": seconds,
-        "search_values": search["values"],
-        "search_loss": search["test_loss"],
-        "search_seconds": search["seconds"],
-        "loss_above_best": search["test_loss"] / best["test_loss"] - 1,
-        "share_of_grid_time": search["seconds"] / seconds,
-    }
-    text = "\n".join(lines)
-    print(text)
-    print(json.dumps(summary, indent=1))
-    (out / "tune.md").write_text(text + "\n")
-    report = {"hardware": hardware(), "steps": options.steps, **summary, "grid": cells}
-    (out / "tune_report.json").write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    return "\n".join(lines)
