@@ -146,9 +146,11 @@ class Prefixes:
         if offsets is None:
             return None
         if positions is None:
+            if hasattr(getattr(module, "model", module), "get_rope_index"):
+                raise foreign(type(module).__name__, "its positions have three dimensions")
             cache: Any = given.get("past_key_values")
             past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-            positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+            positions = _positions(past, ids, given.get("attention_mask"))
         positions = positions + offsets.to(positions.device)
         place = names.index("position_ids")
         if place < len(args):
@@ -383,6 +385,14 @@ def seen_keys(
         seen = seen & (columns > rows - int(window))
     seen = seen[None, None]
     return seen if mask is None else seen & mask[:, None, None, :S].to(torch.bool)
+
+
+def _positions(past: int, ids: Tensor, mask: Any) -> Tensor:
+    """Positions of ``ids`` [B, T], counted from each row's first real token; int64 [B or 1, T]."""
+    end = past + ids.shape[1]
+    if isinstance(mask, Tensor) and mask.shape == (ids.shape[0], end):
+        return (mask.long().cumsum(1) - 1).clamp_min(0)[:, past:]
+    return torch.arange(past, end, device=ids.device)[None]
 
 
 def foreign(path: str, why: str) -> RoutingError:

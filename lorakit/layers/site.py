@@ -275,6 +275,11 @@ class SiteForward:
             return x
         if keys is None:
             return F.dropout(x, site.dropout)
+        if self.routed:
+            raise RoutingError(
+                f"{self.path} is an expert and sees routed tokens; which of them a key of the "
+                "dropout belongs to is not known. Train it without dropout"
+            )
         return keyed_dropout(x, keys_of(x, keys), self.number, site.dropout)
 
     def _replace(

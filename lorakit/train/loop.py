@@ -113,8 +113,8 @@ class Loop:
         self._stop = stop
         self._wanted = budget
         self._room = math.inf
-        self._base_losses: list[tuple[Examples, tuple[int, ...], LossResult]] = []
         """Tokens of a shared forward that the memory has room for, once that was felt."""
+        self._base_losses: list[tuple[Examples, tuple[int, ...], LossResult]] = []
         self._proven = 0
         """Tokens of the largest forward that went through."""
         self._apart: dict[Run, str | None] = {}

@@ -65,6 +65,8 @@ def test_every_way_of_calling_the_model(make, implementation):
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 2:]
     assert torch.allclose(logits, expected, atol=bar)
+    logits = model(padded, attention_mask=mask).logits[:, 2:]  # which are the same, unasked
+    assert torch.allclose(logits, expected, atol=bar)
     embedded = model.get_input_embeddings()(IDS)
     assert torch.allclose(model(inputs_embeds=embedded).logits, expected, atol=bar)
     # in two parts, over a cache that never holds the prefix

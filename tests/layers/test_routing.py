@@ -411,6 +411,15 @@ def test_an_expert_is_not_taken_for_rows():
     model(x)  # all rows alike: fine
     with pytest.raises(RoutingError, match="is an expert"), handle.use(rows=["a", None]):
         model(x)
+    handle.add(LoRASpec(rank=2, targets=r"experts\.\d", dropout=0.5), "b")
+    model.train()
+    with handle.use(Routing.uniform("a").with_dropout_keys(torch.arange(8))):
+        model(x)  # which drops nothing
+    with (
+        handle.use(Routing.uniform("b").with_dropout_keys(torch.arange(8))),
+        pytest.raises(RoutingError, match="without dropout"),
+    ):
+        model(x)
 
 
 def test_a_scope_joins_root_forwards_and_opens_once(llama, ids):
