@@ -57,8 +57,8 @@ from lorakit.workflows.tune_table import Candidate
 
 #: candidates where nobody said
 CANDIDATES, CANDIDATES_QUICK = 12, 7
-#: rows of an evaluation: as many as cost about a fifth of the training up to the first rung; through
-#: a frozen base the backward takes about the forward's time
+#: rows of an evaluation: as many as cost about a fifth of the training up to the first rung, whose
+#: backward, through a frozen base, takes about the forward's time
 _EVAL_SHARE = 0.4
 _LEAST_ROWS, _MOST_ROWS = 64, 256
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lorakit import __version__
 from lorakit.core.files import write_atomic
 from lorakit.errors import MissingDependencyError
-from lorakit.train.markup import Html, fill, join
 from lorakit.train.origin import plain, spec_to_dict
+from lorakit.train.report.markup import Html, fill, join
 from lorakit.workflows.tune_folder import TuneFolder
 from lorakit.workflows.tune_plot import plot_search
 from lorakit.workflows.tune_space import Space, shown, space_to_dict
@@ -175,7 +175,9 @@ def render(folder: TuneFolder, result: TuneResult, space: Space, steps: Sequence
     return fill(
         _PAGE,
         title=folder.path.name or "tune",
-        style=Html(resources.files("lorakit.train").joinpath("report.css").read_text("utf-8")),
+        style=Html(
+            resources.files("lorakit.train.report").joinpath("report.css").read_text("utf-8")
+        ),
         lead=first.text,
         body=join(parts, "\n"),
         version=__version__,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lorakit.train.charts import (
+from lorakit.train.report.charts import (
     MOST_POINTS,
     Frame,
     Grid,

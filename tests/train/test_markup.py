@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.train.markup import Html, escape, fill, join
+from lorakit.train.report.markup import Html, escape, fill, join
 
 
 class Reader(HTMLParser):

@@ -11,8 +11,8 @@ import re
 import shlex
 from pathlib import Path
 
-from lorakit.train.markup import Html, fill, join
 from lorakit.train.record import Record
+from lorakit.train.report.markup import Html, fill, join
 
 #: sheets shown beside the first and the last; of more, some evenly over the run
 _MOST = 6

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorakit.train.markup import Html, fill, join
+from lorakit.train.report.markup import Html, fill, join
 
 Points = Sequence[tuple[float, float]]
 
