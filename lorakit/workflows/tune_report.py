@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from lorakit import __version__
 from lorakit.core.files import write_atomic
 from lorakit.errors import MissingDependencyError
 from lorakit.train.origin import plain, spec_to_dict
+from lorakit.train.report.blocks import framed
 from lorakit.train.report.markup import Html, fill, join
 from lorakit.workflows.tune_folder import TuneFolder
 from lorakit.workflows.tune_plot import plot_search
@@ -133,30 +132,6 @@ def write_pages(
     return notes
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
-<p class="eyebrow">LoRA settings, searched</p>
-<h1>{title}</h1>
-<p class="lead">{lead}</p>
-</header>
-<main>
-{body}
-</main>
-<footer>Written by lorakit {version} from the folder of the search; nothing on this page is loaded
-from elsewhere.</footer>
-</body>
-</html>
-"""
-
-
 def render(folder: TuneFolder, result: TuneResult, space: Space, steps: Sequence[int]) -> Html:
     """The page on a search."""
     first, *others = result.choice.reasons
@@ -172,15 +147,12 @@ def render(folder: TuneFolder, result: TuneResult, space: Space, steps: Sequence
             ),
         ),
     ]
-    return fill(
-        _PAGE,
-        title=folder.path.name or "tune",
-        style=Html(
-            resources.files("lorakit.train.report").joinpath("report.css").read_text("utf-8")
-        ),
-        lead=first.text,
-        body=join(parts, "\n"),
-        version=__version__,
+    return framed(
+        folder.path.name or "tune",
+        first.text,
+        parts,
+        kind="LoRA settings, searched",
+        source="the folder of the search",
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lorakit import __version__
 from lorakit.core.files import write_atomic
 from lorakit.train.record import Record, is_finite, read_run
 from lorakit.train.report import change, course, pictures, samples, tables, use
+from lorakit.train.report.blocks import framed
 from lorakit.train.report.charts import label, smooth
 from lorakit.train.report.markup import Html, escape, fill, join
 from lorakit.train.report.words import (
@@ -27,30 +26,6 @@ from lorakit.train.report.words import (
     short_count,
     starting_point,
 )
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title} · lorakit</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
-<p class="eyebrow">LoRA training report</p>
-<h1>{title}</h1>
-<p class="lead">{lead}</p>
-</header>
-<main>
-{body}
-</main>
-<footer>Written by lorakit {version} from the run folder; nothing on this page is loaded from
-elsewhere.</footer>
-</body>
-</html>
-"""
 
 
 def write_report(run_folder: str | os.PathLike[str]) -> Path:
@@ -84,15 +59,8 @@ def render(record: Record) -> Html:
         tables.machine(record),
         tables.notes(record),
     ]
-    return fill(
-        _PAGE,
-        title=_title(record),
-        style=Html(
-            resources.files("lorakit.train.report").joinpath("report.css").read_text("utf-8")
-        ),
-        lead=_lead(record),
-        body=join((part for part in parts if part), "\n"),
-        version=__version__,
+    return framed(
+        _title(record), _lead(record), parts, kind="LoRA training report", source="the run folder"
     )
 
 
