@@ -37,19 +37,20 @@ def unet(**changes: Any) -> nn.Module:
     return UNet2DConditionModel(**settings | changes).eval()
 
 
-def sdxl_unet() -> nn.Module:
+def sdxl_unet(**changes: Any) -> nn.Module:
     """SDXL's shape: three blocks, the first without attention, several transformer blocks."""
-    return unet(
-        block_out_channels=(8, 16, 16),
-        cross_attention_dim=32,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 16,
-    )
+    settings: dict[str, Any] = {
+        "block_out_channels": (8, 16, 16),
+        "cross_attention_dim": 32,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + 16,
+    }
+    return unet(**settings | changes)
 
 
 def clip(*, projected: bool = False) -> nn.Module:

@@ -22,7 +22,8 @@ A check needs gigabytes and minutes, so the default tests hold only PEFT, mistra
 `make interop ARGS="xllamacpp mlx"` runs some of them; `LORAKIT_INTEROP=/some/folder` says where
 environments are kept (`.interop/` by default). It exits with 0 if all passed, 1 if something
 failed, 3 if something could not be installed and the rest passed. sd-scripts is in no index:
-its `networks/lora.py` is downloaded at a pinned commit, or `SD_SCRIPTS` names it.
+`SD_SCRIPTS` names a folder that has it, or the two files of it that are used here are downloaded
+at a pinned commit.
 """
 
 
