@@ -78,7 +78,11 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="what a picture that cannot be used does: error (default) or skip, which counts them",
     )
-    group.add_argument("--masked", action="store_true", help="learn only what the masks show")
+    group.add_argument(
+        "--masked",
+        action="store_true",
+        help="learn only what the masks show, of --prior-data and --valid too",
+    )
     group.add_argument(
         "--prior-data",
         metavar="FOLDER",
@@ -147,9 +151,15 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=positive_int,
         metavar="N",
-        help=f"optimizer steps; default: {PASSES} passes, within {LEAST_STEPS} to {MOST_STEPS}",
+        help=f"optimizer steps; default: {PASSES} passes over --data, within {LEAST_STEPS} to "
+        f"{MOST_STEPS}",
     )
-    group.add_argument("--epochs", type=positive_float, metavar="X", help="passes over the data")
+    group.add_argument(
+        "--epochs",
+        type=positive_float,
+        metavar="X",
+        help="passes over the examples: the pictures, their repetitions, and --prior-data",
+    )
     group.add_argument(
         "--batch-size", type=positive_int, metavar="N", help="pictures per step; default 4"
     )
@@ -203,7 +213,10 @@ def _add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--sample-negative", metavar="TEXT", help="what they should not show")
     group.add_argument(
-        "--sample-every", type=count, metavar="N", help="steps between two; default: a quarter"
+        "--sample-every",
+        type=count,
+        metavar="N",
+        help="steps between two; default: a quarter of all. 0: only at the start and the end",
     )
     group.add_argument(
         "--sample-seeds", type=positive_int, metavar="N", help="pictures of each prompt; default 2"
@@ -211,7 +224,12 @@ def _add_sheet_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sample-steps", type=positive_int, metavar="N", help="denoising steps; default 20"
     )
-    group.add_argument("--sample-guidance", type=non_negative_float, metavar="X")
+    group.add_argument(
+        "--sample-guidance",
+        type=non_negative_float,
+        metavar="X",
+        help="how strongly their prompts count; default: usual for the family of the base",
+    )
     group.add_argument("--no-samples", action="store_true", help="draw nothing")
 
 

@@ -53,11 +53,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--prompt", action="append", metavar="P", help="a prompt; may be repeated")
     asking.add_argument("--prompts", metavar="FILE", help="a file with a prompt on each line")
     asking.add_argument("--negative", metavar="TEXT", help="what the pictures should not show")
+    asking.add_argument("--seed", type=_seeds, metavar="N[,N…]", help="of the noise; default 0")
     asking.add_argument(
-        "--seed", type=_seeds, default=(0,), metavar="N[,N…]", help="of the noise; default 0"
-    )
-    asking.add_argument(
-        "--steps", type=positive_int, default=30, metavar="N", help="denoising steps; default 30"
+        "--steps", type=positive_int, metavar="N", help="denoising steps; default 30"
     )
     asking.add_argument(
         "--guidance",
@@ -116,7 +114,8 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser, *, required: bool) -
         "--text-tokens",
         type=positive_int,
         metavar="N",
-        help="tokens that T5 reads of a prompt (SD3 and Flux); default: usual for the family",
+        help="tokens that T5 reads of a prompt (SD3 and Flux), up to 512; default: usual for the "
+        "family",
     )
     group.add_argument(
         "--allow-other-base",
@@ -151,15 +150,18 @@ def run(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
     names = [one.name for one in options.adapter]
     weights = {one.name: 1.0 if one.weight is None else one.weight for one in options.adapter}
-    from lorakit.images.drawing import Cell, check_cells, draw
+    from lorakit.images.base import check_text_length
+    from lorakit.images.drawing import STEPS, Cell, check_cells
     from lorakit.images.grid import cells_of, parse_grid
 
+    check_text_length(options.text_tokens)
+    seeds = options.seed or (0,)
     first = Cell(
         prompts[0],
         options.negative,
-        options.seed[0],
+        seeds[0],
         weights or None,
-        options.steps,
+        options.steps or STEPS,
         options.guidance,
         options.width,
         options.height,
@@ -171,7 +173,7 @@ def run(options: argparse.Namespace) -> int:
         table = cells_of(axes, first, weights)
         cells = [cell for row in table for cell in row]
     else:
-        cells = _plain(first, prompts, options.seed)
+        cells = _plain(first, prompts, seeds)
     folder = _new_folder(options.out)
     adapters = load_adapters(options.adapter)
     cells = _as_learnt(options, adapters, cells)
@@ -179,18 +181,7 @@ def run(options: argparse.Namespace) -> int:
     check_cells(base, cells)
     for note in base.cut_captions(prompts):
         say(note)
-    handle = _attach(options, base, adapters)
-    from lorakit.cli.meter import meter
-
-    with meter() as tell:
-        pictures = draw(
-            base,
-            handle,
-            cells,
-            batch=options.parallel,
-            on_done=lambda done, total: tell("pictures", done, total),
-        )
-    _write(options, folder, base, cells, pictures, axes)
+    _draw(options, folder, base, _attach(options, base, adapters), cells, axes)
     return 0
 
 
@@ -235,39 +226,75 @@ def _attach(
     return attach_adapters(base, adapters, allow_other=options.allow_other_base)
 
 
+def _draw(
+    options: argparse.Namespace,
+    folder: Path,
+    base: PictureBase,
+    handle: Handle | None,
+    cells: list[Cell],
+    axes: tuple[Axis, ...],
+) -> None:
+    """Draw and write; each picture is a file as soon as it is there."""
+    from lorakit.cli.meter import meter
+    from lorakit.images.drawing import drawn
+
+    told: dict[int, dict[str, Any]] = {}
+    kept: dict[int, Any] = {}
+    with meter() as tell:
+        for number, picture in drawn(base, handle, cells, batch=options.parallel):
+            told[number] = _write(options, folder, base, number, cells[number], picture)
+            if axes:
+                kept[number] = picture
+            tell("pictures", len(told), len(cells))
+    where = None
+    if axes:
+        where = folder / "sheet.png"
+        _write_sheet(options, where, base, cells, [kept[i] for i in range(len(cells))], axes)
+    if options.json:
+        pictures = [told[number] for number in range(len(cells))]
+        emit_json({"base": base.ref, "pictures": pictures, "sheet": where})
+        return
+    say(f"{plural(len(told), 'picture')} in {folder}" + (f", and {where}" if where else ""))
+
+
 def _write(
     options: argparse.Namespace,
     folder: Path,
+    base: PictureBase,
+    number: int,
+    cell: Cell,
+    picture: Any,
+) -> dict[str, Any]:
+    """Write one picture, and its caption if wanted; what is told of it."""
+    from lorakit.core.files import write_atomic
+    from lorakit.images.sheets import as_image, png
+
+    facts = _facts(options, base, cell, picture)
+    path = folder / f"{number:03}-{_slug(cell.prompt)}-{cell.seed}.png"
+    write_atomic(path, png(as_image(picture), facts))
+    if options.captions:
+        write_atomic(path.with_suffix(".txt"), (cell.prompt + "\n").encode())
+    return {"file": str(path), **facts}
+
+
+def _write_sheet(
+    options: argparse.Namespace,
+    path: Path,
     base: PictureBase,
     cells: list[Cell],
     pictures: list[Any],
     axes: tuple[Axis, ...],
 ) -> None:
     from lorakit.core.files import write_atomic
-    from lorakit.images.sheets import as_image, png, sheet
+    from lorakit.images.sheets import png, sheet
 
-    told = []
-    for number, (cell, picture) in enumerate(zip(cells, pictures, strict=True)):
-        facts = _facts(options, base, cell, picture)
-        name = f"{number:03}-{_slug(cell.prompt)}-{cell.seed}.png"
-        write_atomic(folder / name, png(as_image(picture), facts))
-        if options.captions:
-            write_atomic((folder / name).with_suffix(".txt"), (cell.prompt + "\n").encode())
-        told.append({"file": str(folder / name), **facts})
-    where = None
-    if axes:
-        rows, columns = axes
-        width = len(columns.values)
-        table = [pictures[i : i + width] for i in range(0, len(pictures), width)]
-        title = "" if "prompt" in (rows.name, columns.name) else cells[0].prompt
-        labels = [""] if rows.name == "row" else rows.labels()
-        page = sheet(table, labels, columns.labels(), title)
-        where = folder / "sheet.png"
-        write_atomic(where, png(page, {"base": base.ref, "grid": options.grid}))
-    if options.json:
-        emit_json({"base": base.ref, "pictures": told, "sheet": where})
-        return
-    say(f"{plural(len(told), 'picture')} in {folder}" + (f", and {where}" if where else ""))
+    rows, columns = axes
+    width = len(columns.values)
+    table = [pictures[i : i + width] for i in range(0, len(pictures), width)]
+    title = "" if "prompt" in (rows.name, columns.name) else cells[0].prompt
+    labels = [""] if rows.name == "row" else rows.labels()
+    page = sheet(table, labels, columns.labels(), title)
+    write_atomic(path, png(page, {"base": base.ref, "grid": options.grid}))
 
 
 def _facts(
@@ -325,8 +352,12 @@ def _check_grid(options: argparse.Namespace, axes: tuple[Axis, ...], prompts: li
     problems = []
     if len(prompts) > 1 and "prompt" not in names:
         problems.append(f"{len(prompts)} prompts are given; put prompt into --grid, or give one")
-    if len(options.seed) > 1 and "seed" not in names:
+    if options.seed is not None and len(options.seed) > 1 and "seed" not in names:
         problems.append(f"{len(options.seed)} seeds are given; put seed=… into --grid, or give one")
+    for axis, value in (("seed", options.seed), ("step", options.steps)):
+        if axis in names and value is not None:
+            flag = "--steps" if axis == "step" else "--seed"
+            problems.append(f"{flag} and {axis} in --grid are both given; give one of them")
     if problems:
         raise InputError("; ".join(problems))
 

@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.cli.common import (
     adapter_path,
@@ -41,17 +42,20 @@ from lorakit.cli.images_sample import (
     pipeline_options,
 )
 from lorakit.cli.training import check_nothing_changes, interruptible
-from lorakit.errors import InputError, SpecError, collected
+from lorakit.errors import DataError, InputError, LorakitError, SpecError, collected
 
 if TYPE_CHECKING:
     from lorakit.core.adapter import Adapter
     from lorakit.core.spec import LoRASpec
     from lorakit.images.base import PictureBase
-    from lorakit.images.data import PicturesPlan
+    from lorakit.images.data import PicturesPlan, Read
     from lorakit.images.training import Sheets
     from lorakit.train import Callback, RunResult, Trainer, TrainSettings
 
 __all__ = ["configure", "run"]  # what a command is made of
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Made = TypeVar("_Made")
 
 #: flags that act on a run that goes on, too
 _WITH_RESUME = {"resume", "json", "quiet", "debug"}
@@ -85,17 +89,13 @@ def _one(options: argparse.Namespace) -> int:
     if options.max_concurrent is not None:
         raise SpecError("--max-concurrent: there is one adapter; it acts with --each")
     from lorakit.images.training import train_pictures
-    from lorakit.train.folder import RunFolder
 
-    _check_early(options)
-    RunFolder(Path(options.out)).check_new()
-    base = load_pipeline_from(options, quiet=options.quiet)
-    trainer = _trainer(base, options, options.data, options.out, _callbacks(options))
+    trainers = _trainers(options, {options.data: options.out}, lambda out: _callbacks(options))
     with _encoding(options) as on_item:
-        (result,) = train_pictures([trainer], on_item=on_item)
+        (result,) = train_pictures(trainers, on_item=on_item)
     if isinstance(result, Exception):
         raise result
-    return _told(options, [(options.out, result)])
+    return _told(options, [result])
 
 
 def _each(options: argparse.Namespace) -> int:
@@ -115,20 +115,12 @@ def _each(options: argparse.Namespace) -> int:
             "--data"
         )
     from lorakit.images.training import train_pictures
-    from lorakit.train.folder import RunFolder
 
-    _check_early(options)
-    outs = [str(Path(options.out) / style.name) for style in styles]
-    for out in outs:
-        RunFolder(Path(out)).check_new()
-    base = load_pipeline_from(options, quiet=options.quiet)
-    trainers = [
-        _trainer(base, options, str(style), out, _callbacks(options, name=style.name))
-        for style, out in zip(styles, outs, strict=True)
-    ]
+    outs = {str(style): str(Path(options.out) / style.name) for style in styles}
+    trainers = _trainers(options, outs, lambda out: _callbacks(options, name=Path(out).name))
     with _encoding(options) as on_item:
         results = train_pictures(trainers, on_item=on_item, max_concurrent=options.max_concurrent)
-    return _all_told(options, outs, results)
+    return _all_told(options, list(outs.values()), results)
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -140,7 +132,7 @@ def _resume(options: argparse.Namespace) -> int:
             return _resume_all(options, [str(run) for run in runs])
     with _encoding(options) as on_item:
         result = resume_pictures(options.resume, callbacks=_callbacks(options), on_item=on_item)
-    return _told(options, [(options.resume, result)])
+    return _told(options, [result])
 
 
 def _resume_all(options: argparse.Namespace, outs: list[str]) -> int:
@@ -160,6 +152,8 @@ def _resume_all(options: argparse.Namespace, outs: list[str]) -> int:
 
 def _check_early(options: argparse.Namespace) -> None:
     """What can be refused without loading anything."""
+    from lorakit.images.base import check_text_length
+
     for name in ("caption", "trigger", "prior_caption", "sample_negative"):
         check_text(getattr(options, name) or "", f"--{name.replace('_', '-')}")
     for prompt in options.sample_prompt or ():
@@ -182,6 +176,11 @@ def _check_early(options: argparse.Namespace) -> None:
     if options.valid is not None and options.validation_fraction:
         problems.append("--validation-fraction: --valid names pictures to evaluate on")
     if options.start is not None:
+        if options.text_encoder_lr is not None and not _adapts_text(options):
+            problems.append(
+                "--text-encoder-lr: the adapter of --from changes no text encoder, so nothing "
+                "learns at this rate"
+            )
         given = (
             "rank",
             "alpha",
@@ -199,7 +198,7 @@ def _check_early(options: argparse.Namespace) -> None:
         ]
     if problems:
         raise SpecError(collected("These flags cannot act together", problems))
-    _plan(options, "")
+    check_text_length(options.text_tokens)
     _settings(options, 1)
 
 
@@ -218,7 +217,10 @@ def _plan(options: argparse.Namespace, folder: str, *, valid: bool = False) -> P
     prior = None
     if options.prior_data is not None and not valid:
         prior = PicturesSpec(
-            path=options.prior_data, caption=options.prior_caption, bad=options.bad_pictures
+            path=options.prior_data,
+            caption=options.prior_caption,
+            masks=options.masked,
+            bad=options.bad_pictures,
         )
     given = {
         "min_snr": options.min_snr,
@@ -227,7 +229,6 @@ def _plan(options: argparse.Namespace, folder: str, *, valid: bool = False) -> P
         "prior_weight": None if valid else options.prior_weight,
     }
     settings = PictureSettings(
-        masked=options.masked,
         train_text=options.text_encoder_lr is not None or _adapts_text(options),
         **{name: value for name, value in given.items() if value is not None},
     )
@@ -255,8 +256,12 @@ def _start(options: argparse.Namespace) -> Adapter:
     return load_adapter(adapter_path(options.start))
 
 
-def _settings(options: argparse.Namespace, num_pictures: int) -> TrainSettings:
-    """How to train; the number of steps is chosen by that of the pictures."""
+def _settings(options: argparse.Namespace, pass_size: int) -> TrainSettings:
+    """How to train.
+
+    Args:
+        pass_size: examples in which every picture is seen once.
+    """
     from lorakit.train import TrainSettings
 
     names = (
@@ -267,8 +272,8 @@ def _settings(options: argparse.Namespace, num_pictures: int) -> TrainSettings:
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given.setdefault("batch_size", 4)
     if "steps" not in given and "epochs" not in given:
-        passes = round(PASSES * num_pictures / given["batch_size"])
-        given["steps"] = max(LEAST_STEPS, min(MOST_STEPS, passes))
+        steps = round(PASSES * pass_size / given["batch_size"])
+        given["steps"] = max(LEAST_STEPS, min(MOST_STEPS, steps))
     if options.text_encoder_lr is not None:
         from lorakit.images.training import LEARNING_RATE
 
@@ -293,12 +298,9 @@ def _spec(base: PictureBase, options: argparse.Namespace) -> LoRASpec:
     return LoRASpec(targets=targets, **given)
 
 
-def _sheets(options: argparse.Namespace, settings: TrainSettings) -> Sheets:
+def _sheets(options: argparse.Namespace) -> Sheets:
     from lorakit.images.training import Sheets
 
-    every = options.sample_every
-    if every is None:
-        every = max(1, (settings.steps or 0) // 4)
     given: dict[str, Any] = {
         "negative": options.sample_negative,
         "steps": options.sample_steps,
@@ -307,10 +309,60 @@ def _sheets(options: argparse.Namespace, settings: TrainSettings) -> Sheets:
     return Sheets(
         prompts=tuple(options.sample_prompt or ()),
         seeds=tuple(range(options.sample_seeds or 2)),
-        every=every,
+        every=options.sample_every,
         off=options.no_samples,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def _trainers(
+    options: argparse.Namespace,
+    outs: Mapping[str, str],
+    callbacks: Callable[[str], list[Callback]],
+) -> list[Trainer]:
+    """A trainer for each folder of pictures.
+
+    All pictures are looked at before the base is loaded, which takes long.
+
+    Args:
+        outs: folder of pictures → run folder.
+        callbacks: who is told of the run in a folder.
+    """
+    from lorakit.images.pictures import read_pictures
+    from lorakit.train.folder import RunFolder
+
+    _check_early(options)
+    for out in outs.values():
+        RunFolder(Path(out)).check_new()
+    plans = [_plan(options, folder) for folder in outs]
+    if options.valid is not None:
+        plans.append(_plan(options, options.valid, valid=True))
+    specs = [spec for plan in plans for spec in (plan.pictures, plan.prior) if spec is not None]
+    read = _of_all(read_pictures, dict.fromkeys(specs))
+    base = load_pipeline_from(options, quiet=options.quiet)
+
+    def trainer(folder: str) -> Trainer:
+        return _trainer(base, options, folder, outs[folder], read, callbacks(outs[folder]))
+
+    return list(_of_all(trainer, outs).values())
+
+
+def _of_all(make: Callable[[_Key], _Made], keys: Iterable[_Key]) -> dict[_Key, _Made]:
+    """What is made of each.
+
+    Raises:
+        DataError: some folders cannot be used; what is wrong with each is told.
+    """
+    made: dict[_Key, _Made] = {}
+    wrong: list[str] = []
+    for key in keys:
+        try:
+            made[key] = make(key)
+        except DataError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise DataError("\n".join(wrong))
+    return made
 
 
 def _trainer(
@@ -318,6 +370,7 @@ def _trainer(
     options: argparse.Namespace,
     folder: str,
     out: str,
+    read: Read,
     callbacks: list[Callback],
 ) -> Trainer:
     from dataclasses import replace
@@ -327,19 +380,21 @@ def _trainer(
 
     what: LoRASpec | Adapter = _spec(base, options) if options.start is None else _start(options)
     plan = replace(_plan(options, folder), least=options.batch_size or 4)
-    data = load_pictures(plan, base)
+    data = load_pictures(plan, base, read)
     if not options.quiet:
         for line in data.report.lines():
             say(line)
-    settings = _settings(options, data.report.pictures.used)
+    each = 1 if plan.prior is None else 2  # every second example is of the class that stays
+    settings = _settings(options, each * data.report.pictures.used)
     return picture_trainer(
         base,
         plan,
         what,
         settings,
         out,
-        sheets=_sheets(options, settings),
+        sheets=_sheets(options),
         data=data,
+        read=read,
         validation=None if options.valid is None else _plan(options, options.valid, valid=True),
         origin=pipeline_options(options),
         callbacks=callbacks,
@@ -390,29 +445,29 @@ def _encoding(options: argparse.Namespace) -> Any:
 
 def _all_told(options: argparse.Namespace, outs: list[str], results: list[Any]) -> int:
     """Say what became of each run; the first failure decides the exit code."""
-    failed = [
-        (out, one) for out, one in zip(outs, results, strict=True) if isinstance(one, Exception)
-    ]
-    done = [
-        (out, one) for out, one in zip(outs, results, strict=True) if not isinstance(one, Exception)
-    ]
-    _told(options, done)
+    _told(options, [one for one in results if not isinstance(one, Exception)], several=True)
+    failed = [error for error in results if isinstance(error, Exception)]
+    for out, one in zip(outs, results, strict=True):
+        if isinstance(one, Exception):
+            say(f"{Path(out).name}: {one}")
     if not failed:
         return 0
-    for out, error in failed[1:]:
-        say(f"{out}: {error}")
-    raise failed[0][1]
+    if isinstance(failed[0], LorakitError):
+        failed[0].said = True
+    raise failed[0]
 
 
-def _told(options: argparse.Namespace, results: list[tuple[str, RunResult]]) -> int:
+def _told(options: argparse.Namespace, results: list[RunResult], *, several: bool = False) -> int:
+    """Say where the adapters are.
+
+    Args:
+        several: of a command that may train many, whose JSON has a list, however long.
+    """
     if options.json:
-        if len(results) == 1:
-            emit_json(results[0][1])
-        else:
-            emit_json({"runs": [result for _, result in results]})
+        emit_json({"runs": results} if several else results[0])
         return 0
     if not options.quiet:
-        for _, result in results:
+        for result in results:
             say(f"Adapter: {result.adapter}  ({plural(result.steps, 'step')})")
             if (result.out / "samples").is_dir():
                 say(f"Pictures: {result.out / 'samples'} and {result.out / 'report.html'}")

@@ -14,7 +14,7 @@ class Prompted(Protocol):
     def __len__(self) -> int: ...
 
     def prompt_key(self, index: int) -> bytes:
-        """What rows of one prompt share."""
+        """What rows of one prompt share; empty: this one is never held out."""
 
 
 def split(
@@ -26,8 +26,8 @@ def split(
     rows, so that a data set that grows keeps nearly the same ones.
 
     Args:
-        fraction: share of the rows to hold out, in [0, 1); at least one prompt is, if there are
-            two.
+        fraction: share to hold out of the rows that may be, in [0, 1); at least one prompt is, if
+            there are two.
         max_rows: hold out no more rows than this, where the prompts allow it.
 
     Returns:
@@ -38,10 +38,11 @@ def split(
         raise ValueError(f"fraction: {fraction} given; expected at least 0 and below 1")
     groups: dict[bytes, list[int]] = {}
     for i in range(len(data)):
-        groups.setdefault(data.prompt_key(i), []).append(i)
+        if key := data.prompt_key(i):
+            groups.setdefault(key, []).append(i)
     chosen: list[bytes] = []
     if fraction > 0 and len(groups) > 1:
-        room = max(1, round(len(data) * fraction))
+        room = max(1, round(sum(map(len, groups.values())) * fraction))
         room = room if max_rows is None else min(room, max_rows)
         drawn = sorted(groups, key=lambda key: _rank(key, seed))
         for key in drawn:

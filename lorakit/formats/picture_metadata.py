@@ -2,24 +2,25 @@
 
 kohya's ``ss_…`` entries are what A1111's web UI, Forge and Civitai read, ``modelspec.…`` are those
 of Stability's model metadata standard, which ComfyUI and SwarmUI read. Only what the adapter itself
-says of its making is written.
+says of its making is written, and no hash of the base: those entries are of a checkpoint's file,
+and a pipeline is a folder.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from lorakit.core.adapter import Adapter
 
-_ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2-768-v",
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sdxl-diffusers": "stable-diffusion-xl-v1-base",
-    "flux": "flux-1-dev",
+#: family → the standard's architecture, and sd-scripts' version, by which A1111 tells SDXL
+_NAMES = {
+    "sd1": ("stable-diffusion-v1", "sd_v1"),
+    "sd2": ("stable-diffusion-v2-512", "sd_v2"),
+    "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    "sdxl-diffusers": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    "flux": ("flux-1-dev", "flux1"),
 }
 
 
@@ -30,9 +31,15 @@ def shown(adapter: Adapter, family: str) -> dict[str, str]:
         return {}
     train = adapter.provenance.get("train")
     train = train if isinstance(train, Mapping) else {}
+    architecture, version = _NAMES[family]
+    if about.get("prediction") == "v" and family in ("sd1", "sd2"):
+        version += "_v"
+        architecture = architecture.replace("v2-512", "v2-768-v")
     found: dict[str, Any] = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{_ARCHITECTURES.get(family, family)}/lora",
+        "modelspec.architecture": f"{architecture}/lora",
+        "ss_base_model_version": version,
+        "ss_v2": family == "sd2",
         "ss_num_train_images": about.get("pictures"),
         "ss_steps": _metric(adapter, "step"),
         "ss_learning_rate": train.get("lr"),
@@ -48,11 +55,7 @@ def shown(adapter: Adapter, family: str) -> dict[str, str]:
         folder = next(iter(about.get("files") or ()), "data")
         found["ss_tag_frequency"] = json.dumps({str(folder): {trigger: about.get("pictures", 1)}})
     if adapter.base is not None:
-        facts = adapter.base.to_dict()
-        found["ss_sd_model_name"] = facts.pop("name")
-        # no file's: pipelines are folders. It is of the base's shapes and sampled weights
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        found["ss_sd_model_hash"], found["ss_new_sd_model_hash"] = digest[:8], digest
+        found["ss_sd_model_name"] = adapter.base.name
     return {name: str(value) for name, value in found.items() if value is not None}
 
 

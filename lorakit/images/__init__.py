@@ -3,9 +3,13 @@
 ::
 
     base = load_pipeline("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    result = train_pictures(base, PictureRun(data="photos", out="runs/style"))
-    cells = [Cell("a house", seed=1, mix={"style": 0.7})]
-    pictures = draw(base, handle, cells)
+    spec = LoRASpec(targets=picture_targets(base, "attention"))
+    plan = PicturesPlan(PicturesSpec("photos", trigger="sks style"))
+    trainer = picture_trainer(base, plan, spec, TrainSettings(steps=500), "runs/style")
+    (result,) = train_pictures([trainer])
+
+    handle = attach(base.model, load_adapter(result.adapter), "style")
+    pictures = draw(base, handle, [Cell("sks style, a house", seed=1, mix={"style": 0.7})])
 
 Read in this order: ``families`` (what differs between models), ``base`` (a pipeline as a frozen
 base), ``pictures`` and ``buckets`` (what is trained on, at which size), ``cache`` (latents and

@@ -36,6 +36,8 @@ from lorakit.optional import require
 
 _log = logging.getLogger(__name__)
 
+#: tokens of T5's text that a pipeline takes at most
+MOST_TEXT = 512
 #: linears of fewer inputs are worth nothing in four bits, and their kernels do not take all widths
 _BLOCK = 64
 
@@ -124,7 +126,7 @@ def load_pipeline(
         device, dtype: as of ``lorakit.bases.load_base``; the VAE stays float32.
         quantize: ``"nf4"`` stores the linears of transformers (SD3's, Flux's, T5) in 4 bits.
         revision: branch, tag or commit on the hub.
-        text_length: tokens of T5's text; ``None``: what the family is used with.
+        text_length: tokens of T5's text, up to 512; ``None``: what the family is used with.
         say: called with what takes long; the default logs it.
 
     Raises:
@@ -133,6 +135,7 @@ def load_pipeline(
     """
     diffusers = require("diffusers", extra="images", purpose="picture models")
     require("transformers", extra="images", purpose="picture models")
+    check_text_length(text_length)
     placement = choose_placement(device, dtype)
     location = fspath(ref)
     _check_place(location)
@@ -186,6 +189,7 @@ def base_of(
         )
     placement = placement or choose_placement("cpu", "float32")
     notes = []
+    check_text_length(text_length)
     if text_length is not None and family.text_length is None:
         raise BaseError(
             f"a text length of {text_length} is given; {type(pipe).__name__} has no choice there"
@@ -227,6 +231,19 @@ def base_of(
         text_length=text_length or family.text_length,
     )
     return parts.base
+
+
+def check_text_length(length: int | None) -> None:
+    """Refuse a text that no pipeline takes.
+
+    Raises:
+        BaseError: says which are possible.
+    """
+    if length is not None and not 1 <= length <= MOST_TEXT:
+        raise BaseError(
+            f"a text length of {length} is given; T5 reads 1 to {MOST_TEXT} tokens here "
+            "(--text-tokens)"
+        )
 
 
 def _check_place(location: str) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakit.errors import DataError, SpecError, collected
+from lorakit.errors import SpecError
 from lorakit.images.pictures import Picture
 from lorakit.optional import require
 
@@ -83,29 +83,25 @@ def place(picture: Picture, sizes: Sequence[tuple[int, int]]) -> Placed:
 
 def place_all(
     pictures: Sequence[Picture], sizes: Sequence[tuple[int, int]], *, enlarge: bool
-) -> list[Placed]:
-    """The bucket of every picture.
+) -> tuple[list[tuple[Picture, Placed]], list[str]]:
+    """The pictures with their buckets, and a line for each that is smaller than its own.
 
     Args:
-        enlarge: let those that are too small be scaled up.
-
-    Raises:
-        DataError: some are smaller than their bucket; all are named.
+        enlarge: let those be scaled up.
     """
-    placed = [place(picture, sizes) for picture in pictures]
-    small = [
-        f"{picture.path.name} is {picture.width} × {picture.height} pixels; its size here is "
-        f"{there.size}"
-        for picture, there in zip(pictures, placed, strict=True)
-        if min(picture.width / there.width, picture.height / there.height) < 1
-    ]
-    if small and not enlarge:
-        raise DataError(
-            collected(f"{len(small)} pictures are too small for this resolution", small)
-            + "\nTake larger ones out of their source, give a lower --resolution, or allow it with "
-            "--enlarge (they come out blurred, and so will what is learnt from them)."
-        )
-    return placed
+    found: list[tuple[Picture, Placed]] = []
+    small: list[str] = []
+    for picture in pictures:
+        placed = place(picture, sizes)
+        if enlarge or min(picture.width / placed.width, picture.height / placed.height) >= 1:
+            found.append((picture, placed))
+        else:
+            small.append(
+                f"{picture.where}: it is {picture.width} × {picture.height} pixels, too small for "
+                f"its size here, {placed.size}; a lower --resolution would do, or --enlarge (it "
+                "comes out blurred, and so will what is learnt of it)"
+            )
+    return found, small
 
 
 def counted(placed: Sequence[Placed]) -> dict[str, int]:

@@ -33,13 +33,14 @@ from lorakit.core.safetensors_io import read_safetensors, write_safetensors
 from lorakit.errors import FormatError
 from lorakit.images.base import PictureBase, quiet_diffusers
 from lorakit.images.buckets import Placed
+from lorakit.images.families import latent_range
 from lorakit.images.pictures import Picture, opened
 from lorakit.optional import require
 
 logger = logging.getLogger(__name__)
 
 #: raised when the same key would get another content
-LAYOUT = 1
+LAYOUT = 2
 #: numbers of each weight that its fingerprint is made of
 _SAMPLED = 1 << 16
 #: what is kept in memory once it was read
@@ -69,6 +70,7 @@ class Cache:
         self._text = [
             type(pipe).__name__,
             base.text_length,
+            pipe.config.get("force_zeros_for_empty_prompt"),
             str(base.placement.dtype),
             *(None if one is None else fingerprint(one) for one in encoders),
             *(_tokenizer_print(one) for one in tokenizers),
@@ -81,7 +83,6 @@ class Cache:
         pictures: Iterable[tuple[Picture, Placed]],
         captions: Iterable[str],
         *,
-        masks: bool = False,
         on_item: Callable[[int, int], None] | None = None,
     ) -> int:
         """Compute what is missing; gives how many were.
@@ -94,8 +95,8 @@ class Cache:
         missing = 0
         for done, (picture, placed) in enumerate(latents, start=1):
             missing += self._ensure(
-                self._latent_path(picture, placed, masks),
-                partial(encoded_picture, self._base, picture, placed, masks),
+                self._latent_path(picture, placed),
+                partial(encoded_picture, self._base, picture, placed),
             )
             if on_item is not None:
                 on_item(done, len(latents) + len(texts))
@@ -119,10 +120,11 @@ class Cache:
 
     # --- reading ---------------------------------------------------------------------------
 
-    def latent(self, picture: Picture, placed: Placed, masks: bool) -> dict[str, Tensor]:
-        """``mean`` [C, h, w] and, of a VAE that draws, ``std``; ``mask`` [1, h, w] if wanted."""
-        path = self._latent_path(picture, placed, masks)
-        return self._get(path, lambda: encoded_picture(self._base, picture, placed, masks))
+    def latent(self, picture: Picture, placed: Placed) -> dict[str, Tensor]:
+        """``mean`` [C, h, w] and, of a VAE that draws, ``std``; ``mask`` [1, h, w] of a picture
+        that is masked."""
+        path = self._latent_path(picture, placed)
+        return self._get(path, lambda: encoded_picture(self._base, picture, placed))
 
     def text(self, caption: str) -> dict[str, Tensor]:
         """``text`` [L, d], and ``pooled`` [d] where the family has it."""
@@ -145,10 +147,9 @@ class Cache:
 
     # --- names -----------------------------------------------------------------------------
 
-    def _latent_path(self, picture: Picture, placed: Placed, masks: bool) -> Path:
-        return self._path(
-            "latents", [self._vae, picture.digest, placed.height, placed.width, masks]
-        )
+    def _latent_path(self, picture: Picture, placed: Placed) -> Path:
+        size = placed.height, placed.width
+        return self._path("latents", [self._vae, picture.digest, *size, picture.masked])
 
     def _text_path(self, caption: str) -> Path:
         return self._path("text", [self._text, caption])
@@ -200,26 +201,20 @@ def _tokenizer_print(tokenizer: Any) -> str | None:
 
 
 @torch.no_grad()
-def encoded_picture(
-    base: PictureBase, picture: Picture, placed: Placed, masks: bool = False
-) -> dict[str, Tensor]:
+def encoded_picture(base: PictureBase, picture: Picture, placed: Placed) -> dict[str, Tensor]:
     """A picture's latent as the denoiser knows it, float32 on the CPU; see :meth:`Cache.latent`."""
     pixels, alpha = pixels_of(picture, placed)
     vae = base.pipe.vae
     found = {"mean": pixels}
     if vae is not None:
-        shift = vae.config.get("shift_factor") or 0.0
-        scale = vae.config.scaling_factor
         made = vae.encode(pixels[None].to(base.placement.device, vae.dtype))
-        if hasattr(made, "latents"):  # of a VAE without a distribution, such as AutoencoderTiny
-            found = {"mean": (made.latents[0].float() - shift) * scale}
-        else:
-            spread = made.latent_dist
-            found = {
-                "mean": (spread.mean[0].float() - shift) * scale,
-                "std": spread.std[0].float() * scale,
-            }
-    if masks:
+        drawn = not hasattr(made, "latents")  # AutoencoderTiny, for one, has no distribution
+        mean = (made.latent_dist.mean if drawn else made.latents)[0].float()
+        offset, scale = latent_range(vae, mean)
+        found = {"mean": (mean - offset) * scale}
+        if drawn:
+            found["std"] = made.latent_dist.std[0].float() * scale
+    if picture.masked:
         height, width = found["mean"].shape[-2:]
         found["mask"] = _mask(picture, placed, alpha, int(height), int(width))
     return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
@@ -256,12 +251,10 @@ def _fitted(read: Any, placed: Placed, how: Any) -> Any:
 
 
 def _mask(picture: Picture, placed: Placed, alpha: Any, height: int, width: int) -> Tensor:
-    """[1, h, w] in [0, 1]; ones where the picture has none."""
+    """[1, h, w] in [0, 1]: the mask's file, else what is not transparent."""
     image = require("PIL.Image", extra="images", purpose="reading pictures")
     if picture.mask is not None:
         alpha = opened(picture.mask.read_bytes()).convert("L")
-    if alpha is None:
-        return torch.ones(1, height, width)
     fitted = _fitted(alpha, placed, image.Resampling.BOX)
     small = fitted.resize((width, height), image.Resampling.BOX)
     return torch.from_numpy(np.asarray(small, np.float32) / 255)[None]

@@ -21,11 +21,22 @@ from lorakit.errors import DataError, SpecError, collected
 from lorakit.images.base import PictureBase
 from lorakit.images.buckets import Placed, bucket_sizes, counted, place_all
 from lorakit.images.cache import Cache
-from lorakit.images.pictures import Picture, PicturesReport, PicturesSpec, read_pictures
+from lorakit.images.noise import NoiseModel, Prediction
+from lorakit.images.pictures import (
+    Picture,
+    PicturesReport,
+    PicturesSpec,
+    check_usable,
+    find_pictures,
+)
 
 #: latent positions that count as one in a forward's budget: a picture of 512 pixels in SD's
 #: latents has 4096 and counts 512, as a text of as many tokens needs about as much memory
 _POSITIONS = 8
+
+#: folders of pictures, as ``find_pictures`` gives them
+Read = Mapping[PicturesSpec, tuple[list[Picture], PicturesReport]]
+NOTHING: Read = {}
 
 
 @dataclass(frozen=True)
@@ -41,11 +52,9 @@ class PictureSettings:
     noise_offset: float = 0.0
     """Added to the noise of a whole channel, usually 0.05 to 0.1; 0: nothing."""
     caption_dropout: float = 0.0
-    """Share of the examples that are seen with an empty caption, for guidance."""
+    """Share of the examples that are seen without their caption, for guidance."""
     prior_weight: float = 1.0
     """Factor on the loss of pictures of the class that is to stay."""
-    masked: bool = False
-    """Whether only what a mask shows is learnt."""
     train_text: bool = False
     """Whether text encoders are adapted, so that captions are encoded in every step."""
 
@@ -68,8 +77,6 @@ class PictureSettings:
         Raises:
             SpecError: lists it.
         """
-        from lorakit.images.noise import NoiseModel
-
         problems = []
         if NoiseModel(base.pipe.scheduler).is_flow:
             if self.min_snr is not None:
@@ -100,7 +107,7 @@ class PictureExample:
 
     def latent(self) -> dict[str, Tensor]:
         """See :meth:`Cache.latent`."""
-        return self.cache.latent(self.picture, self.placed, self.settings.masked)
+        return self.cache.latent(self.picture, self.placed)
 
     def text(self, caption: str) -> dict[str, Tensor]:
         """See :meth:`Cache.text`."""
@@ -116,6 +123,8 @@ class DataReport:
     resolution: int = 0
     trigger: str | None = None
     text_tokens: int | None = None
+    prediction: Prediction | None = None
+    """What the base predicts."""
     kind: str = "pictures"
 
     @property
@@ -138,6 +147,7 @@ class DataReport:
             "sizes": dict(self.pictures.sizes),
             "trigger": self.trigger,
             "text_tokens": self.text_tokens,
+            "prediction": self.prediction,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -215,7 +225,8 @@ class PictureData(Sequence[PictureExample]):
         """sha256 (hex) of pictures, places, captions, and what is minimised."""
         digest = hashlib.sha256(repr(self.settings).encode())
         for picture, placed in [*self._own, *self._prior]:
-            digest.update(f"{picture.digest} {placed} {picture.caption!r}\n".encode())
+            told = f"{picture.digest} {picture.masked} {placed} {picture.caption!r}\n"
+            digest.update(told.encode())
         digest.update(f"{len(self._own)} {len(self._prior)}".encode())
         return digest.hexdigest()
 
@@ -225,10 +236,15 @@ class PictureData(Sequence[PictureExample]):
 
     def prompt_key(self, index: int) -> bytes:
         """The picture's own; a copy of it, and its repetitions, are on the same side of a split.
-        Those of a class that is to stay have one together, and so are never held out."""
+        Those of a class that is to stay have none, as they are never held out."""
         if int(index) % len(self) >= self._half:
-            return b"prior"
+            return b""
         return bytes.fromhex(self._at(int(index) % len(self))[0].digest)[:16]
+
+    @property
+    def num_pictures(self) -> int:
+        """Different pictures to learn, without those of a class that is to stay."""
+        return len({picture.digest for picture, _ in self._own})
 
     @property
     def captions(self) -> list[str]:
@@ -242,7 +258,7 @@ class PictureData(Sequence[PictureExample]):
         if self.settings.caption_dropout:
             captions = [*captions, ""]
         texts = () if self.settings.train_text else captions
-        return self.cache.fill(pairs, texts, masks=self.settings.masked, on_item=on_item)
+        return self.cache.fill(pairs, texts, on_item=on_item)
 
 
 @dataclass(frozen=True)
@@ -295,8 +311,11 @@ class PicturesPlan:
         )
 
 
-def load_pictures(plan: PicturesPlan, base: PictureBase) -> PictureData:
+def load_pictures(plan: PicturesPlan, base: PictureBase, read: Read = NOTHING) -> PictureData:
     """Read, check and place the pictures of a run; nothing is encoded yet.
+
+    Args:
+        read: folders that were read already.
 
     Raises:
         DataError: pictures that cannot be used, or are too small; all are named.
@@ -306,8 +325,8 @@ def load_pictures(plan: PicturesPlan, base: PictureBase) -> PictureData:
     settings.check(base)
     resolution = plan.resolution or base.resolution
     sizes = bucket_sizes(resolution, base.step, square=plan.square)
-    own, report = _placed(plan.pictures, sizes, plan.enlarge)
-    if settings.masked and not any(_has_mask(picture) for picture, _ in own):
+    own, report = _placed(plan.pictures, sizes, plan.enlarge, read)
+    if plan.pictures.masks and not any(picture.masked for picture, _ in own):
         raise DataError(
             f"{plan.pictures.path}: masks are asked for, and no picture has one. Put NAME.mask.png "
             "beside NAME.png (white: learn this), or use pictures with transparent places"
@@ -315,7 +334,7 @@ def load_pictures(plan: PicturesPlan, base: PictureBase) -> PictureData:
     prior: list[tuple[Picture, Placed]] = []
     about = None
     if plan.prior is not None:
-        prior, about = _placed(plan.prior, sizes, plan.enlarge)
+        prior, about = _placed(plan.prior, sizes, plan.enlarge, read)
     elif settings.prior_weight != 1:
         raise SpecError(
             f"prior_weight is {settings.prior_weight:g}, but there are no pictures of a class to "
@@ -331,22 +350,32 @@ def load_pictures(plan: PicturesPlan, base: PictureBase) -> PictureData:
         )
         report = replace(report, notes=(*report.notes, note))
         own, prior = [*own] * repeats, [*prior] * repeats
-    told = DataReport(report, about, resolution, plan.pictures.trigger, base.text_length)
+    told = DataReport(
+        report,
+        about,
+        resolution,
+        plan.pictures.trigger,
+        base.text_length,
+        NoiseModel(base.pipe.scheduler).prediction,
+    )
     data = PictureData(own, prior, settings, cache_of(base, plan.cache), told, base.scale)
     data.spec = plan
     return data
 
 
 def _placed(
-    spec: PicturesSpec, sizes: Sequence[tuple[int, int]], enlarge: bool
+    spec: PicturesSpec, sizes: Sequence[tuple[int, int]], enlarge: bool, read: Read
 ) -> tuple[list[tuple[Picture, Placed]], PicturesReport]:
-    pictures, report = read_pictures(spec)
-    placed = place_all(pictures, sizes, enlarge=enlarge)
-    return list(zip(pictures, placed, strict=True)), replace(report, sizes=counted(placed))
-
-
-def _has_mask(picture: Picture) -> bool:
-    return picture.mask is not None or picture.transparent
+    pictures, report = read.get(spec) or find_pictures(spec)
+    pairs, small = place_all(pictures, sizes, enlarge=enlarge)
+    report = replace(
+        report,
+        used=len(pairs),
+        left_out=(*report.left_out, *small),
+        sizes=counted([placed for _, placed in pairs]),
+    )
+    check_usable(report, spec.bad)
+    return pairs, report
 
 
 def cache_of(base: PictureBase, folder: str | None) -> Cache:

@@ -9,7 +9,7 @@ beside it, up to rounding.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorakit.errors import SpecError, collected
 from lorakit.images.base import PictureBase
+from lorakit.images.families import latent_range
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike, as_mix
 
@@ -74,21 +75,22 @@ def check_cells(base: PictureBase, cells: Sequence[Cell]) -> None:
         raise SpecError(collected("These pictures cannot be drawn", problems))
 
 
-@torch.no_grad()
 def draw(
-    base: PictureBase,
-    handle: Handle | None,
-    cells: Sequence[Cell],
-    *,
-    batch: int = BATCH,
-    on_done: Callable[[int, int], None] | None = None,
+    base: PictureBase, handle: Handle | None, cells: Sequence[Cell], *, batch: int = BATCH
 ) -> list[np.ndarray]:
-    """The pictures of these cells, each [H, W, 3] float32 in [0, 1], in their order.
+    """The pictures of these cells, in their order; see :func:`drawn`."""
+    found = dict(drawn(base, handle, cells, batch=batch))
+    return [found[place] for place in range(len(cells))]
+
+
+def drawn(
+    base: PictureBase, handle: Handle | None, cells: Sequence[Cell], *, batch: int = BATCH
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Each cell's place and its picture, [H, W, 3] float32 in [0, 1], as soon as it is there.
 
     Args:
         handle: of the adapters that the cells name; ``None`` if they name none.
         batch: pictures of one forward at most.
-        on_done: called with the pictures done and those to do.
 
     Raises:
         SpecError: what this base cannot draw.
@@ -99,18 +101,14 @@ def draw(
     for place, cell in enumerate(cells):
         alike = cell.steps, cell.guidance, cell.width, cell.height, cell.negative is None
         groups.setdefault(alike, []).append(place)
-    found: dict[int, np.ndarray] = {}
     for places in groups.values():
         for start in range(0, len(places), batch):
             some = places[start : start + batch]
-            made = _drawn(base, handle, [cells[place] for place in some])
-            found |= dict(zip(some, made, strict=True))
-            if on_done is not None:
-                on_done(len(found), len(cells))
-    return [found[place] for place in range(len(cells))]
+            yield from zip(some, _forward(base, handle, [cells[p] for p in some]), strict=True)
 
 
-def _drawn(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) -> list[np.ndarray]:
+@torch.no_grad()
+def _forward(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) -> list[np.ndarray]:
     """Pictures that share everything but prompt, seed and adapters."""
     first, pipe = cells[0], base.pipe
     guidance = base.family.guidance if first.guidance is None else first.guidance
@@ -135,8 +133,9 @@ def _drawn(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) -> l
         latents = pipe(**options)[0]
     if base.family.name == "flux":
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-    pixels = decoded(base, latents)
-    return list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+    # one by one, as the decoder takes more memory for a picture than the denoiser
+    each = [decoded(base, latent[None])[0] for latent in latents]
+    return [pixels.permute(1, 2, 0).cpu().numpy() for pixels in each]
 
 
 def _routed(
@@ -157,14 +156,6 @@ def decoded(base: PictureBase, latents: Tensor) -> Tensor:
     if vae is None:
         return (latents.float() / 2 + 0.5).clamp(0, 1)
     latents = latents.to(next(vae.parameters()).device, vae.dtype)
-    config = vae.config
-    latents = latents / config.scaling_factor
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        shape = (1, -1, 1, 1)
-        latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(
-            shape
-        )
-    latents = latents + (config.get("shift_factor") or 0.0)
-    found: Tensor = vae.decode(latents, return_dict=False)[0]
+    offset, scale = latent_range(vae, latents)
+    found: Tensor = vae.decode(latents / scale + offset, return_dict=False)[0]
     return (found.float() / 2 + 0.5).clamp(0, 1)

@@ -58,6 +58,7 @@ class Encode(Protocol):
         """The conditioning, each [B, …].
 
         Args:
+            captions: an empty one stands for none, as what guidance compares with.
             length: tokens of T5's text; ``None`` where the family has no choice.
         """
 
@@ -106,6 +107,9 @@ def _encode_sdxl(pipe: Any, captions: Sequence[str], length: int | None) -> dict
     text, _, pooled, _ = pipe.encode_prompt(
         list(captions), device=_device(pipe), do_classifier_free_guidance=False
     )
+    if pipe.config.get("force_zeros_for_empty_prompt"):  # what its guidance compares with
+        told = torch.tensor([bool(caption) for caption in captions], device=text.device)
+        text, pooled = text * told[:, None, None], pooled * told[:, None]
     return {"text": text, "pooled": pooled}
 
 
@@ -261,6 +265,22 @@ def denoiser_of(pipe: Any) -> nn.Module:
 def latent_scale(pipe: Any) -> int:
     """Pixels of a latent's side: 8 of most, 1 where the latents are the pixels."""
     return 1 if getattr(pipe, "vae", None) is None else int(pipe.vae_scale_factor)
+
+
+def latent_range(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Offset and scale, each [1 or C, 1, 1]: the denoiser knows ``(latent - offset) * scale``.
+
+    Args:
+        like: a tensor of the device and dtype that they get.
+    """
+    config = vae.config
+    offset = like.new_tensor([config.get("shift_factor") or 0.0]).view(-1, 1, 1)
+    scale = like.new_tensor([config.scaling_factor]).view(-1, 1, 1)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        offset = offset + like.new_tensor(mean).view(-1, 1, 1)
+        scale = scale / like.new_tensor(std).view(-1, 1, 1)
+    return offset, scale
 
 
 def size_step(pipe: Any) -> int:

@@ -73,10 +73,13 @@ class NoiseModel:
             self.num_steps = int(self._schedule.config.num_train_timesteps)
             return
         told = scheduler.config.get("prediction_type", "epsilon")
-        if told not in _KINDS or "num_train_timesteps" not in scheduler.config:
+        # EDM's schedulers, and those of other flows, have no betas: ᾱ of the default ones is not
+        # what such a model was trained on
+        if told not in _KINDS or "beta_schedule" not in scheduler.config:
             raise BaseError(
                 f"the pipeline's scheduler is a {type(scheduler).__name__} that predicts {told!r}; "
-                f"known are {', '.join(_KINDS)}, and flows of FlowMatchEulerDiscreteScheduler"
+                f"known are {', '.join(_KINDS)} over a schedule of betas, and flows of "
+                "FlowMatchEulerDiscreteScheduler"
             )
         self.prediction = _KINDS[told]
         wanted = set(diffusers.DDPMScheduler().config)

@@ -20,10 +20,12 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from lorakit.errors import DataError, collected
 from lorakit.optional import require
@@ -49,10 +51,12 @@ class Picture:
     """Pixels, after the file's own rotation."""
     height: int
     digest: str
-    """sha256 (hex) of the file, and of its mask if it has one."""
+    """sha256 (hex) of the file, and of its mask if one is wanted and there."""
     mask: Path | None = None
-    transparent: bool = False
-    """Whether it has places that are not opaque."""
+    masked: bool = False
+    """Whether only a part of it is learnt: what its mask shows, or what is not transparent."""
+    where: str = ""
+    """Its path in the folder, for messages."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class PicturesSpec:
     trigger: str | None = None
     """Words put before every caption, by which the adapter is called."""
     masks: bool = False
-    """Whether masks are wanted."""
+    """Whether only what masks show is learnt, of pictures that have one."""
     bad: Bad = "error"
     """What a picture that cannot be used does: stop everything, or be left out and counted."""
 
@@ -112,7 +116,9 @@ class _Row:
     """A picture before it was looked at."""
 
     path: Path
-    caption: str | None
+    caption: str | Path | None
+    """A path is that of the file with the caption. It is read later on, with the picture, so that
+    what is wrong with it is named with it."""
     mask: Path | None
     where: str
     """For messages."""
@@ -125,7 +131,19 @@ def read_pictures(spec: PicturesSpec) -> tuple[list[Picture], PicturesReport]:
     """All pictures of a folder, in the order of their paths.
 
     Raises:
-        DataError: there is no such folder, or something in it cannot be used; all is listed.
+        DataError: as of :func:`find_pictures` and :func:`check_usable`.
+        MissingDependencyError: Pillow is not installed.
+    """
+    pictures, report = find_pictures(spec)
+    check_usable(report, spec.bad)
+    return pictures, report
+
+
+def find_pictures(spec: PicturesSpec) -> tuple[list[Picture], PicturesReport]:
+    """Those that can be used, in the order of their paths; the report has the others.
+
+    Raises:
+        DataError: there is no such folder, or nothing in it is a picture.
         MissingDependencyError: Pillow is not installed.
     """
     require("PIL", extra="images", purpose="reading pictures")
@@ -138,20 +156,30 @@ def read_pictures(spec: PicturesSpec) -> tuple[list[Picture], PicturesReport]:
             pictures.append(_checked(row, folder, spec))
         except DataError as error:
             problems.append(str(error))
-    if problems and spec.bad == "error":
-        raise DataError(
-            collected(f"{folder} has pictures that cannot be used", problems)
-            + "\nMend or remove them; or leave them out with --bad-pictures skip, which counts "
-            "them."
-        )
-    if not pictures:
-        raise DataError(f"{folder} holds no picture that can be used" + _first(problems))
     found = len(pictures) + len(problems)
     notes += _duplicates(pictures, folder)
     report = PicturesReport(
         str(folder), found, len(pictures), source, tuple(problems), tuple(notes)
     )
     return pictures, report
+
+
+def check_usable(report: PicturesReport, bad: Bad) -> None:
+    """Refuse a folder of which pictures were left out where none should be, or that has no others.
+
+    Raises:
+        DataError: all of them are named.
+    """
+    if report.left_out and bad == "error":
+        raise DataError(
+            collected(f"{report.folder} has pictures that cannot be used", report.left_out)
+            + "\nMend or remove them; or leave them out with --bad-pictures skip, which counts "
+            "them."
+        )
+    if not report.used:
+        raise DataError(
+            f"{report.folder} holds no picture that can be used" + _first(report.left_out)
+        )
 
 
 def _check_folder(folder: Path) -> None:
@@ -163,7 +191,7 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _first(problems: list[str]) -> str:
+def _first(problems: Sequence[str]) -> str:
     if not problems:
         return f"; pictures end in {', '.join(SUFFIXES)}"
     return f": {len(problems)} were left out, the first: {problems[0]}"
@@ -210,13 +238,10 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def _beside(path: Path) -> str | None:
-    """The caption in the file beside a picture; ``None`` without one.
-
-    Read later on, with the picture, so that what is wrong with it is named with it.
-    """
+def _beside(path: Path) -> Path | None:
+    """The file with a picture's caption; ``None`` without one."""
     text = path.with_suffix(".txt")
-    return f"\0{text}" if text.is_file() else None
+    return text if text.is_file() else None
 
 
 def _mask_beside(path: Path) -> Path | None:
@@ -281,6 +306,9 @@ def _metadata_row(
     if not isinstance(name, str) or not name:
         there = ", ".join(str(key) for key in values) or "nothing"
         return f"has no file_name; it has {there}"
+    for key, value in values.items():
+        if isinstance(value, str) and "\0" in value:
+            return f"its {key} holds zero bytes, so it is no text"
     path = _inside(file.parent, name)
     if path is None:
         return f"{name} lies outside of the folder; name files below {file.parent}"
@@ -352,7 +380,16 @@ def _checked(row: _Row, folder: Path, spec: PicturesSpec) -> Picture:
                 "them equal"
             )
         digest.update(inside)
-    return Picture(row.path, caption, width, height, digest.hexdigest(), mask, transparent)
+    return Picture(
+        row.path,
+        caption,
+        width,
+        height,
+        digest.hexdigest(),
+        mask,
+        spec.masks and (mask is not None or transparent),
+        row.where,
+    )
 
 
 def _looked_at(content: bytes, where: str) -> tuple[int, int, bool]:
@@ -371,7 +408,7 @@ def _looked_at(content: bytes, where: str) -> tuple[int, int, bool]:
 
 
 def opened(content: bytes) -> Any:
-    """A PIL picture in RGB or RGBA, turned as its file says.
+    """A PIL picture of 8 bits in RGB or RGBA, turned as its file says.
 
     Raises:
         DataError: it cannot be read; without a name.
@@ -401,13 +438,28 @@ def opened(content: bytes) -> Any:
         raise DataError(f"it is damaged or no picture ({error})".replace("\n", " ")) from error
     turned = ops.exif_transpose(picture)
     transparent = turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info
+    if turned.mode.startswith(("I", "F")):
+        turned = image.fromarray(_eight_bits(np.asarray(turned)))
     return turned.convert("RGBA" if transparent else "RGB")
 
 
+def _eight_bits(greys: np.ndarray) -> np.ndarray:
+    """[H, W] of 16 bits as uint8; Pillow's own conversion cuts off what is above 255.
+
+    Raises:
+        DataError: numbers of another range.
+    """
+    if greys.dtype.kind == "f" or greys.min() < 0 or greys.max() > 0xFFFF:
+        raise DataError(
+            "its greys are no whole numbers of 16 bits, so nothing says which of them is white; "
+            "save it with 8 or 16 bits"
+        )
+    return np.round(greys / 257).astype(np.uint8)
+
+
 def _caption(row: _Row, spec: PicturesSpec) -> str:
-    caption = row.caption
-    if caption is not None and caption.startswith("\0"):
-        caption = _caption_of(Path(caption[1:]), row.where)
+    found = row.caption
+    caption = _caption_of(found, row.where) if isinstance(found, Path) else found
     if caption is None or not caption.strip():
         caption = spec.caption
     if caption is None:

@@ -222,6 +222,8 @@ class PictureKind:
 
     name = "pictures"
     peft_type: str | None = None
+    command = "lorakit images train"
+    memory_advice = "a lower --resolution; --recompute; of transformers --quantize nf4"
 
     def on(
         self, model: nn.Module, handle: Handle | None, recompute: Recompute = "none"

@@ -27,7 +27,7 @@ from lorakit.core.spec import LoRASpec
 from lorakit.errors import InputError
 from lorakit.formats import load_adapter
 from lorakit.images.base import PictureBase, load_pipeline
-from lorakit.images.data import PictureData, PicturesPlan, load_pictures
+from lorakit.images.data import NOTHING, PictureData, PicturesPlan, Read, load_pictures
 from lorakit.images.drawing import Cell, check_cells, draw
 from lorakit.images.sheets import png, sheet
 from lorakit.images.task import PICTURES
@@ -36,6 +36,7 @@ from lorakit.layers.handle import handle_of
 from lorakit.train import Callback, Origin, RunInfo, RunResult, StepMetrics, Trainer, TrainSettings
 from lorakit.train.folder import RunFolder
 from lorakit.train.report import write_report
+from lorakit.train.settings import LEAST_TO_HOLD_OUT
 from lorakit.train.together import aligned, train_together
 from lorakit.train.trainer import finished_run
 
@@ -56,8 +57,9 @@ class Sheets:
     prompts: tuple[str, ...] = ()
     """Empty: some captions of the data."""
     seeds: tuple[int, ...] = (0, 1)
-    every: int = 0
-    """Steps between two sheets; 0: only at the start and the end."""
+    every: int | None = None
+    """Steps between two sheets; ``None``: a quarter of the run's. 0: only at the start and the
+    end."""
     steps: int = 20
     """Denoising steps of each picture."""
     guidance: float | None = None
@@ -100,6 +102,7 @@ def picture_trainer(
     *,
     sheets: Sheets | None = None,
     data: PictureData | None = None,
+    read: Read = NOTHING,
     validation: PicturesPlan | None = None,
     origin: dict[str, Any] | None = None,
     callbacks: Iterable[Callback] = (),
@@ -108,16 +111,26 @@ def picture_trainer(
     """A trainer of one adapter on pictures; everything is checked, nothing is written.
 
     Args:
-        data: of ``plan``, where it was read already.
+        data: of ``plan``, where it was loaded already.
+        read: folders that were read already.
         origin: arguments of ``load_pipeline`` beside ``ref``, for a resume.
 
     Raises:
         LorakitError: as of :class:`~lorakit.train.Trainer` and :func:`load_pictures`.
     """
     plan = replace(plan, least=settings.batch_size)
-    data = data or load_pictures(plan, base)
-    held = None if validation is None else load_pictures(validation, base)
+    data = data or load_pictures(plan, base, read)
+    held = None if validation is None else load_pictures(validation, base, read)
     notes = []
+    if held is None and settings.validation_fraction is None:
+        # of the pictures themselves: neither their repetitions nor a class that is to stay count
+        fraction = settings.held_out(data.num_pictures)
+        settings = replace(settings, validation_fraction=fraction)
+        if not fraction:
+            notes.append(
+                f"{data.num_pictures} pictures are too few to hold some of them out (from "
+                f"{LEAST_TO_HOLD_OUT} on); --valid FOLDER or --validation-fraction 0.2 would"
+            )
     if settings.lr is None:
         settings = replace(settings, lr=LEARNING_RATE)
         notes.append(f"lr is {LEARNING_RATE:g}: usual for adapters of picture models")
@@ -263,12 +276,12 @@ def _sections(out: str) -> dict[str, Any]:
 def _reopened(
     out: str, base: PictureBase, sections: dict[str, Any], callbacks: Iterable[Callback]
 ) -> Trainer:
-    held = sections["validation"]
+    origin = Origin.from_dict(sections, PICTURES)
     return Trainer.reopened(
         out,
         base=base,
-        data=load_pictures(PicturesPlan.from_dict(sections["data"]), base),
-        validation=None if held is None else load_pictures(PicturesPlan.from_dict(held), base),
+        data=origin.load_data(base),
+        validation=origin.load_validation(base),
         callbacks=[*callbacks, SheetMaker(base, Sheets.from_dict(sections["sheets"]))],
         task=PICTURES,
     )
@@ -278,7 +291,10 @@ def _reopened(
 
 
 class SheetMaker(Callback):
-    """Draws the base at the start, and the adapter every so many steps."""
+    """Draws the base at the start, and the adapter every so many steps.
+
+    A sheet that fails is the last one of its run, which goes on.
+    """
 
     name = "sheets"
 
@@ -286,10 +302,13 @@ class SheetMaker(Callback):
         self._base, self._sheets = base, sheets
         self._out: Path | None = None
         self._adapter: str | None = None
+        self._every = 0
 
     def on_start(self, run: RunInfo) -> None:
         """Draw the base, unless that was done."""
         self._out, self._adapter = run.out, run.adapter
+        every = self._sheets.every
+        self._every = max(1, run.total_steps // 4) if every is None else every
         path = sheet_path(run.out, 0)
         if not self._sheets.off and not path.is_file():
             title = f"{Path(self._base.ref).name}, before training"
@@ -297,12 +316,15 @@ class SheetMaker(Callback):
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Draw the adapter, if it is time."""
-        every = self._sheets.every
-        if self._sheets.off or not every or metrics.step % every:
+        if self._sheets.off or not self._every or metrics.step % self._every:
             return
         assert self._out is not None
         path = sheet_path(self._out, metrics.step)
         self._draw(path, self._adapter, f"step {metrics.step}", handle_of(self._base.model))
+
+    def survives(self, error: Exception) -> bool:
+        """Always: what trains needs no sheets."""
+        return True
 
     def _draw(self, path: Path, mix: str | None, title: str, handle: Handle | None) -> None:
         draw_sheet(self._base, handle, self._sheets, mix, path, title)
@@ -327,19 +349,33 @@ def draw_sheet(
 
 
 def finish(result: RunResult, base: PictureBase) -> RunResult:
-    """Draw the adapter that was kept, and write the report once more, with all sheets."""
-    sections = RunFolder(result.out).read_settings()
-    sheets = Sheets.from_dict(sections["sheets"])
-    if not sheets.off and result.adapter is not None:
-        handle = attach(base.model, load_adapter(result.adapter), "kept", allow_other_base=True)
-        try:
-            which = result.best_step if result.best_step is not None else result.steps
-            title = f"the adapter that was kept (step {which})"
-            draw_sheet(base, handle, sheets, "kept", result.out / FOLDER / FINAL, title)
-        finally:
-            handle.detach()
+    """Draw the adapter that was kept, and write the report once more, with all sheets.
+
+    The adapter is there: neither is worth the run, so that what fails is logged.
+    """
+    try:
+        _draw_kept(result, base)
+    except Exception as error:
+        logger.warning(
+            "the sheet of the adapter that was kept could not be drawn (%s: %s). Try again: "
+            "%s --resume %s",
+            *(type(error).__name__, error, PICTURES.command, result.out),
+        )
     try:
         write_report(result.out)
-    except Exception as error:  # the adapter is there; a page on it is not worth the run
+    except Exception as error:
         logger.warning("report.html could not be written: %s", error)
     return result
+
+
+def _draw_kept(result: RunResult, base: PictureBase) -> None:
+    sheets = Sheets.from_dict(RunFolder(result.out).read_settings()["sheets"])
+    if sheets.off or result.adapter is None:
+        return
+    handle = attach(base.model, load_adapter(result.adapter), "kept", allow_other_base=True)
+    try:
+        which = result.best_step if result.best_step is not None else result.steps
+        title = f"the adapter that was kept (step {which})"
+        draw_sheet(base, handle, sheets, "kept", result.out / FOLDER / FINAL, title)
+    finally:
+        handle.detach()

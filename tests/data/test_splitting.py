@@ -45,6 +45,21 @@ def test_the_share_is_met_where_prompts_allow_it(tmp_path):
         split(data, 1.0, 0)
 
 
+class Keys(list):
+    """Rows that are their prompts."""
+
+    def prompt_key(self, index):
+        return self[index]
+
+
+def test_a_row_without_a_prompt_is_never_held_out():
+    rows = Keys([b"", b"a", b"", b"b", b"c", b"d", b"", b""])
+    _, held = split(rows, 0.5, 0)
+    assert len(held) == 2  # half of those that may be
+    assert all(rows[i] for i in held)
+    assert len(split(Keys([b"", b"", b"a"]), 0.9, 0)[1]) == 0
+
+
 def test_what_is_held_out_depends_on_seed_and_prompts_only(tmp_path):
     prompts = list(range(60))
     data, turned = load(tmp_path, prompts), load(tmp_path, prompts[::-1])

@@ -6,7 +6,9 @@ import shutil
 
 import torch
 
+from lorakit.images.cache import encoded_caption, encoded_picture, pixels_of
 from lorakit.images.data import PictureSettings, PicturesPlan, load_pictures
+from lorakit.images.drawing import decoded
 from lorakit.images.pictures import PicturesSpec
 from tests.images import tiny
 from tests.images.conftest import loaded
@@ -37,6 +39,33 @@ def test_what_decides_a_file(tmp_path):
     with torch.no_grad():
         base.pipe.vae.encoder.conv_in.bias[0] += 1e-3
     assert filled(load_again(base), folder) == 5
+
+
+@torch.no_grad()
+def test_a_vae_that_says_the_mean_and_spread_of_its_latents(tmp_path):
+    """Encoded as SDXL's pipeline decodes, and as diffusers' training scripts encode."""
+    base, folder = loaded("sd"), tiny.pictures(tmp_path / "data", 1)
+    vae, mean, std = base.pipe.vae, [0.1, -0.2, 0.3, 0.4], [0.5, 0.8, 1.2, 2.0]
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    example = load_pictures(PicturesPlan(PicturesSpec(str(folder)), 16), base)[0]
+    found = encoded_picture(base, example.picture, example.placed)
+    spread = vae.encode(pixels_of(example.picture, example.placed)[0][None]).latent_dist
+    mean, std = torch.tensor(mean).view(4, 1, 1), torch.tensor(std).view(4, 1, 1)
+    torch.testing.assert_close(found["mean"], (spread.mean[0] - mean) * 0.5 / std)
+    torch.testing.assert_close(found["std"], spread.std[0] * 0.5 / std)
+    expected = (vae.decode(spread.mean).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decoded(base, found["mean"][None]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_caption_is_what_guidance_compares_with():
+    base = loaded("sdxl")
+    text, no_text, pooled, not_pooled = base.pipe.encode_prompt("a red thing", device="cpu")
+    found = base.family.encode(base.pipe, ["", "a red thing"], None)
+    torch.testing.assert_close(found["text"], torch.cat([no_text, text]))
+    torch.testing.assert_close(found["pooled"], torch.cat([not_pooled, pooled]))
+    assert not found["text"][0].any()
+    base.pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    assert all(tensor.any() for tensor in encoded_caption(base, "").values())
 
 
 def load_again(base):

@@ -89,6 +89,15 @@ def test_what_is_random_is_a_function_of_its_key():
     assert 0.85 < logits.std() < 1.15
 
 
-def test_an_unknown_scheduler():
-    with pytest.raises(BaseError, match="predicts 'flow_prediction'"):
-        NoiseModel(diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"))
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}),
+        ("EDMEulerScheduler", {}),
+        ("FlowMatchHeunDiscreteScheduler", {}),
+    ],
+)
+def test_an_unknown_scheduler(kind, settings):
+    """EDM says that it predicts ε, of an input of its own; other flows say nothing."""
+    with pytest.raises(BaseError, match=f"a {kind} that predicts"):
+        NoiseModel(getattr(diffusers, kind)(**settings))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lorakit.errors import DataError, SpecError
 from lorakit.images.buckets import bucket_sizes, place, place_all
-from lorakit.images.pictures import Picture, PicturesSpec, read_pictures
+from lorakit.images.pictures import Picture, PicturesSpec, opened, read_pictures
 from tests.images import tiny
 
 
@@ -68,11 +68,9 @@ def test_masks_of_a_file_and_of_transparency(tmp_path):
     clear = Image.new("RGBA", (24, 24), (9, 9, 9, 0))
     clear.save(tmp_path / "01.png")
     found, _ = read_pictures(spec(tmp_path, masks=True))
-    assert [(one.mask is not None, one.transparent) for one in found] == [
-        (True, False), (False, True),
-    ]  # fmt: skip
+    assert [(one.mask is not None, one.masked) for one in found] == [(True, True), (False, True)]
     without, _ = read_pictures(spec(tmp_path))  # the mask is no picture
-    assert [one.mask for one in without] == [None, None]
+    assert [(one.mask, one.masked) for one in without] == [(None, False), (None, False)]
     assert without[0].digest != found[0].digest
 
 
@@ -100,6 +98,33 @@ def test_everything_wrong_is_named_at_once(tmp_path):
     assert "08.png" not in text
     found, report = read_pictures(spec(tmp_path, bad="skip"))
     assert (len(found), report.used, report.found, len(report.left_out)) == (1, 1, 10, 9)
+
+
+def test_no_caption_names_a_file(tmp_path):
+    """Captions are read from the .txt beside a picture, and from no path that a caption holds."""
+    folder = tiny.pictures(tmp_path / "data", 2)
+    secret = tmp_path / "secret"
+    secret.write_text("a secret")
+    rows = [("00.png", f"\0{secret}"), ("01.png", "a thing")]
+    lines = [json.dumps({"file_name": f, "text": t}) for f, t in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    assert "metadata.jsonl line 1: its text holds zero bytes" in problems_of(folder)
+    (found,), _ = read_pictures(spec(folder, bad="skip"))
+    assert found.caption == "a thing"
+    (folder / "metadata.jsonl").write_text('{"file_name": "00.png"}')
+    (found,), _ = read_pictures(spec(folder, caption=f"\0{secret}"))
+    assert found.caption != "a secret"
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_are_scaled(tmp_path, ending):
+    ramp = np.linspace(0, 0xFFFF, 24 * 24).round().reshape(24, 24)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / f"a.{ending}")
+    read = opened((tmp_path / f"a.{ending}").read_bytes())
+    assert read.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(read)[..., 1], ramp / 257, atol=0.5)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "b.tif")
+    assert "b.tif: its greys are no whole numbers of 16 bits" in problems_of(tmp_path, caption="x")
 
 
 def test_a_picture_with_too_many_pixels(tmp_path, monkeypatch):
@@ -152,8 +177,8 @@ def test_copies_are_said(tmp_path):
 # --- buckets -------------------------------------------------------------------------------------
 
 
-def shaped(width, height):
-    return Picture(None, "x", width, height, "0" * 64)
+def shaped(width, height, where=""):
+    return Picture(None, "x", width, height, "0" * 64, where=where)
 
 
 def test_a_picture_goes_where_its_ratio_is_nearest():
@@ -173,11 +198,12 @@ def test_a_picture_goes_where_its_ratio_is_nearest():
 
 def test_too_small_pictures_are_named():
     sizes = bucket_sizes(64, 8)
-    good, small = shaped(64, 64), shaped(63, 64)
-    object.__setattr__(small, "path", type("P", (), {"name": "s.png"}))
-    with pytest.raises(DataError, match=r"s\.png is 63 × 64 pixels"):
-        place_all([good, small], sizes, enlarge=False)
-    assert len(place_all([good, small], sizes, enlarge=True)) == 2
+    good, small = shaped(64, 64), shaped(63, 64, "deep/s.png")
+    ((kept, _),), lines = place_all([good, small], sizes, enlarge=False)
+    assert kept is good
+    assert [line.partition(",")[0] for line in lines] == ["deep/s.png: it is 63 × 64 pixels"]
+    found, lines = place_all([good, small], sizes, enlarge=True)
+    assert (len(found), lines) == (2, [])
 
 
 @pytest.mark.parametrize("resolution", [4, 100])

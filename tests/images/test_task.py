@@ -41,8 +41,8 @@ def data_of(base, folder, *, prior=None, masks=False, **settings):
     plan = PicturesPlan(
         PicturesSpec(str(folder), masks=masks),
         16,
-        PictureSettings(masked=masks, **settings),
-        None if prior is None else PicturesSpec(str(prior)),
+        PictureSettings(**settings),
+        None if prior is None else PicturesSpec(str(prior), masks=masks),
     )
     return load_pictures(plan, base)
 
@@ -159,7 +159,7 @@ def test_an_evaluation_is_always_the_same(base, folder, attached):
     torch.testing.assert_close(first, other, rtol=1e-5, atol=1e-6)  # settings are of training
 
 
-def test_masks_count_what_they_show(base, folder, attached):
+def test_masks_count_what_they_show(base, folder, attached, tmp_path):
     """Ones everywhere are no mask; half of a picture is the mean over that half."""
     from PIL import Image
 
@@ -176,6 +176,11 @@ def test_masks_count_what_they_show(base, folder, attached):
     assert mask[0, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
     found = task.losses([Stretch([data_of(base, folder, masks=True)[0]], "a")])
     assert abs(found.item() - plain.item()) > 1e-4
+    prior = tiny.pictures(tmp_path / "class", 1)
+    half.save(prior / "00.mask.png")
+    of_class = data_of(base, folder, prior=prior, masks=True)[-1]
+    assert of_class.is_prior
+    torch.testing.assert_close(of_class.latent()["mask"], mask)
     (folder / "00.mask.png").unlink()
     with pytest.raises(DataError, match="no picture has one"):
         data_of(base, folder, masks=True)

@@ -7,6 +7,7 @@ import os
 import signal
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +16,24 @@ from PIL import Image
 
 import lorakit
 from lorakit.core.spec import LoRASpec
-from lorakit.errors import Interrupted
+from lorakit.errors import Interrupted, TrainingError
 from lorakit.formats.convert import convert
+from lorakit.images import training
 from lorakit.images.data import PictureSettings, PicturesPlan
 from lorakit.images.drawing import Cell, draw
 from lorakit.images.pictures import PicturesSpec
 from lorakit.images.targets import picture_targets
-from lorakit.images.training import Sheets, picture_trainer, resume_pictures, train_pictures
-from lorakit.train import Callback, TrainSettings
+from lorakit.images.task import PictureTask
+from lorakit.images.training import (
+    SheetMaker,
+    Sheets,
+    finish,
+    picture_trainer,
+    resume_pictures,
+    train_pictures,
+)
+from lorakit.train import Callback, RunInfo, RunResult, TrainSettings
+from lorakit.train.callbacks import CallbackList
 from tests.images import tiny
 from tests.images.conftest import loaded
 
@@ -55,10 +66,20 @@ def finished(trainer):
     return result
 
 
+#: steps, rate, and steps between two sheets
+LENGTHS = [(8, 2e-2, 4), pytest.param((30, 5e-3, 14), marks=pytest.mark.slow)]
+
+
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
-def trained(request, tmp_path_factory):
-    """A run of 30 steps: convolutions, text encoders and unequal ranks where there are such."""
-    family, folder = request.param, tmp_path_factory.mktemp(request.param)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=LENGTHS, ids=["8 steps", "30 steps"])
+def trained(request, family, tmp_path_factory):
+    """A run: convolutions, text encoders and unequal ranks where there are such."""
+    steps, lr, every = request.param
+    folder = tmp_path_factory.mktemp(family)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setenv("LORAKIT_CACHE", str(folder / "cache"))
@@ -71,20 +92,19 @@ def trained(request, tmp_path_factory):
                 tiny.pictures(folder / "data"),
                 folder / "run",
                 words=words,
-                steps=30,
+                steps=steps,
                 ranks=UNEQUAL.get(family, {"to_k": 3}),
                 text=True,
-                every=14,
-                lr=5e-3,
+                every=every,
+                lr=lr,
                 picture={"caption_dropout": 0.1},
             )
         )
-    return family, base, result
+    return base, result, every
 
 
-def test_thirty_steps(trained):
-    family, _, result = trained
-    assert result.steps == 30
+def test_a_run_of_each_family(family, trained):
+    _, result, every = trained
     assert result.best_loss < result.base_loss
     adapter = lorakit.load_adapter(result.adapter)
     first = {path.partition(".")[0] for path in adapter.sites}
@@ -102,7 +122,7 @@ def test_thirty_steps(trained):
     assert len({site.rank for site in adapter.low_rank.values()}) > 1
     assert adapter.provenance["data"]["resolution"] == 16
     assert "perplexity" not in adapter.provenance["metrics"]
-    for name in ("step-00000000.png", "step-00000014.png", "kept.png"):
+    for name in ("step-00000000.png", f"step-{every:08}.png", "kept.png"):
         with Image.open(result.out / "samples" / name) as sheet:
             assert min(sheet.size) > 100
     page = (result.out / "report.html").read_text()
@@ -118,9 +138,9 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("form", "name", "portable"), FORMATS)
-def test_files_give_our_pictures_in_diffusers(trained, form, name, portable, tmp_path):
+def test_files_give_our_pictures_in_diffusers(family, trained, form, name, portable, tmp_path):
     """Largest difference of a pixel 1e-5: the same float32 sums in another order."""
-    family, base, result = trained
+    base, result, _ = trained
     if form == "kohya" and family in ("sd3", "flux"):
         pytest.skip("diffusers reads kohya's Flux at its real widths alone; SD3 has no such names")
     adapter = lorakit.load_adapter(result.adapter)
@@ -207,7 +227,7 @@ def test_killed_anywhere_and_resumed(base, folder, tmp_path, monkeypatch):
     after = [path.stat().st_mtime_ns for path in kept]
     assert [x == y for x, y in zip(before, after, strict=True)] == [False, True, True, True]
     signalled = At(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="lorakit images train --resume"):
         resume_pictures(str(out), callbacks=[signalled])
     result = resume_pictures(str(out))
     assert (result.steps, result.ending) == (8, "finished")
@@ -215,6 +235,39 @@ def test_killed_anywhere_and_resumed(base, folder, tmp_path, monkeypatch):
     (out / "samples" / "kept.png").unlink()  # killed after the last step
     resume_pictures(str(out))
     assert files_of(out) == expected
+
+
+def test_what_helps_a_picture_that_fits_no_memory(base, folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PictureTask, "losses", full)
+    with pytest.raises(TrainingError, match=r"0\d\.png.*a lower --resolution; --recompute"):
+        run_on(base, folder, tmp_path / "run").run()
+
+
+@pytest.mark.parametrize(("every", "steps"), [(None, [0, 10, 20, 30, 40]), (0, [0]), (30, [0, 30])])
+def test_when_sheets_are_drawn(base, tmp_path, monkeypatch, every, steps):
+    drawn = []
+    monkeypatch.setattr(training, "draw_sheet", lambda *given: drawn.append(given[4].name))
+    maker = SheetMaker(base, Sheets(("a",), every=every))
+    maker.on_start(RunInfo(out=tmp_path, total_steps=40))
+    for step in range(1, 41):
+        maker.on_step(SimpleNamespace(step=step))
+    assert drawn == [f"step-{step:08}.png" for step in steps]
+
+
+def test_a_sheet_that_fails_stops_nothing(base, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr(training, "draw_sheet", fail)
+    with CallbackList([SheetMaker(base, Sheets(("a",)))]) as events:
+        events.on_start(RunInfo(out=tmp_path, total_steps=40))
+    assert "sheets is switched off" in caplog.text
+    result = RunResult(tmp_path, tmp_path / "adapter", 40)
+    assert finish(result, base) is result
+    assert f"lorakit images train --resume {tmp_path}" in caplog.text
 
 
 @pytest.mark.slow  # that rows which share a forward are as if alone, test_task has in float64
