@@ -35,7 +35,7 @@ class LorakitError(Exception):
     """
 
     said = False
-    """Whether another process of the same run tells the user."""
+    """Whether the user was told of it already, by another process of the same run for one."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*(_shown(arg) if isinstance(arg, str) else arg for arg in args), **kwargs)

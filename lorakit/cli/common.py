@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -348,25 +349,36 @@ def check_text(text: str, where: str) -> None:
         raise InputError(f"{where}: it holds zero bytes, so it is no text; give UTF-8 text")
 
 
-def load_base_from(options: argparse.Namespace, *, task: Any = "causal-lm") -> Base:
-    """Load the base of these flags; says on stderr where it was put, and why."""
+def load_base_from(
+    options: argparse.Namespace,
+    *,
+    task: Any = "causal-lm",
+    load: Callable[..., Base] | None = None,
+    quiet: bool = False,
+) -> Base:
+    """Load the base of these flags; says on stderr where it was put, and why.
+
+    Args:
+        load: what loads it, such as a kind's ``load_base``; by default that of ``task``.
+        quiet: say nothing.
+    """
     from lorakit.bases import load_base
 
-    base = load_base(
-        options.base,
+    tell: Callable[[str], None] = (lambda text: None) if quiet else say
+    base = (load or partial(load_base, task=task))(
+        ref=options.base,
         device=options.device,
         dtype=options.dtype,
         quantize=options.quantize,
-        task=task,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
-        say=say,
+        say=tell,
     )
     placement = base.placement
     dtype = str(placement.dtype).removeprefix("torch.")
-    say(f"Base {options.base}: {dtype} on {placement.device} ({placement.reason})")
+    tell(f"Base {options.base}: {dtype} on {placement.device} ({placement.reason})")
     for line in base.notes:
-        say(f"  {line}")
+        tell(f"  {line}")
     return base
 
 

@@ -65,6 +65,7 @@ from lorakit.cli.full_models import (
     refuse_models,
 )
 from lorakit.cli.judged import Judged, print_judged
+from lorakit.cli.training import note_defaults
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--show", type=count, default=2, metavar="N", help="answers to print; default 2"
     )
     add_json_argument(parser)
+    note_defaults(parser)
 
 
 @dataclass

@@ -42,6 +42,7 @@ from lorakit.cli.common import (
     seed,
     use_tokenizer,
 )
+from lorakit.cli.training import note_defaults
 from lorakit.errors import DataError, InputError, collected
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--parallel", type=positive_int, metavar="N", help="answers generated at a time"
     )
     add_json_argument(parser)
+    note_defaults(parser)
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,11 @@ def _write(
         for flag in ("system", "format"):
             if getattr(options, flag) is not None:
                 raise InputError(f"--{flag} cannot act: an encoder-decoder takes text as it is")
-        return [list(tokenizer(prompt)["input_ids"]) for prompt in prompts], None
+        from lorakit.tasks.kinds import asked_of
+        from lorakit.tasks.seq2seq import most_positions
+
+        room = most_positions(base.model)
+        return [list(asked_of(base, prompt, room).ids) for prompt in prompts], None
     learnt = {str(name): _learnt(adapters[name]) for name in model.parts}
     format, kind, reason = _format(options, learnt)
     system = options.system

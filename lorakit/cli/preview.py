@@ -26,6 +26,7 @@ from lorakit.cli.common import (
     emit_json,
     say,
 )
+from lorakit.cli.training import note_defaults
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--rows", type=count, default=3, metavar="N", help="examples to show; default 3"
     )
     add_json_argument(parser)
+    note_defaults(parser)
 
 
 def run(options: argparse.Namespace) -> int:

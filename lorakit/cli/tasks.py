@@ -19,6 +19,7 @@ from lorakit.cli.common import (
     attach_adapters,
     console,
     emit_json,
+    load_base_from,
     mixes_of,
     plain,
     plural,
@@ -42,6 +43,9 @@ TASKS = (CAUSAL, "seq2seq", "classify", "vision", "speech", "embed", "vision-cha
 
 #: flags about texts that are continued
 _OF_CAUSAL = ("system", "format", "loss_on")
+#: why a flag about answers cannot act
+_GREEDY, _LABEL = "answers are the likeliest ones", "its answer is a label"
+_AS_IT_IS = "how many inputs are answered at a time is the task's own choice"
 #: PEFT's task type → the task, of adapters that say no more
 _BY_TYPE = {"SEQ_CLS": "classify", "SEQ_2_SEQ_LM": "seq2seq", "FEATURE_EXTRACTION": "embed"}
 #: longest answer where nobody said
@@ -49,13 +53,19 @@ _ANSWER_TOKENS = 64
 
 
 def add_task_argument(group: Any) -> None:
-    """Add ``--task``."""
+    """Add ``--task``, and what tasks have of their own."""
     group.add_argument(
         "--task",
         choices=TASKS,
         help="what the model does: causal (continues text), seq2seq (T5, BART), classify (labels "
         "texts), vision (labels pictures), speech (Whisper), embed (vectors of texts), vision-chat "
         "(chats with pictures); default: by the base and the data, and said",
+    )
+    group.add_argument(
+        "--language",
+        metavar="L",
+        help="what is spoken in the recordings of --task speech, such as german or de; needed for "
+        "a Whisper of many languages, and kept in its adapter",
     )
 
 
@@ -68,14 +78,28 @@ def chosen_task(
 
     Args:
         path: the files of the data, if there are any.
-        adapters: which may say what they were trained for.
+        adapters: which may say what they were trained for; by default that of ``--from``.
 
     Raises:
-        InputError: adapters of different tasks.
+        InputError: adapters of different tasks, or the adapter of ``--from`` cannot be read.
+        SpecError: a flag of another task.
     """
+    if adapters is None and getattr(options, "start", None) is not None:
+        from lorakit.formats import load_adapter
+
+        adapters = {options.start: load_adapter(adapter_path(options.start))}
+    task, why = _fitting(options, path, adapters or {})
+    if task != "speech":
+        _refuse(options, f"{task} ({why})", {"language": "it is about recordings of speech"})
+    return task, why
+
+
+def _fitting(
+    options: argparse.Namespace, path: Sequence[str] | None, adapters: Mapping[str, Adapter]
+) -> tuple[str, str]:
     if options.task is not None:
         return options.task, "as asked"
-    said = {name: _task_of(adapter) for name, adapter in (adapters or {}).items()}
+    said = {name: _task_of(adapter) for name, adapter in adapters.items()}
     known = {name: task for name, task in said.items() if task is not None}
     if len(set(known.values())) > 1:
         told = ", ".join(f"{name}: {task}" for name, task in known.items())
@@ -122,7 +146,7 @@ def _columns(path: Sequence[str]) -> list[str]:
 
 
 def _refuse(options: argparse.Namespace, task: str, flags: Mapping[str, str]) -> None:
-    """Refuse flags that cannot act for a task.
+    """Refuse flags that cannot act for a task, where they are not as if they were not given.
 
     Raises:
         SpecError: names them.
@@ -130,7 +154,7 @@ def _refuse(options: argparse.Namespace, task: str, flags: Mapping[str, str]) ->
     given = [
         f"--{name.replace('_', '-')}: {why}"
         for name, why in flags.items()
-        if getattr(options, name, None) not in (None, False, (), [], "auto")
+        if getattr(options, name, None) != options.defaults.get(name)
     ]
     if given:
         raise SpecError(collected(f"These flags cannot act, for the task is {task}", given))
@@ -172,8 +196,9 @@ def kind_for(
     """
     from lorakit.bases.config import read_config
     from lorakit.bases.source import find_source
-    from lorakit.tasks.registry import kind_of, row_kind
+    from lorakit.tasks.registry import row_kind
 
+    own = {} if options.language is None else {"language": options.language}
     told = {
         name: dict(adapter.provenance["task"])
         for name, adapter in (adapters or {}).items()
@@ -185,36 +210,19 @@ def kind_for(
             f"the adapters {' and '.join(told)} were trained for different labels or settings; "
             "give them one at a time"
         )
-    if settings and settings[0].get("name") == task:
-        kind: Any = kind_of(settings[0])
-        return kind  # type: ignore[no-any-return]
+    if settings and settings[0].pop("name", None) == task:
+        return row_kind(task, **{**settings[0], **own})
     source = find_source(options.base, options.revision)
     config = {**read_config(options.base)}
     if source.kind == "folder":
         config["_folder"] = source.location
-    plain_kind = row_kind(task)
-    if spec is not None:
-        return plain_kind.fitted(spec, config)
-    return plain_kind.from_base(config, options.base)
-
-
-def load_kind_base(kind: RowKind, options: argparse.Namespace, *, quiet: bool = False) -> Base:
-    """The base of these flags, loaded for a kind; says on stderr where it was put, and why."""
-    tell: Callable[[str], None] = (lambda text: None) if quiet else say
-    base = kind.load_base(
-        ref=options.base,
-        device=options.device,
-        dtype=options.dtype,
-        quantize=options.quantize,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        say=tell,
-    )
-    dtype = str(base.placement.dtype).removeprefix("torch.")
-    tell(f"Base {options.base}: {dtype} on {base.placement.device} ({base.placement.reason})")
-    for line in base.notes:
-        tell(f"  {line}")
-    return base
+    kind = row_kind(task, **own)
+    kind = kind.from_base(config, options.base) if spec is None else kind.fitted(spec, config)
+    for name, adapter in (adapters or {}).items():
+        kind, notes = kind.for_adapter(adapter, name)
+        for note in () if getattr(options, "quiet", False) else notes:
+            say(f"note: {note}")
+    return kind
 
 
 # --- train -------------------------------------------------------------------------------------
@@ -249,8 +257,10 @@ def trainer_for(
     start: Adapter | None = None
     if options.start is not None:
         start = train.with_flags(load_adapter(adapter_path(options.start)), options)
-    kind = kind_for(options, task, spec, {"--from": start} if start is not None else None)
-    base = load_kind_base(kind, options, quiet=options.quiet)
+    kind = kind_for(options, task, spec, None if start is None else {options.start: start})
+    base = load_base_from(options, load=kind.load_base, quiet=options.quiet)
+    if start is not None:
+        kind.check_start(start, base)
     valid = None if options.valid is None else row_spec(options, options.valid)
     origin = Origin(base=train.base_options(options), data=spec, validation=valid, kind=kind)
     data, validation = origin.load_data(base), origin.load_validation(base)
@@ -284,20 +294,26 @@ def evaluate(
     options: argparse.Namespace, task: str, why: str, adapters: Mapping[str, Adapter]
 ) -> int:
     """Judge a base and its adapters on data of a task other than causal."""
-    _refuse(
-        options,
-        task,
-        {
-            **dict.fromkeys(_OF_CAUSAL, "it is about texts that are continued"),
-            "full": "give the folder of the trained model as --base",
-            "forgetting": "it is the loss of a causal language model",
-        },
-    )
+    from lorakit.tasks.registry import kind_class
+
+    idle = {
+        **dict.fromkeys(_OF_CAUSAL, "it is about texts that are continued"),
+        "full": "give the folder of the trained model as --base",
+        "forgetting": "it is the loss of a causal language model",
+        "parallel": _AS_IT_IS,
+    }
+    named = kind_class(task)
+    if not options.metrics and options.save is None:
+        ways = "--metrics or --save" if named.text_metrics else "--save"
+        idle |= dict.fromkeys(("show", "max_new_tokens"), f"answers are made for {ways} alone")
+    elif not named.text_metrics:
+        idle["max_new_tokens"] = _LABEL
+    _refuse(options, task, idle)
     say(f"Task: {task} ({why})")
     spec = row_spec(options)
     kind = kind_for(options, task, spec, adapters)
     _check_metrics(options, kind)
-    base = load_kind_base(kind, options)
+    base = load_base_from(options, load=kind.load_base)
     use_tokenizer(base, adapters)
     data = kind.load_data(spec, base)
     for line in data.report.lines():
@@ -452,23 +468,34 @@ def generate(
     Args:
         models: name → mix.
     """
-    _refuse(
-        options,
-        task,
-        {
-            "system": "there is no chat",
-            "format": "there is no chat",
-            "raw": "inputs are taken as they are",
-            "temperature": "answers are the likeliest ones",
-            "stop": "answers end by themselves",
-        },
-    )
+    from lorakit.tasks.registry import kind_class
+
+    named = kind_class(task)
+    if named.no_prompts is not None:
+        raise InputError(named.no_prompts)
+    idle = {
+        "system": "there is no chat",
+        "format": "there is no chat",
+        "raw": "inputs are taken as they are",
+        **dict.fromkeys(("temperature", "top_p", "seed"), _GREEDY),
+        "stop": "answers end by themselves",
+        "parallel": _AS_IT_IS,
+    }
+    if not named.text_metrics:
+        idle["max_new_tokens"] = _LABEL
+    _refuse(options, task, idle)
+    pairs = [name for name, adapter in adapters.items() if _judges_pairs(adapter)]
+    if pairs:
+        raise InputError(
+            f"{', '.join(pairs)} judges pairs of texts, and a prompt is one text; give rows of "
+            "both to lorakit eval --save"
+        )
     say(f"Task: {task} ({why})")
     kind = kind_for(options, task, None, adapters)
-    base = load_kind_base(kind, options)
+    base = load_base_from(options, load=kind.load_base)
     use_tokenizer(base, adapters)
     handle = attach_adapters(base, adapters, allow_other=options.allow_other_base)
-    length = options.max_new_tokens or _ANSWER_TOKENS
+    length = options.max_new_tokens
     found = {
         name: kind.predict(base, handle, mix, list(prompts), length) for name, mix in models.items()
     }
@@ -492,6 +519,11 @@ def generate(
             who = f"{name}: " if len(models) > 1 else ""
             sys.stdout.write(f"{start}{who}{found[name][i]}\n")
     return 0
+
+
+def _judges_pairs(adapter: Adapter) -> bool:
+    data = adapter.provenance.get("data")
+    return isinstance(data, Mapping) and "text_pair" in (data.get("columns") or {})
 
 
 # --- preview -----------------------------------------------------------------------------------

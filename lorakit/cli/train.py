@@ -284,10 +284,12 @@ def trainer_on(
     from lorakit.train import Origin, Trainer
     from lorakit.workflows.calibrate import calibrate
 
-    if options.task not in (None, "causal"):
+    given = {"task": options.task, "language": options.language}
+    other = [f"--{name} {value}" for name, value in given.items() if value not in (None, "causal")]
+    if other:
         raise SpecError(
-            f"--task {options.task}: many adapters at once are those of causal language models; "
-            "train each of them alone"
+            f"{', '.join(other)}: many adapters at once are those of causal language models; train "
+            "each of them alone"
         )
     settings, what = settings_of(options), what_of(options)
     origin = Origin(

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lorakit.bases import Base, context_length, load_base
 from lorakit.core.adapter import Adapter
 from lorakit.data import DataSpec, Example, TokenData, items, load_data, pack
-from lorakit.errors import BaseError
 from lorakit.infer import PackedModel, generate
 from lorakit.layers import Handle, Routing, token_keys
 from lorakit.layers.routing import MixLike
@@ -127,6 +126,8 @@ class Causal:
 
     name = "causal"
     peft_type = "CAUSAL_LM"
+    command = "lorakit train"
+    memory_advice = "leave it out or cut it with --max-length; --recompute layers; --quantize nf4"
 
     def on(
         self, model: nn.Module, handle: Handle | None, recompute: Recompute = "none"
@@ -186,12 +187,8 @@ class Causal:
         return DataSpec(**section)
 
     def load_data(self, spec: DataSpec, base: Base) -> TokenData:
-        if base.tokenizer is None:
-            raise BaseError(
-                f"{base.ref} has no tokenizer, so text cannot become tokens. Put its tokenizer "
-                "files (tokenizer.json and tokenizer_config.json) beside the weights."
-            )
-        return load_data(spec, base.tokenizer, context_length=context_length(base.model))
+        tokenizer = base.require_tokenizer()
+        return load_data(spec, tokenizer, context_length=context_length(base.model))
 
 
 def perplexity(loss: float) -> float:

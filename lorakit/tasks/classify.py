@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.bases import Base
-from lorakit.core.spec import LoRASpec
+from lorakit.bases import Base, context_length
+from lorakit.bases.load import Task as BaseTask
 from lorakit.data.columns import checked_text
 from lorakit.data.readers import open_all
 from lorakit.data.rows import Row, RowError
@@ -21,16 +21,15 @@ from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.tasks.forwards import RowTask, padded
 from lorakit.tasks.kinds import (
-    RowKind,
+    Asked,
+    Labelled,
     Texts,
-    class_metrics,
+    asked_of,
     in_order,
     known_labels,
     label_of,
     pad_id,
     random_ids,
-    tokenizer_of,
-    with_head,
 )
 from lorakit.tasks.names import Recompute
 from lorakit.tasks.rows import (
@@ -47,18 +46,12 @@ _LABELS = ("label", "labels", "class", "category", "target")
 
 
 @dataclass(frozen=True)
-class Classify(RowKind):
-    """Sequence classification.
-
-    Args:
-        labels: what the head's outputs stand for, in their order.
-    """
-
-    labels: tuple[str, ...] = ()
+class Classify(Labelled):
+    """Sequence classification."""
 
     name: ClassVar[str] = "classify"
     peft_type: ClassVar[str | None] = "SEQ_CLS"
-    base_task: ClassVar[str] = "classify"
+    base_task: ClassVar[BaseTask] = "classify"
     fields: ClassVar[Fields] = Fields(
         {
             "text": ("text", "sentence", "sentence1", "premise", "question", "content"),
@@ -68,18 +61,8 @@ class Classify(RowKind):
         templated="text",
     )
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", tuple(self.labels))
-
-    @property
-    def num_labels(self) -> int | None:
-        return len(self.labels)
-
-    def fitted(self, spec: RowSpec, config: Mapping[str, Any]) -> Classify:
+    def fitted(self, spec: RowSpec, config: Mapping[str, Any]) -> Self:
         return replace(self, labels=self.labels or labels_of(spec, self.fields, config, self.name))
-
-    def adapter_spec(self, spec: LoRASpec, base: Base) -> tuple[LoRASpec, list[str]]:
-        return with_head(spec, base)
 
     def load_data(self, spec: RowSpec, base: Base) -> RowData:
         texts = Texts(spec, base, "text")
@@ -91,11 +74,13 @@ class Classify(RowKind):
             label = class_of(values["label"], self.labels)
             ids = texts.ids(*parts)
             key = "\0".join(parts)
+            types = _types(texts.tokenizer, parts, len(ids))
+            asked = Asked(tuple(parts), np.array(ids, np.int32), types)
             inputs = {
-                "ids": np.array(ids, np.int32),
-                "types": _types(texts.tokenizer, parts, len(ids)),
+                "ids": asked.ids,
+                "types": types,
                 "label": label,
-                "asked": " ⏎ ".join(parts),
+                "asked": asked,
                 "expected": self.labels[label],
             }
             return Made(inputs, len(ids), 1, f"{key}\0{label}".encode(), key.encode())
@@ -117,12 +102,6 @@ class Classify(RowKind):
         ]
         return RowTask(model, handle, batch, class_sums, recompute=recompute, probe=probe)
 
-    def metrics(
-        self, loss: float, examples: Any, indices: Sequence[int], outputs: np.ndarray | None
-    ) -> dict[str, float]:
-        assert outputs is not None
-        return class_metrics(outputs, [examples[int(i)].inputs["label"] for i in indices])
-
     @torch.no_grad()
     def predict(
         self,
@@ -133,20 +112,17 @@ class Classify(RowKind):
         max_new_tokens: int,
     ) -> list[str]:
         """The likeliest label of each text, with its probability."""
-        tokenizer, found = tokenizer_of(base), []
+        pad, limit = pad_id(base.model), context_length(base.model)
+        task = RowTask(base.model.eval(), handle, lambda part: text_batch(part, pad), class_sums)
+        found = []
         for text in inputs:
-            parts = str(text).split(" ⏎ ")
-            ids = tokenizer(*parts)["input_ids"]
-            one = {"ids": ids, "types": _types(tokenizer, parts, len(ids)), "label": 0}
-            task = self._running(base.model, handle)
-            logits = task.measured([RowExample(0, 0, "", len(ids), 1, one)], adapter).outputs
+            asked = asked_of(base, text, limit)
+            one = {"ids": asked.ids, "types": asked.types, "label": 0}
+            example = RowExample(0, 0, "", len(asked.ids), 1, one)
+            logits = task.measured([example], adapter).outputs
             assert logits is not None
             found.append(said(logits[0], self.labels))
         return found
-
-    def _running(self, model: nn.Module, handle: Handle | None) -> RowTask:
-        pad = pad_id(model)
-        return RowTask(model.eval(), handle, lambda part: text_batch(part, pad), class_sums)
 
 
 def labels_of(

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -23,12 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.bases import Base
+from lorakit.bases.load import Task as BaseTask
 from lorakit.core.adapter import Adapter
+from lorakit.core.spec import LoRASpec
 from lorakit.data.columns import checked_text
 from lorakit.data.rows import Row
 from lorakit.errors import DataError, InputError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
+from lorakit.layers.targets import resolve_targets
 from lorakit.tasks.forwards import RowTask, padded
 from lorakit.tasks.kinds import RowKind, Texts, pad_id, random_ids
 from lorakit.tasks.names import Recompute
@@ -36,6 +39,13 @@ from lorakit.tasks.rows import Fields, Made, RowData, RowSpec, load_rows
 from lorakit.tasks.task import Measured, Stretch
 
 Pooling = Literal["mean", "cls", "last"]
+
+#: what sentence-transformers calls them
+_POOLINGS: Mapping[str, Pooling] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_mean_tokens": "mean",
+}
 
 _WHY = (
     "the loss of a pair contrasts it with the other pairs of its batch (in-batch negatives), which "
@@ -59,13 +69,17 @@ class Embed(RowKind):
 
     name: ClassVar[str] = "embed"
     peft_type: ClassVar[str | None] = "FEATURE_EXTRACTION"
-    base_task: ClassVar[str] = "features"
+    base_task: ClassVar[BaseTask] = "features"
     fields: ClassVar[Fields] = Fields(
         {
             "anchor": ("anchor", "query", "question", "sentence1", "premise"),
             "positive": ("positive", "answer", "document", "passage", "sentence2"),
         },
         {"negative": ("negative",)},
+    )
+    no_prompts: ClassVar[str | None] = (
+        "the task embed makes vectors, not text, so there is nothing to generate. lorakit eval "
+        "tells how well the right text is found"
     )
 
     def __post_init__(self) -> None:
@@ -74,11 +88,11 @@ class Embed(RowKind):
         if not self.scale > 0:
             raise DataError(f"scale is {self.scale!r}; expected a number above 0")
 
-    def fitted(self, spec: RowSpec, config: Mapping[str, Any]) -> Embed:
+    def fitted(self, spec: RowSpec, config: Mapping[str, Any]) -> Self:
         found = _pooling_of(str(config.get("_folder", "")))
         return self if found is None else replace(self, pooling=found)
 
-    def from_base(self, config: Mapping[str, Any], name: str) -> Embed:
+    def from_base(self, config: Mapping[str, Any], name: str) -> Self:
         return self.fitted(RowSpec((name,)), config)
 
     def load_data(self, spec: RowSpec, base: Base) -> RowData:
@@ -104,6 +118,19 @@ class Embed(RowKind):
             )
         return data
 
+    def adapter_spec(self, spec: LoRASpec, base: Base) -> tuple[LoRASpec, list[str]]:
+        """Without the pooler, which stands behind the hidden states that a vector is made of."""
+        idle = [
+            target.path
+            for target in resolve_targets(base.model, spec)
+            if target.path.split(".")[0] == "pooler"
+        ]
+        if not idle:
+            return spec, []
+        return replace(spec, exclude=(*spec.exclude, *idle)), [
+            f"{', '.join(idle)} is not adapted: the vectors are made of what stands before it"
+        ]
+
     def on(
         self, model: nn.Module, handle: Handle | None, recompute: Recompute = "none"
     ) -> EmbedTask:
@@ -112,15 +139,16 @@ class Embed(RowKind):
     def metrics(
         self, loss: float, examples: Any, indices: Sequence[int], outputs: np.ndarray | None
     ) -> dict[str, float]:
-        """How often an anchor's own positive is the nearest of all, and the mean of 1/rank."""
+        """How often an anchor's own positive is the nearest of all candidates, and the mean of
+        1/rank."""
         assert outputs is not None
-        vectors, same = torch.from_numpy(outputs[:, :, :-1]), torch.from_numpy(outputs[:, 0, -1])
+        anchors, candidates, same = _apart(outputs)
         first, reciprocal = [], []
-        for rows in torch.split(torch.arange(len(vectors)), _CHUNK):
-            near = vectors[rows, 0] @ vectors[:, 1].T
+        for rows in torch.split(torch.arange(len(anchors)), _CHUNK):
+            near = anchors[rows] @ candidates.T
             own = near[torch.arange(len(rows)), rows]
-            other = near.masked_fill(same[rows, None] == same[None], -torch.inf)
-            rank = 1 + (other >= own[:, None]).sum(1).double()
+            near[:, : len(same)].masked_fill_(same[rows, None] == same[None], -torch.inf)
+            rank = 1 + (near >= own[:, None]).sum(1).double()
             first.append(rank == 1)
             reciprocal.append(1 / rank)
         return {
@@ -141,10 +169,7 @@ class Embed(RowKind):
         inputs: Sequence[Any],
         max_new_tokens: int,
     ) -> list[str]:
-        raise InputError(
-            "the task embed makes vectors, not text, so there is nothing to generate. lorakit eval "
-            "--data PAIRS says how well the right text is found"
-        )
+        raise InputError(str(self.no_prompts))
 
 
 class EmbedTask:
@@ -190,19 +215,18 @@ class EmbedTask:
     def measured(self, examples: Sequence[Any], adapter: MixLike) -> Measured:
         anchors, candidates = self._vectors(examples, adapter, None)
         weights = torch.ones(len(examples), dtype=torch.int64)
-        pairs = torch.stack([anchors, candidates[: len(anchors)]], 1)
-        same = torch.tensor([[example.inputs["same"]] for example in examples])
+        columns = torch.cat([anchors, candidates]).view(-1, *anchors.shape)  # [1 + C/E, E, d]
+        same = torch.tensor([example.inputs["same"] for example in examples])
         # whose loss is known once all are: the positive's number rides along in 48 bits
-        marks = same.double()[:, :, None].expand(-1, 2, 1).to(pairs.device)
-        outputs = torch.cat([pairs.double(), marks], 2)
+        marks = same.double().to(columns.device)[:, None, None].expand(-1, len(columns), 1)
+        outputs = torch.cat([columns.transpose(0, 1).double(), marks], 2)
         return Measured(torch.zeros(len(examples)).double(), weights, outputs)
 
     def contrasted(self, outputs: np.ndarray) -> np.ndarray:
-        found = torch.from_numpy(outputs)
-        vectors, same = found[:, :, :-1], found[:, 0, -1]
+        anchors, candidates, same = _apart(outputs)
         parts = [
-            contrast(vectors[rows, 0], vectors[:, 1], same, self._scale, own=rows)
-            for rows in torch.split(torch.arange(len(vectors)), _CHUNK)
+            contrast(anchors[rows], candidates, same, self._scale, own=rows)
+            for rows in torch.split(torch.arange(len(anchors)), _CHUNK)
         ]
         each: np.ndarray = torch.cat(parts).numpy()
         return each
@@ -228,6 +252,14 @@ class EmbedTask:
             keys = torch.cat([stretch.keys() + (i << 32) for i in range(len(columns))])
         found = self._rows.rows(texts, adapter, keys)
         return found[: len(examples)], found[len(examples) :]
+
+
+def _apart(outputs: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchors [E, d], candidates [C, d] and the positives' numbers [E], float64, of what was
+    measured, [E, 1 + C/E, d + 1]."""
+    found = torch.from_numpy(outputs)
+    candidates = found[:, 1:, :-1].transpose(0, 1).flatten(0, 1)
+    return found[:, 0, :-1], candidates, found[:, 0, -1]
 
 
 def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -280,11 +312,7 @@ def _pooling_of(folder: str) -> Pooling | None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    for key, name in (
-        ("pooling_mode_cls_token", "cls"),
-        ("pooling_mode_lasttoken", "last"),
-        ("pooling_mode_mean_tokens", "mean"),
-    ):
+    for key, name in _POOLINGS.items():
         if isinstance(config, dict) and config.get(key) is True:
-            return name  # type: ignore[return-value]
+            return name
     return None

@@ -49,18 +49,23 @@ def kind_of(section: Mapping[str, Any] | None) -> Kind:
     return row_kind(str(name), **settings)
 
 
+def kind_class(name: str) -> type[RowKind]:
+    """What kinds of rows of this name are; ``name`` is one that ``--task`` takes."""
+    module = importlib.import_module(f"lorakit.tasks.{name.replace('-', '_')}")
+    found: type[RowKind] = getattr(module, _KINDS[name])
+    return found
+
+
 def row_kind(name: str, **settings: Any) -> RowKind:
     """A kind of rows.
 
     Raises:
         InputError: it has no such settings.
     """
-    module = importlib.import_module(f"lorakit.tasks.{name.replace('-', '_')}")
     try:
-        made: RowKind = getattr(module, _KINDS[name])(**settings)
+        return kind_class(name)(**settings)
     except TypeError as error:
         raise InputError(f"section task does not fit {name!r}: {error}") from error
-    return made
 
 
 def fitting_task(
@@ -95,7 +100,7 @@ def fitting_task(
         return CAUSAL.name, f"{named_so} continues text"
     there = columns() if encodes else ()
     for name in ("embed", "classify"):
-        fields = row_kind(name).fields
+        fields = kind_class(name).fields
         if fields.fits(there) and not (name == "embed" and "label" in there):
             rows = " and ".join(fields.needs)
             return name, f"{named_so} reads a text whole, and the rows have {rows}"

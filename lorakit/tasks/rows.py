@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ class Fields:
     may: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     templated: str | None = None
     """The field that ``--template`` writes, if any."""
+    lengths: tuple[str, ...] = ("max_length", "truncate")
+    """The settings about long texts that act."""
 
     def fits(self, columns: Iterable[str]) -> bool:
         """Whether these columns have all that is needed, by names that are recognised."""
@@ -273,7 +276,9 @@ def load_rows(
         raise DataError("The data holds no rows; expected at least one.")
     if problems.total and spec.bad_rows == "error":
         ways = "Mend these rows, or leave them out with --bad-rows skip"
-        if any(reason.startswith("longer than") for reason in problems.counts):
+        # a recording that is longer than so many seconds is not cut
+        too_long = any(re.fullmatch(r"longer than \S+ tokens", why) for why in problems.counts)
+        if too_long and "truncate" in fields.lengths:
             ways += ", or shorten the long ones with --truncate"
         raise problems.error(number, f"{ways}.")
     if not found:
@@ -344,6 +349,11 @@ def find_fields(
             found[ours] = free
     if spec.template is not None and fields.templated is None:
         problems.append(f"--template: {task} has no text that it could write; leave it out")
+    problems += [
+        f"--{name.replace('_', '-')}: it cannot act on {task}; leave it out"
+        for name in ("max_length", "truncate")
+        if getattr(spec, name) and name not in fields.lengths
+    ]
     templated = fields.templated if spec.template is not None else None
     needed = [ours for ours in fields.needs if ours not in spec.map and ours != templated]
     problems += [

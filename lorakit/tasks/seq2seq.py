@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.bases import Base
+from lorakit.bases.load import Task as BaseTask
 from lorakit.bases.quiet import quiet_transformers
 from lorakit.data.columns import checked_text
 from lorakit.data.rows import Row, RowError
-from lorakit.errors import InputError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.tasks.forwards import RowTask, padded, token_losses
-from lorakit.tasks.kinds import RowKind, Texts, pad_id, random_ids, tokenizer_of
+from lorakit.tasks.kinds import Asked, RowKind, Texts, asked_of, pad_id, random_ids
 from lorakit.tasks.names import Recompute
 from lorakit.tasks.rows import Fields, Made, RowData, RowExample, RowSpec, load_rows
 
@@ -33,7 +33,7 @@ class Seq2Seq(RowKind):
 
     name: ClassVar[str] = "seq2seq"
     peft_type: ClassVar[str | None] = "SEQ_2_SEQ_LM"
-    base_task: ClassVar[str] = "seq2seq"
+    base_task: ClassVar[BaseTask] = "seq2seq"
     fields: ClassVar[Fields] = Fields(
         {
             "prompt": ("prompt", "input", "source", "document", "article", "question", "text"),
@@ -52,11 +52,12 @@ class Seq2Seq(RowKind):
             answer = checked_text(values["completion"], "the completion", "completion")
             ids = texts.ids(prompt, what="prompt")
             labels = answer_ids(texts, answer, end)
+            asked = Asked((prompt,), np.array(ids, np.int32))
             inputs = {
-                "ids": np.array(ids, np.int32),
+                "ids": asked.ids,
                 "labels": np.array(labels, np.int32),
                 "learnt": np.ones(len(labels), bool),
-                "asked": prompt,
+                "asked": asked,
                 "expected": answer,
             }
             content = f"{prompt}\0{answer}".encode()
@@ -95,19 +96,15 @@ class Seq2Seq(RowKind):
         max_new_tokens: int,
     ) -> list[str]:
         """Greedy answers."""
-        tokenizer, found = tokenizer_of(base), []
         model, pad = base.model.eval(), pad_id(base.model)
-        positions = getattr(model.config, "max_position_embeddings", None)  # T5 has no such limit
-        if positions is not None:
-            max_new_tokens = min(max_new_tokens, positions - 1)
-        for start in range(0, len(inputs), _TOGETHER):
-            ids = [tokenizer(str(text))["input_ids"] for text in inputs[start : start + _TOGETHER]]
-            for text, one in zip(inputs[start:], ids, strict=False):
-                if positions is not None and len(one) > positions:
-                    raise InputError(
-                        f"{str(text)[:40]!r} … has {len(one):,} tokens, and the base takes "
-                        f"{positions:,}; shorten it"
-                    )
+        room = most_positions(model)
+        if room is not None:
+            max_new_tokens = min(max_new_tokens, room - 1)
+        together = _TOGETHER if self.on(model, handle).mode == "padded" else 1
+        every = [asked_of(base, text, room).ids for text in inputs]
+        found: list[str] = []
+        for start in range(0, len(every), together):
+            ids = every[start : start + together]
             batch = {
                 "input_ids": padded(ids, pad).to(base.placement.device),
                 "attention_mask": padded([[1] * len(one) for one in ids], 0).to(
@@ -115,8 +112,14 @@ class Seq2Seq(RowKind):
                 ),
             }
             made = generated(model, handle, adapter, batch, max_new_tokens)
-            found += tokenizer.batch_decode(made, skip_special_tokens=True)
+            found += base.require_tokenizer().batch_decode(made, skip_special_tokens=True)
         return [text.strip() for text in found]
+
+
+def most_positions(model: Any) -> int | None:
+    """Positions that an encoder and a decoder have; ``None`` where they are relative, as T5's."""
+    found: int | None = getattr(model.config, "max_position_embeddings", None)
+    return found
 
 
 def generated(
@@ -156,7 +159,7 @@ def end_id(base: Base) -> int | None:
     found = getattr(base.model.config, "eos_token_id", None)
     if isinstance(found, list):
         found = found[0] if found else None
-    return found if isinstance(found, int) else tokenizer_of(base).eos_token_id
+    return found if isinstance(found, int) else base.require_tokenizer().eos_token_id
 
 
 def answer_ids(texts: Texts, answer: str, end: int | None) -> list[int]:
@@ -166,12 +169,13 @@ def answer_ids(texts: Texts, answer: str, end: int | None) -> list[int]:
         RowError: longer than the limit.
     """
     ids: list[int] = list(texts.tokenizer(text_target=answer)["input_ids"])
-    if end is not None and (not ids or ids[-1] != end):
+    if end is not None and end not in ids[-2:]:  # behind mBART's end stands the language
         ids.append(end)
     if texts.limit is None or len(ids) <= texts.limit:
         return ids
     if texts.truncate:
-        return [*ids[: texts.limit - 1], ids[-1]]
+        behind = 2 if ids[-2] == end else 1
+        return [*ids[: texts.limit - behind], *ids[-behind:]]
     raise RowError(
         f"longer than {texts.limit:,} tokens",
         f"completion: {len(ids):,} tokens; at most {texts.limit:,} fit",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.bases import Base
+from lorakit.bases.load import Task as BaseTask
 from lorakit.data.columns import checked_text
 from lorakit.data.rows import Row, RowError
 from lorakit.errors import InputError
@@ -23,19 +22,26 @@ from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.optional import require
 from lorakit.tasks.forwards import RowTask
-from lorakit.tasks.kinds import RowKind, Texts, tokenizer_of
+from lorakit.tasks.kinds import RowKind, Texts
 from lorakit.tasks.names import Recompute
 from lorakit.tasks.rows import Fields, Made, RowData, RowExample, RowSpec, load_rows
 from lorakit.tasks.seq2seq import answer_ids, decoder_batch, decoder_sums, end_id, generated
-from lorakit.tasks.vision import file_bytes, processor_of
+from lorakit.tasks.vision import AskedFile, asked_file, file_bytes, processor_of
 
 
 @dataclass(frozen=True)
 class Speech(RowKind):
-    """Speech recognition by an encoder of spectrograms and a decoder of text."""
+    """Speech recognition by an encoder of spectrograms and a decoder of text.
+
+    Args:
+        language: of the recordings, as an English name or a code, for a base that knows several;
+            ``None`` is what its tokenizer names.
+    """
+
+    language: str | None = None
 
     name: ClassVar[str] = "speech"
-    base_task: ClassVar[str] = "speech"
+    base_task: ClassVar[BaseTask] = "speech"
     fields: ClassVar[Fields] = Fields(
         {
             "audio": ("audio", "file_name", "path", "wav", "recording"),
@@ -44,12 +50,13 @@ class Speech(RowKind):
     )
     unit: ClassVar[str] = "frames and tokens"
     text_metrics: ClassVar[bool] = True
-    asks_for: ClassVar[str] = "recording"
 
     def load_data(self, spec: RowSpec, base: Base) -> RowData:
         texts = Texts(spec, base, "text")
         extractor = processor_of(base, "recordings")
-        end, prefix = end_id(base), prefix_ids(base)
+        end, prefix, room = end_id(base), self.prefix_ids(base), _positions(base)
+        if room is not None:
+            texts.limit = min(texts.limit or room, room)
         frames = int(getattr(base.model.config, "max_source_positions", 1500))
 
         def make(row: Row, values: Mapping[str, Any]) -> Made:
@@ -62,11 +69,10 @@ class Speech(RowKind):
             learnt = np.arange(len(labels)) >= len(labels) - len(plain)
             key = hashlib.sha256(content).digest()
             inputs = {
-                "source": name if os.path.isfile(name) else content,
                 "extractor": extractor,
                 "labels": np.array(labels, np.int32),
                 "learnt": learnt,
-                "asked": name,
+                "asked": AskedFile.of(content, name),
                 "expected": text,
             }
             size = frames + len(labels)
@@ -90,42 +96,79 @@ class Speech(RowKind):
         max_new_tokens: int,
     ) -> list[str]:
         """Greedy transcripts."""
-        extractor, tokenizer = processor_of(base, "recordings"), tokenizer_of(base)
+        extractor, tokenizer = processor_of(base, "recordings"), base.require_tokenizer()
         model: Any = base.model.eval()
+        first = getattr(model.config, "decoder_start_token_id", None)
+        prefix = self.prefix_ids(base) or ([first] if first is not None else [])
+        room = _positions(base)
+        length = max_new_tokens if room is None else min(max_new_tokens, room - len(prefix))
         found = []
-        for path in inputs:
-            if not os.path.isfile(str(path)):
-                raise InputError(f"{path}: there is no such recording")
+        for given in inputs:
+            asked = asked_file(given, "recording")
             try:
-                checked_sound(Path(path).read_bytes(), str(path), extractor)
+                checked_sound(asked.read(), asked.name, extractor)
             except RowError as error:
                 raise InputError(str(error)) from None
-            one = RowExample(0, 0, "", 1, 1, {"source": str(path), "extractor": extractor})
+            one = RowExample(0, 0, "", 1, 1, {"asked": asked, "extractor": extractor})
             sound = features([one]).to(base.placement.device, base.placement.dtype)
-            first = getattr(model.config, "decoder_start_token_id", None)
-            prefix = prefix_ids(base) or ([first] if first is not None else [])
-            given = {"input_features": sound}
+            batch = {"input_features": sound}
             if prefix:
-                given["decoder_input_ids"] = torch.tensor([prefix], device=sound.device)
-            room = getattr(model.config, "max_target_positions", None)
-            length = max_new_tokens if room is None else min(max_new_tokens, room - len(prefix))
-            made = generated(model, handle, adapter, given, length)
+                batch["decoder_input_ids"] = torch.tensor([prefix], device=sound.device)
+            made = generated(model, handle, adapter, batch, length)
             found.append(tokenizer.decode(made[0].tolist(), skip_special_tokens=True).strip())
         return found
 
+    def prefix_ids(self, base: Base) -> list[int]:
+        """What stands before a transcript: the start; the language and the task, of a base that
+        knows several; and that no times are told.
 
-def prefix_ids(base: Base) -> list[int]:
-    """What stands before a transcript (start, language, task, no times), as the tokenizer says."""
-    return list(getattr(base.tokenizer, "prefix_tokens", None) or [])
+        Raises:
+            InputError: the base knows several languages and none is named, or not the one that is.
+        """
+        tokenizer = base.require_tokenizer()
+        if _is_multilingual(base):
+            language = self.language or tokenizer.language
+            if language is None:
+                raise InputError(
+                    f"{base.ref} knows many languages; say which one is spoken, such as "
+                    "--language german"
+                )
+            try:
+                tokenizer.set_prefix_tokens(language=language, task="transcribe")
+            except ValueError:
+                raise InputError(
+                    f"--language {language}: Whisper has no such language; give its English name "
+                    "or its code, such as german or de"
+                ) from None
+        elif self.language is not None:
+            raise InputError(
+                f"--language {self.language}: {base.ref} is not told its language; leave it out"
+            )
+        return list(getattr(tokenizer, "prefix_tokens", None) or [])
+
+
+def _is_multilingual(base: Base) -> bool:
+    """Whether it is a Whisper of many languages; older ones do not say so, but have a token more
+    than those of English alone."""
+    if not hasattr(base.tokenizer, "set_prefix_tokens"):
+        return False
+    model: Any = base.model
+    told = getattr(model.generation_config, "is_multilingual", None)
+    return bool(model.config.vocab_size >= 51865 if told is None else told)
+
+
+def _positions(base: Base) -> int | None:
+    """Tokens that the decoder has positions for."""
+    found: int | None = getattr(base.model.config, "max_target_positions", None)
+    return found
 
 
 def features(examples: Sequence[RowExample]) -> Tensor:
     """Spectrograms, [E, mels, frames], float32."""
     made = []
     for example in examples:
-        source, extractor = example.inputs["source"], example.inputs["extractor"]
-        content = Path(source).read_bytes() if isinstance(source, str) else source
-        sound, rate = read_sound(content, "recording")
+        asked, extractor = example.inputs["asked"], example.inputs["extractor"]
+        sound, rate = read_sound(asked.read(), asked.name)
         found = extractor(sound, sampling_rate=rate, return_tensors="pt")
         made.append(found["input_features"])
     return torch.cat(made)

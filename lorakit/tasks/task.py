@@ -76,7 +76,8 @@ class Examples(Protocol):
         """The row of an example, for messages: ``data.csv row 17 (line 18)``."""
 
     def prompt_key(self, index: int) -> bytes:
-        """16 bytes; examples that share them are never on both sides of a split."""
+        """16 bytes; examples that share them are never on both sides of a split. Empty for one
+        that is never held out."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,14 @@ class Kind(Protocol):
     @property
     def peft_type(self) -> str | None:
         """``task_type`` of the adapter's file; ``None`` where PEFT names none."""
+
+    @property
+    def command(self) -> str:
+        """What trains in the shell, and goes on with a run with ``--resume``."""
+
+    @property
+    def memory_advice(self) -> str:
+        """What helps an example that fits no memory, as a clause with its flags."""
 
     def on(self, model: nn.Module, handle: Handle | None, recompute: Recompute = "none") -> Task:
         """The task on a model.

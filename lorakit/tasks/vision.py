@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lorakit.bases import Base
-from lorakit.core.spec import LoRASpec
+from lorakit.bases.load import Task as BaseTask
 from lorakit.data.rows import Row, RowError, shown
 from lorakit.errors import BaseError, InputError
 from lorakit.layers import Handle
@@ -23,7 +23,7 @@ from lorakit.layers.routing import MixLike
 from lorakit.optional import require
 from lorakit.tasks.classify import chosen_labels, class_of, class_sums, labels_of, said
 from lorakit.tasks.forwards import RowTask
-from lorakit.tasks.kinds import RowKind, class_metrics, with_head
+from lorakit.tasks.kinds import Labelled
 from lorakit.tasks.names import Recompute
 from lorakit.tasks.rows import Fields, Made, RowData, RowExample, RowSpec, load_rows
 
@@ -33,43 +33,27 @@ _MOST_PIXELS = 200_000_000
 
 
 @dataclass(frozen=True)
-class Vision(RowKind):
-    """Image classification.
-
-    Args:
-        labels: what the head's outputs stand for, in their order.
-    """
-
-    labels: tuple[str, ...] = ()
+class Vision(Labelled):
+    """Image classification."""
 
     name: ClassVar[str] = "vision"
-    base_task: ClassVar[str] = "vision"
+    base_task: ClassVar[BaseTask] = "vision"
     fields: ClassVar[Fields] = Fields(
         {
             "image": ("image", "img", "picture", "file_name", "image_path", "path"),
             "label": ("label", "labels", "class", "category"),
-        }
+        },
+        lengths=(),
     )
     unit: ClassVar[str] = "patches"
-    asks_for: ClassVar[str] = "picture"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", tuple(self.labels))
-
-    @property
-    def num_labels(self) -> int | None:
-        return len(self.labels)
-
-    def fitted(self, spec: RowSpec, config: Mapping[str, Any]) -> Vision:
+    def fitted(self, spec: RowSpec, config: Mapping[str, Any]) -> Self:
         if self.labels:
             return self
         if holds_classes(spec.path):
             found = [str(row.values["label"]) for row in class_folders(spec.path)]
             return replace(self, labels=chosen_labels(found, config, ", ".join(spec.path)))
         return replace(self, labels=labels_of(spec, self.fields, config, self.name))
-
-    def adapter_spec(self, spec: LoRASpec, base: Base) -> tuple[LoRASpec, list[str]]:
-        return with_head(spec, base)
 
     def load_data(self, spec: RowSpec, base: Base) -> RowData:
         processor = processor_of(base, "pictures")
@@ -81,10 +65,9 @@ class Vision(RowKind):
             label = class_of(values["label"], self.labels)
             key = hashlib.sha256(content).digest()
             inputs = {
-                "source": name if os.path.isfile(name) else content,
                 "processor": processor,
                 "label": label,
-                "asked": name,
+                "asked": AskedFile.of(content, name),
                 "expected": self.labels[label],
             }
             return Made(inputs, patches, 1, key + str(label).encode(), key)
@@ -98,12 +81,6 @@ class Vision(RowKind):
     def on(self, model: nn.Module, handle: Handle | None, recompute: Recompute = "none") -> RowTask:
         return RowTask(model, handle, picture_batch, class_sums, recompute=recompute)
 
-    def metrics(
-        self, loss: float, examples: Any, indices: Sequence[int], outputs: np.ndarray | None
-    ) -> dict[str, float]:
-        assert outputs is not None
-        return class_metrics(outputs, [examples[int(i)].inputs["label"] for i in indices])
-
     def predict(
         self,
         base: Base,
@@ -116,39 +93,73 @@ class Vision(RowKind):
         processor = processor_of(base, "pictures")
         task = RowTask(base.model.eval(), handle, picture_batch, class_sums)
         found = []
-        for path in inputs:
-            one = {"source": str(path), "processor": processor, "label": 0}
-            if not os.path.isfile(str(path)):
-                raise InputError(f"{path}: there is no such picture")
+        for given in inputs:
+            asked = asked_file(given, "picture")
             try:
-                opened(Path(path).read_bytes(), str(path))
+                opened(asked.read(), asked.name)
             except RowError as error:
                 raise InputError(str(error)) from None
+            one = {"asked": asked, "processor": processor, "label": 0}
             logits = task.measured([RowExample(0, 0, "", 1, 1, one)], adapter).outputs
             assert logits is not None
             found.append(said(logits[0], self.labels))
         return found
 
 
+@dataclass(frozen=True)
+class AskedFile:
+    """A picture or a recording, as a model is asked with it."""
+
+    name: str
+    source: str | bytes
+    """Its path, or its content where it is in no file of its own."""
+
+    @classmethod
+    def of(cls, content: bytes, name: str) -> AskedFile:
+        """Of a row; what a file holds is read when it is needed."""
+        return cls(name, name if os.path.isfile(name) else content)
+
+    def read(self) -> bytes:
+        return Path(self.source).read_bytes() if isinstance(self.source, str) else self.source
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def asked_file(given: Any, what: str) -> AskedFile:
+    """What a model is asked with: that of a row as it is, or the path of a file.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if isinstance(given, AskedFile):
+        return given
+    if not os.path.isfile(str(given)):
+        raise InputError(f"{given}: there is no such {what}")
+    return AskedFile(str(given), str(given))
+
+
 def picture_batch(examples: Sequence[RowExample]) -> dict[str, Tensor]:
     """Pictures as the base's processor makes them, with their labels."""
     pixels = []
     for example in examples:
-        source = example.inputs["source"]
-        content = Path(source).read_bytes() if isinstance(source, str) else source
-        picture = opened(content, str(example.inputs.get("asked", "picture")))
+        asked = example.inputs["asked"]
+        picture = opened(asked.read(), asked.name)
         pixels.append(example.inputs["processor"](picture, return_tensors="pt")["pixel_values"])
     labels = torch.tensor([example.inputs["label"] for example in examples])
     return {"pixel_values": torch.cat(pixels), "_labels": labels}
 
 
 def opened(content: bytes, name: str) -> Any:
-    """A picture, decoded, in RGB; what is transparent lies on white.
+    """A picture, decoded and upright, in RGB; what is transparent lies on white.
 
     Raises:
         RowError: it is broken, or no picture.
     """
-    image = require("PIL.Image", extra="vision", purpose="reading pictures")
+    image, ops = (
+        require(f"PIL.{name}", extra="vision", purpose="reading pictures")
+        for name in ("Image", "ImageOps")
+    )
     try:
         with image.open(io.BytesIO(content)) as picture:
             if picture.width * picture.height > _MOST_PIXELS:
@@ -156,11 +167,12 @@ def opened(content: bytes, name: str) -> Any:
                     "a picture too large", f"{name}: {picture.width} × {picture.height} pixels"
                 )
             picture.load()
+            ops.exif_transpose(picture, in_place=True)  # a camera writes how it was held
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
                 ground = image.new("RGBA", picture.size, "white")
                 return image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
             return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, struct.error, image.DecompressionBombError) as error:
         raise RowError("a broken picture", f"{name} is no picture that can be read: {error}") from (
             None
         )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.bases import Base
+from lorakit.bases.load import Task as BaseTask
 from lorakit.bases.quiet import quiet_transformers
 from lorakit.data.columns import checked_text
 from lorakit.data.rows import Row, RowError, shown
@@ -41,13 +42,17 @@ class VisionChat(RowKind):
 
     name: ClassVar[str] = "vision-chat"
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
-    base_task: ClassVar[str] = "vision-chat"
+    base_task: ClassVar[BaseTask] = "vision-chat"
     fields: ClassVar[Fields] = Fields(
         {"messages": ("messages", "conversation", "conversations")},
         {"images": ("images", "image")},
+        lengths=("max_length",),
     )
     text_metrics: ClassVar[bool] = True
-    asks_for: ClassVar[str] = "chat"
+    no_prompts: ClassVar[str | None] = (
+        "a prompt of the task vision-chat is a chat with pictures; give rows of messages to "
+        "lorakit eval --save"
+    )
 
     def load_data(self, spec: RowSpec, base: Base) -> RowData:
         processor = _chat_processor(base)
@@ -102,10 +107,7 @@ class VisionChat(RowKind):
         processor, found = _chat_processor(base), []
         for asked in inputs:
             if not isinstance(asked, _Asked):
-                raise InputError(
-                    "a prompt of the task vision-chat is a chat with pictures; give rows of "
-                    "messages to lorakit eval --save"
-                )
+                raise InputError(str(self.no_prompts))
             batch = processed(processor, asked.messages, asked.pictures, ask=True)
             given = {
                 name: tensor.to(base.placement.device, base.placement.dtype)

@@ -60,8 +60,8 @@ class RunFolder:
     def _check_new(self) -> None:
         if self.settings.exists():
             raise InputError(
-                f"{self.path} holds a run already. Go on with it: lorakit train --resume "
-                f"{self.path}; or give another --out."
+                f"{self.path} holds a run already. Go on with it: --resume {self.path}; or give "
+                "another --out."
             )
         if self.path.is_dir() and any(self.path.iterdir()):
             raise InputError(

@@ -403,7 +403,7 @@ class Loop:
             raise _Failed(run, TrainingError(f"Stopped: {told}. Lower --batch-size"))
         if len(part) == 1:
             run.save()
-            told = f"Stopped in step {job.step + 1}: {_no_room(job, part[0], why)}"
+            told = f"Stopped in step {job.step + 1}: {_no_room(self._kind, job, part[0], why)}"
             raise _Failed(run, TrainingError(told))
         before, job.most_tokens = job.most_tokens or math.inf, max(1, tokens)
         self._say_cut(run, shares, job.most_tokens, before, why)
@@ -597,10 +597,13 @@ class Loop:
         data, indices = run.validation
         world = self._world
         mine = slice(None) if world.sharded else slice(world.rank, None, world.size)
+        # a process without a row of its own makes the first one's forward all the same, for the
+        # form of its outputs; what it finds has no place below
+        rows = indices[mine] if len(indices[mine]) else indices[:1]
 
         def losses() -> Losses:
             while True:
-                found = self._losses_with_room(run, adapter, data, indices[mine])
+                found = self._losses_with_room(run, adapter, data, rows)
                 if found is not None:
                     return found
 
@@ -747,7 +750,7 @@ def _with_gradient(value: Any) -> Any:
     return value
 
 
-def check_first_forward(task: Task, job: Job) -> None:
+def check_first_forward(task: Task, job: Job, kind: Kind) -> None:
     """Run one example, so that what cannot work is known before anything is written.
 
     Raises:
@@ -762,13 +765,12 @@ def check_first_forward(task: Task, job: Job) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_memory_error(error):
             raise
-        told = _no_room(job, example, f"the memory was too small ({error})")
+        told = _no_room(kind, job, example, f"the memory was too small ({error})")
         raise TrainingError(f"Not begun: {told}") from error
 
 
-def _no_room(job: Job, example: Example, why: str) -> str:
+def _no_room(kind: Kind, job: Job, example: Example, why: str) -> str:
     return (
         f"{why}, and this example does not fit even alone: {job.where(example)}, "
-        f"{example.size} tokens. What would help: leave it out or cut it with --max-length; "
-        "--recompute layers; --quantize nf4."
+        f"{example.size} tokens. What would help: {kind.memory_advice}."
     )

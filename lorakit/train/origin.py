@@ -139,8 +139,8 @@ def check_content(stored: Mapping[str, Any], now: Mapping[str, str | None]) -> N
             raise DataError(
                 f"the {what} changed since this run began (digest {_short(stored.get(name))} "
                 f"then, {_short(now[name])} now), so it cannot go on exactly. Put the old file "
-                "back; or train on the new one from this run's adapter: lorakit train --from "
-                "RUN/adapter --data … --out …"
+                "back; or train on the new one in a run of its own, from this one's adapter: "
+                "--from RUN/adapter --data … --out …"
             )
     if stored.get("base") != now["base"]:
         raise BaseError(
@@ -178,7 +178,7 @@ def check_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise InputError(
             collected("run.yaml was edited since this run's steps were made", changed)
             + "\nPut the old values back; or start a new run with the new ones from its adapter: "
-            "lorakit train --from RUN/adapter --data … --out …"
+            "--from RUN/adapter --data … --out …"
         )
 
 

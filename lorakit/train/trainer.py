@@ -301,7 +301,7 @@ class Trainer:
         if not fraction:
             kept = f"so the {'model' if self.is_full else 'adapter'} kept is that of the last step"
             if settings.validation_fraction == 0:
-                self.notes.append(f"there is no validation (as asked), {kept}")
+                self.notes.append(f"there is no validation, {kept}")
             else:
                 self.notes.append(
                     f"there is no validation (some rows are held out from {LEAST_TO_HOLD_OUT} on, "
@@ -430,7 +430,7 @@ class Trainer:
         job.share()  # a decomposition may differ by rounding
         task, notes = host.task(self._kind, self._settings.recompute, self._share_base)
         self._check_forwards(task.mode)
-        check_first_forward(task, job)
+        check_first_forward(task, job, self._kind)
         if not self._resuming:
             self.notes += notes
             self._world.share(lambda: self._create(job))
@@ -548,7 +548,7 @@ class Trainer:
             self._world.wait()  # torchrun ends those who are still here when one has left
         stopped = Interrupted(
             f"stopped by {why} after step {job.step} of {job.total_steps}; the state is "
-            f"saved. Go on with: lorakit train --resume {self._folder.path}"
+            f"saved. Go on with: {self._kind.command} --resume {self._folder.path}"
         )
         stopped.said = not self._world.first
         return stopped

@@ -79,6 +79,8 @@ def _made(folder: Path, name: str) -> Bench:
 
 
 KINDS = ("classify", "t5", "bart", "vision", "speech", "embed", "vision-chat")
+#: bart's code is t5's but for its positions, which have tests of their own
+SHOWN = tuple(name for name in KINDS if name != "bart")
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +88,6 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bench]:
     return {name: _made(tmp_path_factory.mktemp(name), name) for name in KINDS}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=SHOWN)
 def bench(request: pytest.FixtureRequest, benches: dict[str, Bench]) -> Bench:
     return benches[request.param]

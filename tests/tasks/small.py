@@ -154,6 +154,17 @@ def write_whisper(folder: Path) -> Path:
     return folder
 
 
+def whisper_tokenizer() -> transformers.WhisperTokenizer:
+    """Of three languages, by letters; its token ids fit :func:`write_whisper`."""
+    marks = ["startoftranscript", "en", "zh", "de", "translate", "transcribe", "notimestamps"]
+    letters = ["<|endoftext|>", *"w0123456789", "Ġ"]
+    return transformers.WhisperTokenizer(
+        vocab={letter: i for i, letter in enumerate(letters)},
+        merges=[],
+        additional_special_tokens=[f"<|{mark}|>" for mark in marks],
+    )
+
+
 _CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }} {% for p in m['content'] %}"
     "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %} {% endfor %}</s>"

@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 
+from lorakit import save_adapter
 from lorakit.cli.main import main
-from lorakit.tasks.registry import fitting_task
+from lorakit.tasks.registry import fitting_task, named
 
 from . import small
 
@@ -58,6 +59,7 @@ CLASSIFIERS = {
         "that is no set of classes",
     ),
     "too long": (texts(r3={"text": "w1 " * 40}), "42 tokens; at most 32 fit"),
+    "what cuts": (texts(r3={"text": "w1 " * 40}), "shorten the long ones with --truncate"),
     "no column": ([{"a": "x", "b": "y"}], "no column is known as the text"),
 }
 
@@ -95,6 +97,7 @@ def test_recordings(place, tmp_path, capsys):
     assert "1.wav: 2.0 seconds; cut it into parts" in told
     assert "2.wav is damaged: it ends before its last sample" in told
     assert "3.wav cannot be read as sound" in told
+    assert "--truncate" not in told  # which cuts transcripts alone
 
 
 def test_chats(place, tmp_path, capsys):
@@ -133,6 +136,10 @@ FLAGS = [
     ("t5", ["--task", "classify"], "no column is known as the label"),
     ("t5", ["--task", "vision"], "no column is known as the image"),
     ("t5", ["--recompute", "offload"], "offloading needs fused layers"),
+    ("vision", ["--max-length", "9"], "--max-length: it cannot act on vision"),
+    ("vision-chat", ["--truncate"], "--truncate: it cannot act on vision-chat"),
+    ("classify", ["--language", "de"], "--language: it is about recordings of speech"),
+    ("speech", ["--language", "de"], "is not told its language; leave it out"),
 ]
 
 
@@ -147,7 +154,7 @@ def test_flags(benches, tmp_path, capsys, name, flags, message):
 def test_bases_that_lack_what_reads_their_input(benches, tmp_path, capsys):
     for name, file, message in (
         ("vision", "preprocessor_config.json", "so pictures cannot be read for it"),
-        ("classify", "tokenizer.json", "so text cannot become tokens"),
+        ("classify", "tokenizer.json", "has no tokenizer, which is needed to read text"),
     ):
         bench = benches[name]
         folder = tmp_path / name
@@ -164,13 +171,59 @@ def test_judging_and_asking(benches, tmp_path, capsys):
     data = ["--data", str(bench.file)]
     message = "--metrics bleu: the answers of classify are no texts"
     said(["eval", *base, *data, "--metrics", "bleu"], capsys, message)
-    message = "--forgetting: it is the loss of a causal language model"
-    said(["eval", *base, *data, "--forgetting", str(bench.file)], capsys, message)
+    flags = ["--forgetting", str(bench.file), "--parallel", "2", "--show", "5"]
+    told = said(["eval", *base, *data, *flags], capsys, "the loss of a causal language model")
+    assert "--parallel: how many inputs" in told
+    assert "--show: answers are made for --save alone" in told
     asked = ["generate", *base, "--prompt", "w1"]
     said([*asked, "--task", "classify"], capsys, "nothing tells which labels there are")
-    said([*asked, "--task", "embed"], capsys, "makes vectors, not text")
+    flags = ["--temperature", "1", "--top-p", "0.5", "--seed", "3", "--parallel", "2"]
+    flags += ["--max-new-tokens", "9"]
+    told = said([*asked, "--task", "classify", *flags], capsys)
+    assert all(f"{flag}: " in told for flag in flags[::2])
     vision = ["generate", "--base", str(benches["vision"].folder), "--prompt", "lost.png"]
     said([*vision, "--task", "vision"], capsys, "nothing tells which labels there are")
+    bart = ["generate", "--base", str(benches["bart"].folder), "--prompt", "w1 " * 70]
+    said(bart, capsys, "has 72 tokens, and", "takes 64 at most; shorten it")
+    for task, why in (
+        ("embed", "makes vectors, not text"),
+        ("vision-chat", "a chat with pictures"),
+    ):
+        # before anything is loaded
+        said(["generate", "--base", "nowhere", "--prompt", "w1", "--task", task], capsys, why)
+
+
+def saved(bench, folder, **facts):
+    """An adapter that nobody trained, as a folder."""
+    base = bench.base()
+    adapter = bench.attached(base).snapshot("a")
+    facts = {"base": base.identity, "task_type": bench.kind.peft_type, **facts}
+    save_adapter(adapter.with_(**facts), folder)
+    return str(folder)
+
+
+def test_going_on_with_an_adapter_that_brings_no_head(benches, tmp_path, capsys):
+    bench, embed = benches["classify"], benches["embed"]
+    arguments = ["train", "--base", str(bench.folder), "--data", str(bench.file)]
+    arguments += ["--out", str(tmp_path / "run"), "--from"]
+    told = {"task": named(embed.kind)}
+    start = saved(embed, tmp_path / "embedding", provenance=told)
+    # what it was trained for is what the task is
+    said([*arguments, start], capsys, "no column is known as the anchor")
+    message = "the adapter to go on with has classifier.bias, classifier.weight: they would stay"
+    said([*arguments, start, "--task", "classify"], capsys, message)
+
+
+def test_adapters_that_do_not_say_enough(benches, tmp_path, capsys):
+    bench = benches["classify"]
+    theirs = saved(bench, tmp_path / "theirs")
+    file = small.write_rows(tmp_path / "two.jsonl", [{"text": "w1", "label": x} for x in "ab"])
+    flags = ["--base", str(bench.folder), "--adapter", theirs]
+    message = "the head of theirs has 3 classes and does not name them, and 2 labels are known"
+    said(["eval", *flags, "--data", str(file)], capsys, message)
+    told = {"task": named(bench.kind), "data": {"columns": {"text_pair": "text_pair"}}}
+    flags[-1] = saved(bench, tmp_path / "pairs", provenance=told)
+    said(["generate", *flags, "--prompt", "w1"], capsys, "pairs judges pairs of texts")
 
 
 def test_what_is_guessed(benches):

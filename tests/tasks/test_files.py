@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import peft
 import pytest
 import torch
@@ -9,7 +11,9 @@ import transformers
 
 from lorakit import load_adapter, save_adapter
 from lorakit.core.spec import LoRASpec
+from lorakit.errors import InputError
 from lorakit.layers import attach
+from lorakit.tasks.kinds import Labelled
 from tests.tasks.conftest import stir
 
 # PEFT asks for a property that this transformers calls otherwise
@@ -18,7 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 CLASSES = {
     "classify": "AutoModelForSequenceClassification",
     "t5": "AutoModelForSeq2SeqLM",
-    "bart": "AutoModelForSeq2SeqLM",
     "vision": "AutoModelForImageClassification",
     "speech": "AutoModelForSpeechSeq2Seq",
     "embed": "AutoModel",
@@ -27,7 +30,6 @@ CLASSES = {
 TARGETS = {
     "classify": ["query", "value", "dense"],
     "t5": ["q", "v", "wo"],
-    "bart": ["q_proj", "fc1"],
     "vision": ["q_proj", "v_proj"],
     "speech": ["q_proj", "fc2"],
     "embed": ["query", "dense"],
@@ -39,8 +41,8 @@ def plain_model(bench):
     """The base as anybody loads it; its head is as random as ours was, so it is given."""
     torch.manual_seed(0)
     options = {}
-    if bench.kind.num_labels:
-        options["num_labels"] = bench.kind.num_labels
+    if isinstance(bench.kind, Labelled):
+        options["num_labels"] = len(bench.kind.labels)
     auto = getattr(transformers, CLASSES[bench.name])
     return auto.from_pretrained(bench.folder, **options).eval()
 
@@ -79,6 +81,27 @@ def test_peft_reads_what_is_written(bench, tmp_path):
     assert (mine - bare).abs().max() > 1e-2
 
 
+def test_what_a_base_lacks_before_its_head_is_trained_too(benches, tmp_path):
+    """A BERT that filled gaps has no pooler, so the one in front of a new head is new too."""
+    bench = benches["classify"]
+    folder = shutil.copytree(bench.folder, tmp_path / "masked")
+    config = transformers.BertConfig.from_pretrained(folder)
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    base = bench.kind.load_base(ref=str(folder), device="cpu", dtype="float32")
+    chosen, _ = bench.kind.adapter_spec(LoRASpec(rank=2, train_modules=("pooler",)), base)
+    assert chosen.train_modules == ("pooler", "classifier")
+    spec, notes = bench.kind.adapter_spec(LoRASpec(rank=2), base)
+    assert "the head (classifier) is new" in notes[0]
+    assert "bert.pooler.dense: new, for the base's files lack it" in notes[1]
+    save_adapter(attach(base.model, spec, "a").snapshot("a"), tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter")
+    assert set(adapter.replaced) == {"classifier", "bert.pooler.dense"}
+    bench.kind.check_start(adapter, base)
+    kept = {path: site for path, site in adapter.sites.items() if "pooler" not in path}
+    with pytest.raises(InputError, match=r"has bert\.pooler\.dense\.bias, bert\.pooler\.dense\.w"):
+        bench.kind.check_start(adapter.with_(sites=kept), base)
+
+
 def test_what_peft_writes_is_read(bench, tmp_path):
     head = ["classifier"] if bench.name in ("classify", "vision") else None
     targets = TARGETS[bench.name]
@@ -106,8 +129,11 @@ def test_what_peft_writes_is_read(bench, tmp_path):
     assert torch.allclose(found, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_on_off_and_swapped(bench):
+# one with a head, one with two stacks, one with two towers
+@pytest.mark.parametrize("name", ["classify", "t5", "vision-chat"])
+def test_on_off_and_swapped(benches, name):
     """Off is the bare model to the bit, and each adapter is itself again after another."""
+    bench = benches[name]
     base = bench.base()
     inputs = inputs_of(bench, base)
     bare = outputs(base.model, inputs)

@@ -7,10 +7,10 @@ calls the model with one example at a time, and computes the loss from the logit
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +18,15 @@ import torch
 from PIL import Image
 
 from lorakit.core.spec import LoRASpec
+from lorakit.tasks.rows import RowSpec
 from lorakit.tasks.task import Stretch
 from lorakit.tasks.vision_chat import processed
+from lorakit.train.distributed import World
+from lorakit.train.interrupt import StopRequest
+from lorakit.train.loop import Loop
 from tests.tasks.conftest import stir
 
+from . import small
 from .conftest import Bench
 
 
@@ -61,7 +66,7 @@ def by_hand(bench: Bench, model, example) -> torch.Tensor:
         if bench.name == "classify":
             given = {"input_ids": torch.tensor(inputs["ids"])[None].long()}
         else:
-            with Image.open(inputs["source"]) as picture:
+            with Image.open(inputs["asked"].source) as picture:
                 pixels = np.asarray(picture.convert("RGB").resize((16, 16), 2), np.float64)
             pixels = (pixels / 255 - 0.5) / 0.5
             given = {"pixel_values": torch.from_numpy(pixels).permute(2, 0, 1)[None]}
@@ -72,7 +77,7 @@ def by_hand(bench: Bench, model, example) -> torch.Tensor:
     start = model.config.decoder_start_token_id
     decoder = torch.tensor([[start, *labels[:-1]]])
     if bench.name == "speech":
-        with wave.open(inputs["source"]) as file:
+        with wave.open(inputs["asked"].source) as file:
             sound = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
         made = inputs["extractor"](
             sound.astype(np.float32), sampling_rate=16000, return_tensors="pt"
@@ -139,22 +144,25 @@ def clear(handle, name):
         handle.flat(name).grad.zero_()
 
 
-def test_contrast_is_that_of_the_formula(benches):
-    """Against a float64 loop over pairs, with equal positives left out of each other's rivals."""
+def test_contrast_is_that_of_the_formula(benches, tmp_path):
+    """Against a float64 loop over pairs, with equal positives left out of each other's rivals;
+    in training, in an evaluation, and in what is told beside the loss."""
     bench = benches["embed"]
     base = bench.base(dtype="float64")
+    rows = [
+        {"anchor": row["text"], "positive": row["target"], "negative": other["text"]}
+        for row, other in zip(small.texts(5), small.texts(5, seed=1), strict=True)
+    ]
+    rows[1]["positive"] = rows[0]["positive"]
+    file = small.write_rows(tmp_path / "rows.jsonl", rows)
+    data = bench.kind.load_data(RowSpec((str(file),)), base)
     handle = bench.attached(base)
     task = bench.kind.on(base.model, handle)
-    data = bench.data(base)
-    examples = [data[i] for i in (0, 1, 4, 7)]
-    # a second anchor with the positive of the first
-    twin = copy.copy(examples[1].inputs) | {
-        "ids": [examples[1].inputs["ids"][0], examples[0].inputs["ids"][1]],
-        "same": examples[0].inputs["same"],
-    }
-    examples[1] = dataclasses.replace(examples[1], inputs=twin)
-    found = task.losses([Stretch(examples, "a")])
+    examples = list(data)
+    loss = task.losses([Stretch(examples, "a")]).item()
+    outputs = task.measured(examples, "a").outputs.numpy()
     adapter = handle.snapshot("a")
+    assert "pooler.dense" not in adapter.sites  # no vector is made of it
     handle.detach()
     model, _ = merged(base.model, adapter)
 
@@ -163,20 +171,22 @@ def test_contrast_is_that_of_the_formula(benches):
         mean = hidden.mean(0)
         return mean / mean.square().sum().sqrt()
 
-    anchors = [vector(e.inputs["ids"][0]) for e in examples]
-    positives = [vector(e.inputs["ids"][1]) for e in examples]
-    expected = 0.0
+    anchors, positives, negatives = (
+        [vector(example.inputs["ids"][i]) for example in examples] for i in range(3)
+    )
+    expected, ranks = [], []
     for i, anchor in enumerate(anchors):
-        near = [20 * (anchor @ p).item() for p in positives]
-        kept = [
-            near[j] for j in range(4)
-            if j == i or examples[j].inputs["same"] != examples[i].inputs["same"]
-        ]  # fmt: skip
-        expected -= near[i] - math.log(sum(math.exp(x) for x in kept))
-    assert found.item() == pytest.approx(expected, rel=1e-9)
-    measured = task.measured(examples, None)
-    before = task.contrasted(measured.outputs.numpy()[:2])
-    assert before.shape == (2,)
+        near = [(anchor @ one).item() for one in (*positives, *negatives)]
+        rivals = [x for j, x in enumerate(near) if j not in {0: (0, 1), 1: (0, 1)}.get(i, (i,))]
+        own = math.exp(20 * near[i])
+        expected.append(-math.log(own / (own + sum(math.exp(20 * x) for x in rivals))))
+        ranks.append(1 + sum(x >= near[i] for x in rivals))
+    assert loss == pytest.approx(sum(expected), rel=1e-9)
+    assert task.contrasted(outputs) == pytest.approx(expected, rel=1e-9)
+    told = bench.kind.metrics(loss, data, range(5), outputs)
+    assert told["accuracy"] == pytest.approx(sum(rank == 1 for rank in ranks) / 5)
+    assert told["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / 5)
+    assert max(ranks) > 1
 
 
 def test_a_batch_may_be_cut_anywhere(bench):
@@ -244,3 +254,26 @@ def test_runs_that_share_a_forward_do_not_touch(benches, name):
         assert float(theirs.norm()) > 0
         assert float((mine - theirs).norm()) <= 1e-9 * float(theirs.norm())
     assert task.why_apart(handle.snapshot("a")) is None
+
+
+def test_a_process_without_rows_to_validate_takes_part(benches, monkeypatch):
+    """The third process of three with two rows: sums of the same shapes, and nothing of its own."""
+    bench = benches["classify"]
+    base = bench.base()
+    data = bench.data(base)
+    summed = []
+
+    def sum_(self, tensor):
+        if tensor.ndim:
+            summed.append((tuple(tensor.shape), float(tensor.abs().sum())))
+            tensor += 1  # as if from the others
+        return tensor
+
+    monkeypatch.setattr(World, "sum_", sum_)
+    loop = Loop(
+        bench.kind.on(base.model, None), world=World(rank=2, size=3), stop=StopRequest(),
+        kind=bench.kind,
+    )  # fmt: skip
+    run = SimpleNamespace(validation=(data, [0, 1]), job=SimpleNamespace(most_tokens=None))
+    loop._loss_of(run, None)
+    assert summed == [((2, 2), 0.0), ((2, 3), 0.0)]

@@ -1,0 +1,171 @@
+"""What models are asked with: rows as they were cut, prompts, files; and what stands around it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from lorakit.errors import InputError
+from lorakit.tasks import speech
+from lorakit.tasks.rows import RowSpec
+from lorakit.tasks.seq2seq import answer_ids, decoder_batch
+from lorakit.tasks.vision import AskedFile, opened
+
+from . import small
+
+LONG = "w1 w2 " * 40
+
+
+def rows_of(bench, base, folder, rows, **options):
+    file = small.write_rows(folder / "rows.jsonl", rows)
+    return bench.kind.load_data(RowSpec((str(file),), **options), base)
+
+
+def test_texts_are_asked_as_their_rows_were_cut(benches, tmp_path):
+    """A pair is no text with a mark in it, and what was cut is not asked whole."""
+    bench = benches["classify"]
+    base = bench.base()
+    rows = [
+        {"text": LONG, "text_pair": "w3 w4", "label": "a"},
+        {"text": "w1 ⏎ w2", "text_pair": "w3 w4 w5", "label": "b"},
+    ]
+    data = rows_of(bench, base, tmp_path, rows, truncate=True)
+    asked = [bench.kind.asked(data, i) for i in range(2)]
+    assert [str(one) for one in asked] == [f"{LONG} ⏎ w3 w4", "w1 ⏎ w2 ⏎ w3 w4 w5"]
+    logits = bench.kind.on(base.model, None).measured(list(data), None).outputs
+    shares = torch.softmax(logits, -1).amax(1)
+    found = bench.kind.predict(base, None, None, asked, 8)
+    assert [text.partition(" ")[2] for text in found] == [f"({float(p):.1%})" for p in shares]
+    with pytest.raises(InputError, match=r"'w1 w2 .* has 82 tokens, and .* takes 32 at most"):
+        bench.kind.predict(base, None, None, [LONG], 8)
+
+
+def test_prompts_are_asked_as_their_rows_were_cut(benches, tmp_path):
+    bench = benches["bart"]
+    base = bench.base()
+    data = rows_of(bench, base, tmp_path, [{"prompt": LONG, "completion": LONG}], truncate=True)
+    assert len(bench.kind.predict(base, None, None, [bench.kind.asked(data, 0)], 4)) == 1
+    with pytest.raises(InputError, match=r"'w1 w2 .* has 82 tokens, and .* takes 64 at most"):
+        bench.kind.predict(base, None, None, [LONG], 4)
+
+
+def test_prompts_go_one_at_a_time_where_padding_is_seen(benches, monkeypatch):
+    bench = benches["t5"]
+    base = bench.base()
+    widths = []
+    kind = type(bench.kind)
+    monkeypatch.setattr(kind, "on", lambda *_: SimpleNamespace(mode="single"))
+    monkeypatch.setattr(
+        "lorakit.tasks.seq2seq.generated",
+        lambda model, handle, adapter, batch, length: (
+            widths.append(tuple(batch["input_ids"].shape)) or batch["input_ids"]
+        ),
+    )
+    bench.kind.predict(base, None, None, ["w1", "w1 w2 w3"], 4)
+    assert widths == [(1, 1), (1, 3)]
+
+
+def test_an_answer_that_ends_with_its_language_has_one_end():
+    """As mBART's do: the words, the end, the language; a cut takes words alone."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "▁w1", "▁w2", "▁"]
+    tokenizer = transformers.MBartTokenizer(
+        vocab=[(word, 0.0 if word[0] == "<" else -1.0) for word in [*words, "<mask>"]],
+        src_lang="en_XX",
+        tgt_lang="de_DE",
+    )
+    end, german = tokenizer.convert_tokens_to_ids(["</s>", "de_DE"])
+    texts = SimpleNamespace(tokenizer=tokenizer, limit=None, truncate=True)
+    assert answer_ids(texts, "w1 w2 w1", end) == [4, 5, 4, end, german]
+    texts.limit = 4
+    assert answer_ids(texts, "w1 w2 w1", end) == [4, 5, end, german]
+
+
+def test_the_language_of_recordings_stands_before_the_transcript(benches, monkeypatch):
+    bench = benches["speech"]
+    base = bench.base()
+    base.tokenizer = small.whisper_tokenizer()
+    marks = ["<|startoftranscript|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>"]
+    prefix = base.tokenizer.convert_tokens_to_ids(marks)
+    base.model.config.decoder_start_token_id = prefix[0]
+    base.model.config.eos_token_id = base.tokenizer.eos_token_id
+    with pytest.raises(InputError, match="is not told its language; leave it out"):
+        speech.Speech(language="de").prefix_ids(base)  # it is one of English alone
+    base.model.generation_config.is_multilingual = True
+    with pytest.raises(InputError, match="say which one is spoken, such as --language german"):
+        bench.data(base)
+    with pytest.raises(InputError, match="--language Elvish: Whisper has no such language"):
+        speech.Speech(language="Elvish").prefix_ids(base)
+    kind = speech.Speech(language="German")
+    base.tokenizer = small.whisper_tokenizer()
+    data = kind.load_data(RowSpec((str(bench.file),)), base)
+    end = base.tokenizer.eos_token_id
+    words = base.tokenizer("w0 w1", add_special_tokens=False)["input_ids"]
+    assert len(words) == 5
+    seen = []
+    base.model.model.decoder.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"].tolist()), with_kwargs=True
+    )
+    kind.on(base.model, None).measured([data[1]], None)
+    assert seen == [[[*prefix, *words]]]
+    labels = decoder_batch(base.model, [data[1]])["_labels"]
+    assert labels.tolist() == [[-100, -100, -100, *words, end]]
+    assert data[1].weight == 6
+    given = []
+
+    def generated(model, handle, adapter, batch, length):
+        given.append((batch["decoder_input_ids"].tolist(), length))
+        return torch.tensor([[*prefix, *words, end]])
+
+    monkeypatch.setattr(speech, "generated", generated)
+    assert kind.predict(base, None, None, [kind.asked(data, 1)], 40) == ["w0 w1"]
+    assert given == [([prefix], 28)]  # of 32 positions
+
+
+def test_a_transcript_fits_the_positions_of_the_decoder(benches, tmp_path):
+    bench = benches["speech"]
+    base = bench.base()
+    rows = small.write_sounds(tmp_path, 1)
+    rows[0]["text"] = LONG
+    with pytest.raises(InputError, match="81 tokens; at most 32 fit"):
+        rows_of(bench, base, tmp_path, rows)
+    assert rows_of(bench, base, tmp_path, rows, truncate=True)[0].weight == 32
+
+
+def test_pictures_stand_upright_and_need_no_file(benches):
+    """A camera writes how it was held, by which the picture is turned before it is cut."""
+    picture = Image.new("RGB", (30, 20), "red")
+    picture.paste("blue", (0, 0, 15, 20))
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # a quarter turn
+    picture.save(file, "PNG", exif=exif)
+    turned = opened(file.getvalue(), "it")
+    assert turned.size == (20, 30)
+    assert turned.getpixel((10, 2)) == (0, 0, 255)
+    bench = benches["vision"]
+    base = bench.base()
+    asked = AskedFile.of(file.getvalue(), "a column of bytes")
+    assert len(bench.kind.predict(base, None, None, [asked], 8)) == 1
+
+
+def test_a_head_that_names_no_classes(benches):
+    """As PEFT writes it: how many there are is seen, which they are is guessed and said."""
+    bench = benches["classify"]
+    handle = bench.attached(bench.base())
+    adapter = handle.snapshot("a")
+    kind, notes = bench.kind.for_adapter(adapter, "theirs")
+    assert kind.labels == ("a", "b", "c")
+    assert notes == [
+        "theirs does not name its classes; they are taken to be, in this order, a, b, c"
+    ]
+    numbers, _ = replace(kind, labels=("0", "2")).for_adapter(adapter, "theirs")
+    assert numbers.labels == ("0", "1", "2")
+    with pytest.raises(InputError, match=r"has 3 classes .* 2 labels are known \(a, b\)"):
+        replace(kind, labels=("a", "b")).for_adapter(adapter, "theirs")
+    embedding = benches["embed"].attached(benches["embed"].base()).snapshot("a")
+    assert kind.for_adapter(embedding, "theirs") == (kind, [])
