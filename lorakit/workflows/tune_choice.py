@@ -17,6 +17,8 @@ from lorakit.workflows.tune_table import Candidate, Difference, Losses, differen
 
 #: a rate nearer to an end of its range than this share of it is at the edge
 EDGE = 0.1
+#: rates that are at most so many times apart show what another setting does
+NEAR = 2.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,13 @@ def _best_against(chosen: Candidate, group: Iterable[Candidate]) -> _Contrast | 
     return min(contrasts, key=lambda c: (-c.step, c.losses[0].mean), default=None)
 
 
+def _alike(one: Candidate, other: Candidate, *but: str) -> bool:
+    """Whether two are nearly the same ``but`` for some settings, which then make the difference."""
+    low, high = sorted((one.lr, other.lr))
+    rest = one.values.keys() - {"lr", *but}
+    return high <= NEAR * low and all(one.values[name] == other.values[name] for name in rest)
+
+
 def _named(candidate: Candidate) -> str:
     return f"candidate {candidate.number} ({described(candidate.values)})"
 
@@ -216,8 +225,15 @@ def _about_rank(
     tried = sorted({c.rank for c in candidates if c.best() is not None})
     if len(tried) < 2 or "rank" not in space:
         return
-    above = _best_against(chosen, (c for c in candidates if c.rank > chosen.rank))
-    below = _best_against(chosen, (c for c in candidates if c.rank < chosen.rank))
+    alike = [c for c in candidates if _alike(c, chosen, "rank")]
+    above = _best_against(chosen, (c for c in alike if c.rank > chosen.rank))
+    below = _best_against(chosen, (c for c in alike if c.rank < chosen.rank))
+    if above is None and below is None:
+        yield Reason(
+            "rank", "not compared",
+            "Whether another rank is better is not known: none was tried near this rate. Ask with "
+            f'--lr {shown(chosen.lr)} --search "rank={shown(space["rank"])}".',
+        )  # fmt: skip
     if above is not None:
         apart = above.difference
         if apart.mean >= 0 or apart.equal:
@@ -240,7 +256,7 @@ def _about_rank(
             yield Reason(
                 "rank", "less rank may do",
                 f"Less rank may do: {below.words}"
-                + (", within the noise." if apart.equal else ". It left since, at another rate."),
+                + (", within the noise." if apart.equal else ". It left since."),
                 below.numbers,
             )  # fmt: skip
         elif chosen.rank == tried[-1]:
@@ -313,12 +329,15 @@ def _edge(which: str, chosen: Candidate, wider: str, numbers: Mapping[str, Any])
 def _about_others(
     chosen: Candidate, candidates: Sequence[Candidate], space: Space
 ) -> Iterable[Reason]:
-    """One sentence for each other setting: the best with another value of it."""
+    """One sentence for each other setting: the best with another value of it, and alike else."""
     for name, one in space.items():
         if name in ("lr", "rank") or not isinstance(one, Choices):
             continue
         same = chosen.values[name]
-        found = _best_against(chosen, (c for c in candidates if c.values[name] != same))
+        others = (
+            c for c in candidates if c.values[name] != same and _alike(c, chosen, name, "rank")
+        )
+        found = _best_against(chosen, others)
         if found is None:
             continue
         apart = found.difference

@@ -345,6 +345,21 @@ def test_a_rank_in_the_middle():
     assert said(choice, "default") == "default is best"
 
 
+def test_ranks_at_other_rates_tell_nothing_about_the_rank():
+    table = [
+        DEFAULT,  # a lower rank, and worse; but its rate is a third
+        candidate(1, 3e-3, 64, 1.6, 1.4, 1.30),
+        candidate(2, 8e-4, 4, 1.7, 1.5, 1.40),
+    ]
+    choice = choose(table, SPACE, 80)
+    assert choice.number == 1
+    assert said(choice, "rank") == "not compared"
+    assert "--lr 0.003 --search" in text_of(choice, "rank")
+    # the one at a rate like it was as good when it left
+    table.append(candidate(3, 3.5e-3, 16, 1.6, 1.4001, end="left"))
+    assert said(choose(table, SPACE, 80), "rank") == "less rank may do"
+
+
 @pytest.mark.parametrize(
     ("best", "others", "says"),
     [
