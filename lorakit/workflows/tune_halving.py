@@ -7,8 +7,8 @@ reports, would let the order in which they report decide.
 A candidate's schedule is that of the whole run, so an early rung compares unfinished decays. Short
 horizons favour low rates (Wu et al., arXiv 1803.02021): a high rate is noisy until it has
 decayed. Hence four things. The first rung is no earlier than an eighth of the run, and only half of
-the candidates leave at each. The best of those with a higher rate than the leader always goes on.
-Nothing but runs that are finished is chosen from. And the default settings are never left out.
+the candidates leave at each. The best of those with at least twice the leader's rate always goes on:
+a neighbour of the leader, which often is next to it anyway, would be no guard. Nothing but runs that are finished is chosen from. And the default settings are never left out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Mapping, Set
 LEAST_STEPS = 20
 #: rungs before the last at most
 MOST_HALVINGS = 3
+#: the leader's rate times this is a rate that a short horizon may have spoken against
+HIGHER = 2.0
 
 
 def rungs(steps: int) -> tuple[int, ...]:
@@ -60,7 +62,7 @@ def survivors(
     if not order:
         return []
     kept = order[:keep]
-    above = [n for n in order if rates[n] > rates[order[0]]]
+    above = [n for n in order if rates[n] >= HIGHER * rates[order[0]]]
     if above and above[0] not in kept:
         kept.append(above[0])
     return kept + [n for n in order if n in always and n not in kept]
