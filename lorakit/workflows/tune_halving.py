@@ -7,8 +7,9 @@ reports, would let the order in which they report decide.
 A candidate's schedule is that of the whole run, so an early rung compares unfinished decays. Short
 horizons favour low rates (Wu et al., arXiv 1803.02021): a high rate is noisy until it has
 decayed. Hence four things. The first rung is no earlier than an eighth of the run, and only half of
-the candidates leave at each. The best of those with at least twice the leader's rate always goes on:
-a neighbour of the leader, which often is next to it anyway, would be no guard. Nothing but runs that are finished is chosen from. And the default settings are never left out.
+the candidates leave at each. The best of those with at least twice the leader's rate always goes
+on; a neighbour of the leader, which is often next to it anyway, would be no guard. Nothing but runs
+that are finished is chosen from. And the default settings are never left out.
 """
 
 from __future__ import annotations
