@@ -18,7 +18,7 @@ from lorakit.workflows.tune_table import Candidate, Difference, Losses, differen
 #: a rate nearer to an end of its range than this share of it is at the edge
 EDGE = 0.1
 #: rates that are at most so many times apart show what another setting does
-NEAR = 2.0
+NEAR = 1.5
 
 
 @dataclass(frozen=True)
