@@ -375,7 +375,11 @@ def _what_was_loaded(source: Source, model: Any, task: Task, report: dict[str, A
 def _find_processor(
     location: str, task: Task, options: dict[str, Any]
 ) -> tuple[Any | None, list[str]]:
-    """What reads pictures or sound for a base; ``None`` where it brings nothing."""
+    """What reads pictures or sound for a base; ``None`` where it brings nothing.
+
+    Raises:
+        BaseError: a library that it needs is not installed.
+    """
     import transformers
 
     if task not in _PROCESSORS:
@@ -384,7 +388,13 @@ def _find_processor(
         with quiet_transformers():
             auto = getattr(transformers, _PROCESSORS[task])
             return auto.from_pretrained(location, **options), []
-    except (OSError, ValueError, ImportError) as error:
+    except ImportError as error:
+        said = str(error).strip().split("\n")[0].split(". ")[0]
+        raise BaseError(
+            f"What reads the input of {location} could not be loaded: {said}. Install it and try "
+            "again"
+        ) from error
+    except (OSError, ValueError) as error:
         message = str(error).strip().split("\n")[0]
         return None, [f"the base brings nothing that reads its input: {message}"]
 

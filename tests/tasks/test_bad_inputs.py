@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import transformers
 
 from lorakit import save_adapter
 from lorakit.cli.main import main
@@ -163,6 +164,19 @@ def test_bases_that_lack_what_reads_their_input(benches, tmp_path, capsys):
         (folder / "tokenizer_config.json").unlink(missing_ok=True)
         arguments = ["train", "--base", str(folder), "--data", str(bench.file)]
         said([*arguments, "--out", str(tmp_path / "run")], capsys, message)
+
+
+def test_a_library_that_reads_the_input_is_missing(benches, tmp_path, capsys, monkeypatch):
+    """As with Qwen-VL, whose processor wants torchvision for its videos."""
+
+    def lacks(*_, **__):
+        raise ImportError("\nIts video processor requires Torchvision. See the\nweb page\n")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lacks)
+    bench = benches["vision-chat"]
+    arguments = ["train", "--base", str(bench.folder), "--data", str(bench.file)]
+    told = said([*arguments, "--out", str(tmp_path / "run")], capsys, "requires Torchvision. Inst")
+    assert "brings nothing" not in told
 
 
 def test_judging_and_asking(benches, tmp_path, capsys):
