@@ -111,8 +111,8 @@ class Search:
         self._check_same()
         for name in self._missing():
             self._train(name)
-        for name in self._unjudged():
-            self._judge(name)
+        for names in self._unjudged():
+            self._judge(names)
 
     def _check_same(self) -> None:
         """Lines of other settings would be compared as if they were of these."""
@@ -183,10 +183,14 @@ class Search:
                 found[side] = [name for name in names if name in done]
         return found
 
-    def _unjudged(self) -> list[str]:
+    def _unjudged(self) -> list[list[str]]:
+        """Finalists without a judgement, those of a side together: the base is judged with them."""
         judged = _lines(self.out / "judged.jsonl")
-        names = [name for names in self.finalists().values() for name in names]
-        return [n for n in names if n not in judged and fnmatch.fnmatch(n, self.options.only)]
+        sides = [
+            [n for n in names if n not in judged and fnmatch.fnmatch(n, self.options.only)]
+            for names in self.finalists().values()
+        ]
+        return [names for names in sides if names]
 
     # --- what is run ---------------------------------------------------------------------------
 
@@ -233,21 +237,23 @@ class Search:
         if not options.keep:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
-    def _judge(self, name: str) -> None:
-        options, kept = self.options, self._kept(name)
+    def _judge(self, names: Sequence[str]) -> None:
+        options = self.options
         command = ["eval", *self._data(options.test), "--json"]
-        command += ["--full" if kept.name == "model" else "--adapter", f"tuned:{kept}"]
+        for number, kept in enumerate(map(self._kept, names)):
+            command += ["--full" if kept.name == "model" else "--adapter", f"m{number}:{kept}"]
         command += ["--forgetting"] if options.forgetting else []
         command += _flags(
             ("--limit", options.test_items or ""),
             ("--metrics", options.metrics),
         )
         found, _ = _lorakit(command)
-        base, tuned = found["models"]
-        row = {"name": name, "base": _facts(base), **_facts(tuned)}
-        _append(self.out / "judged.jsonl", row)
-        if kept.name == "model" and not options.keep:
-            shutil.rmtree(kept, ignore_errors=True)
+        base, *tuned = found["models"]
+        for name, one in zip(names, tuned, strict=True):
+            row = {"name": name, "base": _facts(base), **_facts(one)}
+            _append(self.out / "judged.jsonl", row)
+            if self._kept(name).name == "model" and not options.keep:
+                shutil.rmtree(self._kept(name), ignore_errors=True)
 
     def _data(self, path: str) -> list[str]:
         options = self.options
