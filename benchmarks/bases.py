@@ -85,7 +85,8 @@ def _evaluated(options: argparse.Namespace, variant: str, adapter: Path) -> dict
 
     stored = None if variant == "float32" else variant
     base = lorakit.load_base(options.base, dtype="float32", quantize=stored)  # type: ignore[arg-type]
-    spec = DataSpec(path=(options.test,), map={"prompt": "mr", "completion": "ref"})
+    columns = {"prompt": "mr", "completion": "ref"}
+    spec = DataSpec(path=(options.test,), map=columns, format="plain")
     data = load_data(spec, base.tokenizer)
     rows = range(min(options.test_rows, len(data)))
     trained = load_adapter(adapter)

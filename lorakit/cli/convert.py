@@ -5,7 +5,7 @@ then nothing is written and the exit code is 2, unless --allow-loss says that it
 input gives the same bytes.
 
   lorakit convert runs/mine --to gguf --base smollm2 --out mine.gguf
-  lorakit convert style.safetensors --to diffusers --out style
+  lorakit convert style.safetensors --to diffusers --out pytorch_lora_weights.safetensors
   lorakit convert runs/mine --for vllm --out served
   lorakit convert runs/mine --to peft --portable --out plain
   lorakit convert old.pt --alpha 16 --to peft --out old

@@ -1,8 +1,8 @@
 """Predict what a training run takes, before it: peak memory by component, and time.
 
-Takes the flags of `lorakit train`. No weights are loaded: the base's config gives the shapes, and
-the data is tokenised and cut into forwards as the run would cut it. This machine's speed is
-measured once (five seconds) and kept; --measure measures it again.
+Takes the flags of `lorakit train` about base, data, adapter and steps. No weights are loaded: the
+base's config gives the shapes, and the data is tokenised and cut into forwards as the run would cut
+it. This machine's speed is measured once (five seconds) and kept; --measure measures it again.
 
 examples:
   lorakit estimate --base smollm2 --data mine.jsonl

@@ -1,4 +1,4 @@
-"""Show what would be trained, before anything is: no weights are loaded.
+"""Show what would be trained, before anything is; of a language model no weights are loaded.
 
 Prints the first examples as the model would see them, with the supervised tokens (those that
 are learnt) coloured, or between ⟦ and ⟧ where there is no colour; the kind of rows and the
