@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorakit.cli.common import missing, plural, say
-from lorakit.errors import InputError, Interrupted, LorakitError, collected
+from lorakit.errors import InputError, Interrupted, LorakitError, TrainingError, collected
 
 if TYPE_CHECKING:
     from lorakit.bases import Base
-    from lorakit.train import Trainer
+    from lorakit.train import Callback, Trainer
 
 #: what the jobs of one file share: the base, and how they go through it
 SHARED = (
@@ -26,10 +26,14 @@ SHARED = (
 )
 #: flags that mean nothing in a job
 _NOT_IN_A_JOB = ("jobs", "each", "resume", "json", "quiet", "debug", "shard")
-#: the copy that a folder of runs keeps, from which it is resumed
-JOBS_FILE = "jobs.yaml"
-#: data files of a folder, by their endings
-_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+#: what a folder of runs keeps, from which it is resumed; a file of jobs may lie beside it
+JOBS_FILE = "runs.yaml"
+#: endings of files that are read as data, but rather tell about it where they lie in a folder
+_ABOUT_DATA = (".md",)
+#: trackers whose packages have one current run in a process, which all jobs would share
+_ONE_RUN = ("wandb", "trackio")
+#: left-out files of a folder that are named
+_SHOWN = 5
 
 
 @dataclass
@@ -42,6 +46,7 @@ class Job:
     options: argparse.Namespace
     """The same as flags."""
     out: Path
+    """The run folder, as its trainer spells it."""
     rows: int | None = None
     first_loss: float | None = None
     outcome: Any = None
@@ -58,7 +63,7 @@ class Plan:
     """The folder of all runs."""
     resume: bool = False
     text: dict[str, Any] = field(default_factory=dict)
-    """What ``jobs.yaml`` in that folder holds."""
+    """What ``runs.yaml`` in that folder holds."""
 
 
 # --- from files to plans -------------------------------------------------------------------------
@@ -90,29 +95,37 @@ def plan_of_file(path: Path, options: argparse.Namespace) -> Plan:
         defaults = {}
     flags = _given_flags(options)
     out = options.out or content.get("out")
+    if not out:
+        problems.append("out: missing; the folder for the runs and their summary")
     shared = {**{k: content[k] for k in SHARED if k in content}}
     shared |= {k: flags.pop(k) for k in SHARED if k in flags}
     if shared.get("base") is None:
         problems.append("base: missing; the model to adapt, such as smollm2, once for all jobs")
     flags.pop("out", None)
     entries = [{**defaults, **flags, **job} for job in jobs]
-    if out is None and any("out" not in job for job in entries):
-        problems.append("out: missing; the folder for the runs (or out in every job)")
-    return _plan(str(path), shared, entries, Path(out or "."), problems)
+    return _plan(str(path), shared, entries, _path(out or "."), problems)
 
 
 def plan_of_folder(options: argparse.Namespace) -> Plan:
-    """One job for each data file of ``--each FOLDER``.
+    """One job for each data file of ``--each FOLDER``; what else lies there is named.
 
     Raises:
         InputError: there is none, or flags are missing or wrong.
     """
+    from lorakit.data.readers.source import READERS, stem_of, suffix_of
+
     folder = Path(options.each)
     if not folder.is_dir():
         raise InputError(f"--each {folder} is no folder; give one with a data file per adapter")
-    files = sorted(f for f in folder.iterdir() if f.suffix in _ENDINGS and f.is_file())
+    endings = [ending for ending in READERS if ending not in _ABOUT_DATA]
+    there = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+    files = [f for f in there if suffix_of(f) in endings and f.is_file()]
     if not files:
-        raise InputError(f"--each {folder} holds no data file ({', '.join(_ENDINGS)})")
+        raise InputError(f"--each {folder} holds no data file ({', '.join(endings)})")
+    left_out = [f.name for f in there if f not in files]
+    if left_out and not options.quiet:
+        more = f" and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
+        say(f"--each {folder}: no data files, left out: {', '.join(left_out[:_SHOWN])}{more}")
     flags = _given_flags(options)
     problems = missing(options, {"base": "the model to adapt", "out": "the folder for all runs"})
     if "data" in flags:
@@ -120,18 +133,25 @@ def plan_of_folder(options: argparse.Namespace) -> Plan:
     shared = {k: flags.pop(k) for k in SHARED if k in flags}
     for name in ("out", "data"):
         flags.pop(name, None)
-    stems = [file.stem for file in files]
-    names = [f.stem if stems.count(f.stem) == 1 else f.name for f in files]
+    stems = [stem_of(file) for file in files]
+    names = [
+        stem if stems.count(stem) == 1 else file.name
+        for stem, file in zip(stems, files, strict=True)
+    ]
     entries = [
         {"samples": 0, **flags, "name": name, "data": str(file)}
         for name, file in zip(names, files, strict=True)
     ]
-    return _plan(f"--each {folder}", shared, entries, Path(options.out or "."), problems)
+    return _plan(f"--each {folder}", shared, entries, _path(options.out or "."), problems)
 
 
 def plan_of_runs(folder: Path, options: argparse.Namespace) -> Plan:
-    """What is left to do in a folder of runs."""
-    content = _read(folder / JOBS_FILE)
+    """What is left to do in a folder of runs.
+
+    Raises:
+        InputError: its ``runs.yaml`` cannot be read, or somebody else wrote it.
+    """
+    content = _read_runs(folder / JOBS_FILE)
     shared = {k: content[k] for k in SHARED if k in content}
     for name in ("max_concurrent", "token_budget"):
         if getattr(options, name) is not None:
@@ -154,6 +174,25 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _read_runs(path: Path) -> dict[str, Any]:
+    """What :func:`_make_folder` wrote: the base, and each job whole, with its name and folder.
+
+    Raises:
+        InputError: somebody else wrote it; what it says beside that would have no effect.
+    """
+    content = _read(path)
+    jobs = content.get("jobs")
+    whole = isinstance(jobs, list) and all(
+        isinstance(job, dict) and {"name", "out"} <= job.keys() for job in jobs
+    )
+    if not (jobs and whole and "base" in content and content.keys() <= {*SHARED, "jobs"}):
+        raise InputError(
+            f"{path} is not the list of runs that lorakit train writes there. Give it another "
+            "name; if it is a file of jobs, begin with lorakit train FILE"
+        )
+    return content
+
+
 def _given_flags(options: argparse.Namespace) -> dict[str, Any]:
     return {
         name: getattr(options, name)
@@ -169,6 +208,8 @@ def _plan(
     out: Path,
     problems: list[str],
 ) -> Plan:
+    from lorakit.train.folder import RunFolder
+
     jobs: list[Job] = []
     for number, entry in enumerate(entries, start=1):
         name = _name(entry, number)
@@ -178,9 +219,16 @@ def _plan(
         except InputError as error:
             problems.append(f"job {name}: {error}")
             continue
-        place = Path(entry["out"]) if entry.get("out") else out / name
+        if not entry.get("out") and not _is_inside(name):
+            problems.append(f"job {name}: such a folder is not inside of {out}; give another name")
+            continue
+        # as its trainer spells it: two spellings are one folder
+        place = RunFolder(_path(entry.get("out") or out / name).absolute()).path
         if any(job.out == place for job in jobs):
             problems.append(f"job {name}: another job has the run folder {place} too; give a name")
+            continue
+        if any(job.name == name for job in jobs):
+            problems.append(f"job {name}: another job is called so too; give a name")
             continue
         jobs.append(Job(name, keys, options, place))
     if problems:
@@ -189,21 +237,33 @@ def _plan(
     plan.text = {
         **{key: _absolute(value) if key == "base" else value for key, value in shared.items()},
         "jobs": [
-            {"name": job.name, "out": str(job.out.absolute()), **_with_absolute_paths(job.keys)}
+            {"name": job.name, "out": str(job.out), **_with_absolute_paths(job.keys)}
             for job in jobs
         ],
     }
     return plan
 
 
+def _path(text: Any) -> Path:
+    return Path(os.path.expanduser(str(text)))
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a job's name is that of a place below the folder of all runs."""
+    path = Path(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
 def _name(entry: Mapping[str, Any], number: int) -> str:
+    from lorakit.data.readers.source import stem_of
+
     if entry.get("name") is not None:
         return str(entry["name"])
     if entry.get("out"):
         return Path(str(entry["out"])).name
     data = entry.get("data")
     first = data[0] if isinstance(data, list) and data else data
-    return Path(str(first)).stem if first else str(number)
+    return stem_of(Path(str(first))) if first else str(number)
 
 
 def _options(keys: Mapping[str, Any], shared: Mapping[str, Any]) -> argparse.Namespace:
@@ -214,6 +274,7 @@ def _options(keys: Mapping[str, Any], shared: Mapping[str, Any]) -> argparse.Nam
     """
     from lorakit.cli.train import settings_of, spec_of
     from lorakit.cli.train_arguments import configure
+    from lorakit.train.trackers import make_trackers
 
     parser = _Parser(allow_abbrev=False, add_help=False)
     configure(parser)
@@ -242,6 +303,12 @@ def _options(keys: Mapping[str, Any], shared: Mapping[str, Any]) -> argparse.Nam
     options = parser.parse_args(arguments)
     if options.full:
         raise InputError("full: it trains the base, which the others need as it is; train it alone")
+    if single := [tracker for tracker in options.report_to or () if tracker in _ONE_RUN]:
+        raise InputError(
+            f"report_to: {', '.join(single)} would get the numbers of all jobs as one run's; "
+            "report to tensorboard or mlflow, or train it alone"
+        )
+    make_trackers(options.report_to or ())
     settings_of(options)
     spec_of(options)
     return options
@@ -310,10 +377,10 @@ def run(plan: Plan, options: argparse.Namespace) -> int:
         _make_folder(plan)
     base = load_shared_base(plan.jobs[0].options, quiet=options.quiet)
     progress = ManyProgress(len(plan.jobs), quiet=options.quiet)
-    by_out: dict[Path, Job] = {}
+    by_out = {job.out: job for job in plan.jobs}
     with progress:
         train_together(
-            _trainers(plan, base, progress, by_out),
+            _trainers(plan, base, progress),
             max_concurrent=plan.shared.get("max_concurrent"),
             token_budget=plan.shared.get("token_budget"),
             on_result=lambda trainer, outcome: _ended(by_out[trainer.out], outcome, progress),
@@ -322,7 +389,7 @@ def run(plan: Plan, options: argparse.Namespace) -> int:
 
 
 def _make_folder(plan: Plan) -> None:
-    """``jobs.yaml`` in the folder of the runs, none of which may exist yet."""
+    """``runs.yaml`` in the folder of the runs, none of which may exist yet."""
     import yaml
 
     from lorakit.core.files import write_atomic
@@ -335,6 +402,7 @@ def _make_folder(plan: Plan) -> None:
         except InputError as error:
             problems.append(f"job {job.name}: {error}")
     if (plan.out / JOBS_FILE).exists():
+        _read_runs(plan.out / JOBS_FILE)
         problems.append(
             f"{plan.out / JOBS_FILE} is there already; go on with lorakit train --resume "
             f"{plan.out}, or give another --out"
@@ -345,9 +413,7 @@ def _make_folder(plan: Plan) -> None:
     write_atomic(plan.out / JOBS_FILE, text.encode())
 
 
-def _trainers(
-    plan: Plan, base: Base, progress: Any, by_out: dict[Path, Job]
-) -> Iterator[Trainer | None]:
+def _trainers(plan: Plan, base: Base, progress: Any) -> Iterator[Trainer | None]:
     """Those that were interrupted together first, then the others as there is room for them."""
     from lorakit.train import Trainer, finished_run
     from lorakit.train.together import aligned
@@ -364,17 +430,15 @@ def _trainers(
                 job.outcome = done
                 progress.done(job.name, done, quietly=True)
                 continue
-            callback = progress.of(job)
-            begun.append((job, Trainer.reopened(job.out, base=base, callbacks=[callback])))
+            callbacks = _callbacks(job, progress)
+            begun.append((job, Trainer.reopened(job.out, base=base, callbacks=callbacks)))
     for job, begun_one in begun:
-        by_out[begun_one.out] = job
         job.rows = begun_one.num_rows
     yield from aligned([begun_one for _, begun_one in begun])
     for job in fresh:
         trainer: Trainer | None = None
         with _told(job, progress):
             trainer = _new(job, base, progress)
-            by_out[trainer.out] = job
         if trainer is not None:
             yield trainer
 
@@ -382,9 +446,15 @@ def _trainers(
 def _new(job: Job, base: Base, progress: Any) -> Trainer:
     from lorakit.cli.train import trainer_on
 
-    trainer = trainer_on(base, job.options, str(job.out), callbacks=[progress.of(job)])
+    trainer = trainer_on(base, job.options, str(job.out), callbacks=_callbacks(job, progress))
     job.rows = trainer.num_rows
     return trainer
+
+
+def _callbacks(job: Job, progress: Any) -> list[Callback]:
+    from lorakit.train.trackers import make_trackers
+
+    return [progress.of(job), *make_trackers(job.options.report_to or ())]
 
 
 @contextlib.contextmanager
@@ -394,6 +464,8 @@ def _told(job: Job, progress: Any) -> Iterator[None]:
         yield
     except (LorakitError, OSError) as error:
         _ended(job, error, progress)
+    except Exception as error:  # nobody foresaw it, and the others' work is not lost for it
+        _ended(job, TrainingError(f"{type(error).__name__}: {error}"), progress)
 
 
 def _ended(job: Job, outcome: Any, progress: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import gzip
 import json
 import os
 import signal
@@ -10,10 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorakit.cli import many_progress
+from lorakit.cli import many_progress, train_many
 from lorakit.cli.main import main
 from lorakit.formats import load_adapter
 from lorakit.train.callbacks import Callback, RunInfo, RunResult, StepMetrics
+from lorakit.train.trackers import SINKS
 from tests.train import tiny
 
 
@@ -52,7 +55,8 @@ JOBS = {
 
 
 def test_a_file_of_jobs(files, capfd):
-    assert main(["train", write(JOBS), "--json", "--quiet"]) == 0
+    Path("runs").mkdir()
+    assert main(["train", write(JOBS, "runs/jobs.yaml"), "--json", "--quiet"]) == 0
     out, err = capfd.readouterr()
     assert err == ""
     rows = json.loads(out)["runs"]
@@ -67,8 +71,24 @@ def test_a_file_of_jobs(files, capfd):
     assert settings["train"]["lr"] == 0.01
     assert json.loads(Path("runs/summary.json").read_text())["runs"] == rows
     # again it is refused, and nothing is touched
-    assert main(["train", "jobs.yaml"]) == 2
+    assert main(["train", "runs/jobs.yaml"]) == 2
     assert "lorakit train --resume runs" in capfd.readouterr().err
+    kept = yaml.safe_load(Path("runs/runs.yaml").read_text())
+    assert [job["rank"] for job in kept["jobs"]] == [3, 2, 3]
+
+
+def test_a_file_of_jobs_is_not_taken_for_what_a_folder_of_runs_keeps(files, capfd):
+    Path("runs").mkdir()
+    for content in (JOBS, {"base": "base"}, {"base": "base", "jobs": [{"data": "d"}]}):
+        write(content, "runs/runs.yaml")
+        assert main(["train", "--resume", "runs"]) == 2
+        assert "runs/runs.yaml is not the list of runs" in capfd.readouterr().err
+    write(JOBS, "runs/runs.yaml")
+    assert main(["train", "runs/runs.yaml"]) == 2
+    err = capfd.readouterr().err
+    assert "Give it another name" in err
+    assert "--resume" not in err
+    assert yaml.safe_load(Path("runs/runs.yaml").read_text()) == JOBS
 
 
 def test_what_is_wrong_is_said_of_all_jobs_at_once(files, capfd):
@@ -79,6 +99,12 @@ def test_what_is_wrong_is_said_of_all_jobs_at_once(files, capfd):
         {"name": "y", "data": "data/c3.jsonl", "optimizer": "sgd", "weight_decay": 0.1},
         {"name": "y", "data": "data/c3.jsonl"},
         {"name": "z"},
+        {"name": "../evil", "data": "data/c3.jsonl"},
+        {"name": "", "data": "data/c3.jsonl"},
+        {"name": "p", "data": "data/c3.jsonl", "out": "r/a"},
+        {"name": "q", "data": "data/c3.jsonl", "out": "r/b/../a"},
+        {"data": "data/c3.jsonl", "out": "other/p"},
+        {"name": "w", "data": "data/c3.jsonl", "report_to": "wandb"},
     ]
     assert main(["train", write({**JOBS, "jobs": jobs, "colour": "red"})]) == 2
     err = capfd.readouterr().err
@@ -91,12 +117,17 @@ def test_what_is_wrong_is_said_of_all_jobs_at_once(files, capfd):
         "job y: ",
         "sgd has no decoupled decay",
         "job z: data: missing",
+        "job ../evil: such a folder is not inside of runs",
+        "job : such a folder",
+        "job q: another job has the run folder",
+        "job p: another job is called so too",
+        "job w: report_to: wandb",
     ):
         assert text in err, text
     assert not Path("runs").exists()
     assert main(["train", write({"jobs": 3})]) == 2
     err = capfd.readouterr().err
-    assert all(word in err for word in ("base: missing", "jobs: must be a list"))
+    assert all(word in err for word in ("base: missing", "out: missing", "jobs: must be a list"))
 
 
 def each(*more: str) -> int:
@@ -108,9 +139,13 @@ def test_a_folder_of_files_with_broken_ones(files, capfd):
     Path("data/broken.jsonl").write_text('{"prompt": "a", "comple')
     Path("data/empty.csv").write_text("")
     Path("data/notes.md").write_text("no data")
+    Path("data/c2.jsonl").rename("data/c2.NDJSON")
+    Path("data/c3.jsonl.gz").write_bytes(gzip.compress(Path("data/c3.jsonl").read_bytes()))
+    Path("data/c3.jsonl").unlink()
     assert each("--max-concurrent", "3") == 1
     out, err = capfd.readouterr()
     assert out == ""
+    assert "left out: notes.md\n" in err
     assert "2 jobs of 6 failed" in err
     assert "  - broken: " in err
     assert "  - empty: " in err
@@ -130,6 +165,14 @@ def test_a_folder_of_files_with_broken_ones(files, capfd):
     assert {p: p.stat().st_mtime_ns for p in Path("runs").glob("c*/adapter/*")} == times
 
 
+def test_whatever_is_wrong_with_a_job_ends_no_other():
+    view = many_progress.ManyProgress(1, quiet=True)
+    job = train_many.Job("a", {}, argparse.Namespace(), Path("a"))
+    with train_many._told(job, view):
+        raise KeyError("nobody foresaw it")
+    assert train_many.summary_row(job)["error"] == "KeyError: 'nobody foresaw it'"
+
+
 def test_interrupted_all_are_saved_and_go_on(files, capfd, monkeypatch):
     class Stop(many_progress._OfOne):
         def on_step(self, metrics):
@@ -137,9 +180,23 @@ def test_interrupted_all_are_saved_and_go_on(files, capfd, monkeypatch):
             if metrics.step == 2 and self._job.name == "c1":
                 os.kill(os.getpid(), signal.SIGINT)
 
+    sent = []
+
+    class Sink:
+        def open(self, run, identity):
+            self._name = identity or run.out.name
+            return self._name
+
+        def log(self, numbers, step):
+            sent.append((self._name, step))
+
+        def finish(self, summary, *, failed):
+            pass
+
+    monkeypatch.setitem(SINKS, "mlflow", Sink)
     with monkeypatch.context() as patched:
         patched.setattr(many_progress, "_OfOne", Stop)
-        assert each("--max-concurrent", "2") == 130
+        assert each("--max-concurrent", "2", "--report-to", "mlflow") == 130
     err = capfd.readouterr().err
     assert "stopping after this forward; again to stop now" in err
     assert "lorakit train --resume runs" in err
@@ -148,6 +205,7 @@ def test_interrupted_all_are_saved_and_go_on(files, capfd, monkeypatch):
     assert main(["train", "--resume", "runs", "--json"]) == 0
     rows = json.loads(capfd.readouterr().out)["runs"]
     assert [row["steps"] for row in rows] == [3] * 4
+    assert sorted(sent) == [(f"c{run}", step) for run in range(4) for step in (1, 2, 3)]
     assert main(["train", "--resume", "runs", "--lr", "1"]) == 2
     assert "--lr cannot be changed" in capfd.readouterr().err
 

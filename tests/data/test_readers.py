@@ -39,6 +39,7 @@ FILES = {
     "blank.jsonl": ("\n" + LINES.replace("}\n", "}\n\n")).encode(),
     "no_end.ndjson": LINES.rstrip("\n").encode(),
     "packed.jsonl.gz": gzip.compress(LINES.encode()),
+    "PACKED.JSONL.GZ": gzip.compress(LINES.encode()),
     "list.json": json.dumps(ROWS, indent=1).encode(),
     "data.json": json.dumps({"version": 1, "data": ROWS}).encode(),
     "named.json": json.dumps({"version": 1, "rows": ROWS}).encode(),
@@ -73,6 +74,28 @@ def test_parquet_and_datasets_folders(tmp_path):
         rows = list(open_rows(str(tmp_path / ref), []))
         assert [row.values for row in rows] == (ROWS[:1] if ref == "two/test" else ROWS)
         assert rows[0].where == f"{tmp_path / ref} row 1"
+
+
+def test_parquet_rows_that_python_cannot_hold_are_named(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [b"one", b"tw\xff", b"three"]
+    # a cast would check that it is UTF-8; another writer need not
+    text = arrow.StringArray.from_buffers(3, *arrow.array(texts, arrow.binary()).buffers()[1:])
+    times = arrow.array([0, 0, 2**62], arrow.timestamp("ms"))
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table({"text": text, "when": times}), path)
+    rows = list(open_rows(str(path), []))
+    assert [row.number for row in rows] == [1, 2, 3]
+    assert (rows[0].values["text"], rows[0].problem) == ("one", None)
+    assert "column 'text'" in rows[1].problem
+    assert "0xff" in rows[1].problem
+    assert "column 'when'" in rows[2].problem
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset(arrow.table({"text": text})).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"saved: it cannot be read after row 0 \(.*0xff"):
+        list(open_rows(str(tmp_path / "saved"), []))
 
 
 def test_rows_are_numbered_as_somebody_counts_who_opens_the_file(tmp_path):

@@ -83,11 +83,17 @@ def _one_split(loaded: Any, name: str, notes: list[str]) -> Any:
 
 def _rows(table: Any, name: str) -> Iterator[Row]:
     number = 0
-    for batch in table.iter(batch_size=_BATCH):
-        columns = list(batch)
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield Row(name, "row", number, dict(zip(columns, values, strict=True)))
+    try:
+        for batch in table.iter(batch_size=_BATCH):
+            columns = list(batch)
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield Row(name, "row", number, dict(zip(columns, values, strict=True)))
+    except Exception as error:  # as above; and what Python cannot hold, such as text of bad bytes
+        raise DataError(
+            f"{name}: it cannot be read after row {number} ({_first_line(error)}). "
+            "Make it again without the values that are broken."
+        ) from None
     if number == 0:
         raise DataError(f"{name}: it holds no rows; expected at least one.")
 

@@ -37,7 +37,7 @@ _SHOWN = 12
 
 def holds_rows(ref: str) -> bool:
     """Whether a file's name says that it has columns, as CSV has and plain text has not."""
-    return READERS.get(_suffix(Path(ref)), text.read) is not text.read
+    return READERS.get(suffix_of(Path(ref)), text.read) is not text.read
 
 
 def open_all(refs: Iterable[str], notes: list[str]) -> Iterator[Row]:
@@ -80,7 +80,7 @@ def open_rows(ref: str, notes: list[str]) -> Iterator[Row]:
         if not os.path.isfile(path):
             raise DataError(f"{ref}: it is a pipe or a device; write it to a file first.")
         return _reader(path, ref)(path, ref, notes)
-    if hub.looks_like_id(ref) and _suffix(path) not in READERS:
+    if hub.looks_like_id(ref) and suffix_of(path) not in READERS:
         return hub.read_hub(ref, notes)
     raise DataError(f"{ref}: there is no such file.{_close(path)}")
 
@@ -88,14 +88,14 @@ def open_rows(ref: str, notes: list[str]) -> Iterator[Row]:
 def _open_folder(folder: Path, ref: str, notes: list[str]) -> Iterator[Row]:
     if hub.is_saved(folder):
         return hub.read_saved(folder, ref, notes)
-    files = sorted(p for p in folder.iterdir() if p.is_file() and _suffix(p) in READERS)
-    readable = [p for p in files if _suffix(p) not in (".md", ".txt")] or files
+    files = sorted(p for p in folder.iterdir() if p.is_file() and suffix_of(p) in READERS)
+    readable = [p for p in files if suffix_of(p) not in (".md", ".txt")] or files
     if not readable:
         raise DataError(
             f"{ref}: the folder holds no data; expected a folder of save_to_disk, or files that "
             f"end in {', '.join(READERS)}."
         )
-    kinds = {_suffix(p) for p in readable}
+    kinds = {suffix_of(p) for p in readable}
     held_out = [p.name for p in readable if _HELD_OUT.search(p.stem.lower())]
     if len(kinds) > 1 or (held_out and len(readable) > 1):
         why = (
@@ -109,11 +109,11 @@ def _open_folder(folder: Path, ref: str, notes: list[str]) -> Iterator[Row]:
         )
     names = ", ".join(p.name for p in readable[:5]) + (" …" if len(readable) > 5 else "")
     notes.append(f"{ref}: the folder's files are read in this order: {names}")
-    return (row for p in readable for row in READERS[_suffix(p)](p, str(p), notes))
+    return (row for p in readable for row in READERS[suffix_of(p)](p, str(p), notes))
 
 
 def _reader(path: Path, ref: str) -> Reader:
-    reader = READERS.get(_suffix(path))
+    reader = READERS.get(suffix_of(path))
     if reader is None:
         ending = f"ends in {path.suffix}" if path.suffix else "has no ending"
         raise DataError(
@@ -123,8 +123,8 @@ def _reader(path: Path, ref: str) -> Reader:
     return reader
 
 
-def _suffix(path: Path) -> str:
-    """``.csv`` of ``a.csv`` and of ``a.csv.gz``."""
+def suffix_of(path: Path) -> str:
+    """``.csv`` of ``a.csv`` and of ``A.CSV.gz``: what chooses the reader."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         inner = Path(path.stem).suffix.lower()
@@ -132,12 +132,18 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
+def stem_of(path: Path) -> str:
+    """``a`` of ``a.csv`` and of ``a.csv.gz``."""
+    packed = path.suffix.lower() == ".gz" and suffix_of(path) in READERS
+    return Path(path.stem).stem if packed else path.stem
+
+
 def _close(path: Path) -> str:
     """The files in the same folder that could be read, those of nearly this name first."""
     parent = path.parent
     if not os.path.isdir(parent):
         return f" Nor is there a folder {parent}." if len(str(parent)) < 200 else " Nor its folder."
-    there = sorted(p for p in parent.iterdir() if p.is_file() and _suffix(p) in READERS)
+    there = sorted(p for p in parent.iterdir() if p.is_file() and suffix_of(p) in READERS)
     names = [p.name for p in there]
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
     names = [*close, *(name for name in names if name not in close)]

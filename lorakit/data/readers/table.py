@@ -104,7 +104,7 @@ def _quotes(error: csv.Error, line: int) -> str:
 
 
 def _plain_suffix(path: Path) -> str:
-    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
 
 
 def _spoken(delimiter: str) -> str:

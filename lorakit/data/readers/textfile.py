@@ -82,7 +82,7 @@ def bad_byte(text: str) -> str | None:
 
 
 def _open_bytes(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return cast("IO[bytes]", gzip.open(path, "rb"))
     return path.open("rb")
 
