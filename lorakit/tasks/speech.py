@@ -26,7 +26,7 @@ from lorakit.tasks.kinds import RowKind, Texts
 from lorakit.tasks.names import Recompute
 from lorakit.tasks.rows import Fields, Made, RowData, RowExample, RowSpec, load_rows
 from lorakit.tasks.seq2seq import answer_ids, decoder_batch, decoder_sums, end_id, generated
-from lorakit.tasks.vision import AskedFile, asked_file, file_bytes, processor_of
+from lorakit.tasks.vision import asked_file, file_content, processor_of
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Speech(RowKind):
         frames = int(getattr(base.model.config, "max_source_positions", 1500))
 
         def make(row: Row, values: Mapping[str, Any]) -> Made:
-            content, name = _sound_bytes(values["audio"], row.file)
-            checked_sound(content, name, extractor)
+            content, asked = file_content(values["audio"], row.file, "recording")
+            checked_sound(content, asked.name, extractor)
             text = checked_text(values["text"], "the text", "text")
             plain = [i for i in answer_ids(texts, text, end) if i not in prefix]
             # the model puts the first of them in front itself, as it shifts the labels
@@ -72,7 +72,7 @@ class Speech(RowKind):
                 "extractor": extractor,
                 "labels": np.array(labels, np.int32),
                 "learnt": learnt,
-                "asked": AskedFile.of(content, name),
+                "asked": asked,
                 "expected": text,
             }
             size = frames + len(labels)
@@ -236,7 +236,3 @@ def _wave(content: bytes) -> tuple[np.ndarray, int]:
         kind = {2: "<i2", 4: "<i4"}[width]
         values = np.frombuffer(raw, kind).astype(np.float32) / 2 ** (8 * width - 1)
     return values.reshape(-1, channels).mean(1).astype(np.float32), rate
-
-
-def _sound_bytes(value: Any, file: str) -> tuple[bytes, str]:
-    return file_bytes(value, file, "recording")

@@ -60,14 +60,14 @@ class Vision(Labelled):
         patches = _patches(base.model)
 
         def make(row: Row, values: Mapping[str, Any]) -> Made:
-            content, name = picture_bytes(values["image"], row.file)
-            opened(content, name)
+            content, asked = file_content(values["image"], row.file, "picture")
+            opened(content, asked.name)
             label = class_of(values["label"], self.labels)
             key = hashlib.sha256(content).digest()
             inputs = {
                 "processor": processor,
                 "label": label,
-                "asked": AskedFile.of(content, name),
+                "asked": asked,
                 "expected": self.labels[label],
             }
             return Made(inputs, patches, 1, key + str(label).encode(), key)
@@ -112,12 +112,8 @@ class AskedFile:
 
     name: str
     source: str | bytes
-    """Its path, or its content where it is in no file of its own."""
-
-    @classmethod
-    def of(cls, content: bytes, name: str) -> AskedFile:
-        """Of a row; what a file holds is read when it is needed."""
-        return cls(name, name if os.path.isfile(name) else content)
+    """Its path, from which it is read whenever it is needed; or its content, where it is in no
+    file of its own."""
 
     def read(self) -> bytes:
         return Path(self.source).read_bytes() if isinstance(self.source, str) else self.source
@@ -178,32 +174,29 @@ def opened(content: bytes, name: str) -> Any:
         )
 
 
-def picture_bytes(value: Any, file: str) -> tuple[bytes, str]:
-    """The content of a row's picture, and how it is called.
+def file_content(value: Any, file: str, what: str) -> tuple[bytes, AskedFile]:
+    """What a row's picture or recording holds, and where it is read again.
 
     Args:
-        value: a path, beside the file of rows or absolute; or a column of ``datasets``.
+        value: a path, beside the file of rows or absolute; or a column of ``datasets``, whose
+            ``path`` only names the bytes that stand with it.
         file: the file of rows.
+        what: what it is, such as ``"picture"``.
 
     Raises:
         RowError: there is none.
     """
-    return file_bytes(value, file, "picture")
-
-
-def file_bytes(value: Any, file: str, what: str) -> tuple[bytes, str]:
-    """As :func:`picture_bytes`, of any kind of file."""
     if isinstance(value, Mapping):
         content, path = value.get("bytes"), value.get("path")
         if isinstance(content, bytes):
-            return content, str(path or what)
+            return content, AskedFile(str(path or what), content)
         value = path
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"no {what}", f"the {what} is {shown(value)}; expected a path")
     beside = Path(file).parent / value if os.path.exists(file) else Path(value)
     path = beside if beside.is_file() else Path(value)
     try:
-        return path.read_bytes(), str(path)
+        return path.read_bytes(), AskedFile(str(path), str(path))
     except OSError as error:
         why = error.strerror or "it cannot be read"
         raise RowError(f"a missing {what}", f"{value}: {why} (looked in {beside.parent})") from None

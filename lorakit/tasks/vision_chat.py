@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,7 +30,7 @@ from lorakit.tasks.kinds import RowKind, limit_of
 from lorakit.tasks.names import Recompute
 from lorakit.tasks.rows import Fields, Made, RowData, RowExample, RowSpec, load_rows
 from lorakit.tasks.seq2seq import generated
-from lorakit.tasks.vision import file_bytes, opened
+from lorakit.tasks.vision import AskedFile, file_content, opened
 
 _ROLES = ("system", "user", "assistant")
 
@@ -59,8 +58,8 @@ class VisionChat(RowKind):
         limit = limit_of(spec, base)
 
         def make(row: Row, values: Mapping[str, Any]) -> Made:
-            messages, pictures, names = chat_of(values, row.file)
-            ids, learnt = encoded(processor, messages, pictures)
+            messages, contents, pictures = chat_of(values, row.file)
+            ids, learnt = encoded(processor, messages, contents)
             if limit is not None and len(ids) > limit:
                 raise RowError(
                     f"longer than {limit:,} tokens",
@@ -73,16 +72,12 @@ class VisionChat(RowKind):
             inputs = {
                 "processor": processor,
                 "messages": messages,
-                "sources": names,
-                "contents": [
-                    None if Path(name).is_file() else content
-                    for name, content in zip(names, pictures, strict=True)
-                ],
+                "pictures": pictures,
                 "learnt": learnt,
                 "asked": _Asked(prompt, tuple(pictures)),
                 "expected": _text_of(messages[_last_answer(messages)]),
             }
-            seen = b"".join(hashlib.sha256(picture).digest() for picture in pictures)
+            seen = b"".join(hashlib.sha256(content).digest() for content in contents)
             key = json.dumps(prompt).encode() + seen
             return Made(inputs, len(ids), weight, key + json.dumps(messages).encode(), key)
 
@@ -108,7 +103,8 @@ class VisionChat(RowKind):
         for asked in inputs:
             if not isinstance(asked, _Asked):
                 raise InputError(str(self.no_prompts))
-            batch = processed(processor, asked.messages, asked.pictures, ask=True)
+            contents = [picture.read() for picture in asked.pictures]
+            batch = processed(processor, asked.messages, contents, ask=True)
             given = {
                 name: tensor.to(base.placement.device, base.placement.dtype)
                 if tensor.is_floating_point()
@@ -126,7 +122,7 @@ class _Asked:
     """A chat up to its last answer."""
 
     messages: list[dict[str, Any]]
-    pictures: tuple[bytes, ...]
+    pictures: tuple[AskedFile, ...]
 
     def __str__(self) -> str:
         return "\n".join(f"{one['role']}: {_text_of(one)}" for one in self.messages)
@@ -134,8 +130,9 @@ class _Asked:
 
 def chat_of(
     values: Mapping[str, Any], file: str
-) -> tuple[list[dict[str, Any]], list[bytes], list[str]]:
-    """A row's messages as processors take them, its pictures in order, and their names.
+) -> tuple[list[dict[str, Any]], list[bytes], list[AskedFile]]:
+    """A row's messages as processors take them, what its pictures hold, in order, and where each
+    is read again.
 
     A message's content is text, or a list of ``{"type": "text", "text": …}`` and ``{"type":
     "image", "image": PATH}``; pictures without a path are taken from the column ``images``, and
@@ -155,7 +152,7 @@ def chat_of(
         paths = [None] * len(listed)
     free = iter(listed)
     contents: list[bytes] = []
-    names: list[str] = []
+    pictures: list[AskedFile] = []
     for path in paths:
         value = path if path is not None else next(free, None)
         if value is None:
@@ -164,10 +161,10 @@ def chat_of(
                 f"the messages have places for {len(paths)} pictures, and only {len(contents)} "
                 "are given",
             )
-        content, name = file_bytes(value, file, "picture")
-        opened(content, name)
+        content, picture = file_content(value, file, "picture")
+        opened(content, picture.name)
         contents.append(content)
-        names.append(name)
+        pictures.append(picture)
     left = sum(1 for _ in free)
     if left:
         raise RowError("too many pictures", f"{left} pictures have no place in the messages")
@@ -175,7 +172,7 @@ def chat_of(
         raise RowError(
             "no picture", "there is no picture; rows of text alone are for a language model"
         )
-    return messages, contents, names
+    return messages, contents, pictures
 
 
 def _messages(value: Any) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -260,10 +257,7 @@ def chat_batch(examples: Sequence[RowExample]) -> dict[str, Tensor]:
     """The inputs of one chat."""
     (example,) = examples
     inputs = example.inputs
-    contents = [
-        Path(name).read_bytes() if content is None else content
-        for name, content in zip(inputs["sources"], inputs["contents"], strict=True)
-    ]
+    contents = [picture.read() for picture in inputs["pictures"]]
     batch = processed(inputs["processor"], inputs["messages"], contents, ask=False)
     learnt = torch.from_numpy(inputs["learnt"])[None]
     return {**batch, "_labels": torch.where(learnt, batch["input_ids"], -100)}

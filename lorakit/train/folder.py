@@ -182,8 +182,9 @@ class RunFolder:
         """What ``samples.jsonl`` holds; nothing if it is not there."""
         if not self.samples.is_file():
             return []
-        lines = self.samples.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        # not splitlines, which also parts a line at signs that JSON leaves as they are
+        lines = self.samples.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json``, which marks the run as ended."""

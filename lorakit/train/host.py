@@ -28,10 +28,12 @@ class Host:
         self.generators = Generators()
         self._handle: Handle | None = None
         self._names: set[str] = set()
+        self._shared: list[str] | None = None
         self._task: Task | None = None
         self._kind: Kind | None = None
-        self._notes: list[str] = []
         self._recompute: Recompute = "none"
+        self._checkpointing = contextlib.ExitStack()
+        """Puts the model's own gradient checkpointing back to what it was before the task."""
 
     @property
     def handle(self) -> Handle | None:
@@ -82,37 +84,54 @@ class Host:
     ) -> tuple[Task, list[str]]:
         """The model as a task, and sentences on what was decided about it.
 
+        It is the same one until nobody else is on the model and another is wanted.
+
         Args:
             kind: of the task, the same for all who share the model.
             recompute: what its layers make again, the same for all who share it.
             share: spreads the base over several processes where that is wanted, before the model
-                is looked at.
+                is looked at; called once.
 
         Raises:
             BaseError: a model of another kind; it can make nothing again, or nothing can be
                 offloaded here.
             SpecError: somebody else is on the model who lets it make again something else.
         """
-        if self._task is None:
-            shared = share()
-            self._task = kind.on(self.model, self._handle, recompute)
-            self._kind, self._notes = kind, [*shared, *self._task.notes]
-            self._recompute = recompute
-        elif kind != self._kind:
+        if self._task is not None and len(self._names) > 1:  # itself, and somebody else
+            self._check_same(kind, recompute)
+        if self._shared is None:
+            self._shared = share()
+        if self._task is None or (kind, recompute) != (self._kind, self._recompute):
+            self._let_go()
+            with contextlib.ExitStack() as undo:
+                undo.enter_context(own_checkpointing_kept(self.model))
+                self._task = kind.on(self.model, self._handle, recompute)
+                self._checkpointing = undo.pop_all()
+            self._kind, self._recompute = kind, recompute
+        return self._task, [*self._shared, *self._task.notes]
+
+    def _check_same(self, kind: Kind, recompute: Recompute) -> None:
+        """Refuse what those who are on the model already do otherwise."""
+        if kind != self._kind:
             assert self._kind is not None
             raise SpecError(
                 f"the task is {kind.name!r}, and {self._kind.name!r} in the runs that this one "
                 "shares its model with (or they differ in their settings). Train it alone"
             )
-        elif recompute != self._recompute:
+        if recompute != self._recompute:
             raise SpecError(
                 f"recompute is {recompute!r}, and {self._recompute!r} in the runs that this one "
                 "shares its forwards with. Give all the same, or train it alone"
             )
-        return self._task, self._notes
+
+    def _let_go(self) -> None:
+        """Nobody is on the model any more to whom the task belongs."""
+        self._task = None
+        self._checkpointing.close()
 
     def close(self) -> None:
         """Leave the model as it was."""
+        self._let_go()
         if self._handle is not None:
             self._handle.detach()
 
@@ -123,10 +142,9 @@ def hosting(model: nn.Module) -> Iterator[Host]:
     before = random_tensors()
     host = Host(model)
     try:
-        with own_checkpointing_kept(model):
-            try:
-                yield host
-            finally:
-                host.close()
+        try:
+            yield host
+        finally:
+            host.close()
     finally:
         set_random_tensors(before)

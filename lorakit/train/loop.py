@@ -89,7 +89,8 @@ class Loop:
     """Runs on one model.
 
     Args:
-        task: the model, with an adapter attached for each run.
+        task: the model, with an adapter attached for each run. A run that enters while nobody
+            takes part may bring another, of the same model.
         kind: of the task; names the metrics of an evaluation.
         stop: asked between two forwards.
         world: the processes that train together; where there are several, there is one run.
@@ -106,21 +107,26 @@ class Loop:
         budget: int | None = None,
         kind: Kind = CAUSAL,
     ) -> None:
-        self._task = task
-        self._kind = kind
         self._model = task.model
         self._world = world
         self._stop = stop
         self._wanted = budget
+        self._apart: dict[Run, str | None] = {}
+        """Who takes part, and why its forwards are its own; ``None`` where they are not."""
+        self._kin: dict[Run, str] = {}
+        """Those that share forwards do so with their kin."""
+        self._failed: dict[Run, Exception] = {}
+        """Who cannot go on, until the round tells it."""
+        self._go_through(task, kind)
+
+    def _go_through(self, task: Task, kind: Kind) -> None:
+        """Let forwards be those of a task, of which nothing is known yet."""
+        self._task, self._kind = task, kind
         self._room = math.inf
         """Tokens of a shared forward that the memory has room for, once that was felt."""
         self._base_losses: list[tuple[Examples, tuple[int, ...], LossResult]] = []
         self._proven = 0
         """Tokens of the largest forward that went through."""
-        self._apart: dict[Run, str | None] = {}
-        """Who takes part, and why its forwards are its own; ``None`` where they are not."""
-        self._kin: dict[Run, str] = {}
-        """Those that share forwards do so with their kin."""
         self.bytes_per_token = 0.0
         """Of a forward and its backward, where it was measured."""
 
@@ -143,6 +149,9 @@ class Loop:
             TrainingError: the memory has no room for one of its examples.
             Stopped: somebody asked.
         """
+        if run.task is not self._task:  # nobody is left to whom the other one belonged
+            assert not self._apart
+            self._go_through(run.task, run.kind)
         adapter = run.job.snapshot()
         self._apart[run] = self._task.why_apart(adapter)
         self._check_whole(run)
@@ -150,11 +159,13 @@ class Loop:
         if len(self._apart) > 1:
             for one, reason in self._apart.items():
                 if reason is not None and (one is run or len(self._apart) == 2):
-                    one.note(f"its forwards are its own: {reason}")
+                    self._note_apart(one, reason)
         try:
             if not run.job.done and not self._world.sharded:
                 run.hold()
                 self._try_largest(run)
+            if run in self._failed:
+                raise self._failed[run]
         except _Failed as failed:
             self.leave(run)
             raise failed.error from None
@@ -189,7 +200,20 @@ class Loop:
         """It takes part no more."""
         self._apart.pop(run, None)
         self._kin.pop(run, None)
+        self._failed.pop(run, None)
         run.job.clear_gradient()
+
+    def _note_apart(self, run: Run, reason: str) -> None:
+        with self._failing_alone(run):
+            run.note(f"its forwards are its own: {reason}")
+
+    @contextlib.contextmanager
+    def _failing_alone(self, run: Run) -> Iterator[None]:
+        """What goes wrong inside ends this run with the round, and no other."""
+        try:
+            yield
+        except Exception as error:
+            self._failed[run] = error
 
     # --- a round ---------------------------------------------------------------------------
 
@@ -203,13 +227,13 @@ class Loop:
             Stopped: somebody asked; no run has moved.
         """
         started = time.perf_counter()
-        failed: dict[Run, Exception] = {}
         adapted = [path for run in self._apart for path in run.adapted]
         with training_mode(self._model, adapted):
-            windows, losses = self._together(lambda: self._accumulate(failed))
+            windows, sums = self._together(self._accumulate)
+        failed, self._failed = self._failed, {}
         for run, window in windows.items():
             try:
-                self._finish_step(run, window, losses[run], started)
+                self._finish_step(run, window, sums[run] / window.num_supervised, started)
             except PeerLost as error:
                 run.job.clear_gradient()
                 run.save()
@@ -253,21 +277,20 @@ class Loop:
             raise Stopped
         return made[0]
 
-    def _accumulate(
-        self, failed: dict[Run, Exception]
-    ) -> tuple[dict[Run, Window], dict[Run, float]]:
+    def _accumulate(self) -> tuple[dict[Run, Window], dict[Run, float]]:
         """Gradients of the windows' mean losses, as far as this process's share adds to them: the
-        windows as they were cut in the end, and that part of each loss.
+        windows as they were cut in the end, and that part of each summed loss.
 
         Where the memory has no room for a forward, or a run fails in one, the round is begun again
         with smaller forwards or without it.
         """
         while True:
-            runs = [run for run in self._apart if run not in failed]
-            for run in runs:
+            windows: dict[Run, Window] = {}
+            for run in [run for run in self._apart if run not in self._failed]:
                 run.job.clear_gradient()
-            windows = {run: run.job.window() for run in runs}
-            losses = dict.fromkeys(runs, 0.0)
+                with self._failing_alone(run):
+                    windows[run] = run.job.window()
+            losses = dict.fromkeys(windows, 0.0)
             try:
                 for shares in self._forwards(windows):
                     self.look_for_stop()
@@ -281,11 +304,9 @@ class Loop:
                         for _ in range(window.idle):  # with a weight of zero
                             shortest = min(window.examples, key=lambda e: e.size)
                             self._backward([Share(run, [shortest], math.inf)])
-                    return windows, {
-                        run: loss / windows[run].num_supervised for run, loss in losses.items()
-                    }
+                    return windows, losses
             except _Failed as failure:
-                failed[failure.run] = failure.error
+                self._failed[failure.run] = failure.error
 
     def _forwards(self, windows: Mapping[Run, Window]) -> Iterator[list[Share]]:
         """The windows' examples as forwards: those of a run stand together, in their order."""
@@ -357,7 +378,7 @@ class Loop:
             self._attempted([share])  # tells which of them it is
         for share in shares:
             self._apart[share.run] = reason
-            share.run.note(f"its forwards are its own: {reason}")
+            self._note_apart(share.run, reason)
         return None
 
     def _with_room(self, shares: Sequence[Share], *, cut: bool = True) -> list[float] | None:
@@ -393,7 +414,8 @@ class Loop:
         if len(shares) > 1:
             before, self._room = self._budget(self._apart), max(1, tokens)
             for share in shares:
-                self._say_cut(share.run, shares, int(self._room), before, why)
+                with self._failing_alone(share.run):
+                    self._say_cut(share.run, shares, int(self._room), before, why)
             return
         run, part, _ = shares[0]
         job = run.job
@@ -453,7 +475,11 @@ class Loop:
         for other in self._apart if self._apart[run] is None else ():
             together = self._kin[other] == self._kin[run]
             if other is not run and together and self._apart[other] is None and room > 0:
-                queue = list(other.job.largest_part())[::-1]
+                try:
+                    queue = list(other.job.largest_part())[::-1]
+                except Exception:
+                    logger.debug("an example cannot be had", exc_info=True)  # its round will tell
+                    continue
                 taken = _taken(queue, other.job, room, first=False)
                 room -= num_tokens(taken)
                 shares += [Share(other, taken, 1)] if taken else []

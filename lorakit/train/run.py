@@ -1,6 +1,6 @@
 """``Run``: one job with its folder. What is written and told of it, alone or among others.
 
-A run neither knows the model nor who else is trained: ``loop`` makes the forwards, for one run or
+A run makes no forwards and does not know who else is trained: ``loop`` makes them, for one run or
 for several at once, and hands over losses.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from lorakit.errors import TrainingError, collected
 from lorakit.evaluate import LossResult
-from lorakit.tasks.task import Examples
+from lorakit.tasks.task import Examples, Kind, Task
 from lorakit.train.callbacks import Callback, EvalMetrics, StepMetrics
 from lorakit.train.checkpoint import (
     Checkpoint,
@@ -51,6 +51,7 @@ class Run:
     """One job, its folder, and those who are told.
 
     Args:
+        task, kind: what its forwards go through; all runs on a model share them.
         continued: whether the adapter was there before the run, and so is not the base.
         validation: data to evaluate on, and which of it; ``None`` for none.
         events: who is told.
@@ -65,6 +66,8 @@ class Run:
         self,
         job: Job,
         *,
+        task: Task,
+        kind: Kind,
         world: World,
         continued: bool,
         validation: tuple[Examples, Sequence[int]] | None,
@@ -76,6 +79,8 @@ class Run:
         hold: Callable[[], None],
     ) -> None:
         self.job = job
+        self.task = task
+        self.kind = kind
         self.continued = continued
         self.validation = validation
         self.events = events

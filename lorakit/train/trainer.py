@@ -444,6 +444,8 @@ class Trainer:
         metrics = closing.enter_context(self._metrics(checkpoint))
         run = Run(
             job,
+            task=task,
+            kind=self._kind,
             continued=isinstance(self._what, Adapter)
             or (isinstance(self._beginning, Initial) and not self._beginning.is_base),
             validation=self._validation,

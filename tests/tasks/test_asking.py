@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
+from lorakit.data.rows import Row
 from lorakit.errors import InputError
 from lorakit.tasks import speech
 from lorakit.tasks.rows import RowSpec
@@ -149,8 +152,38 @@ def test_pictures_stand_upright_and_need_no_file(benches):
     assert turned.getpixel((10, 2)) == (0, 0, 255)
     bench = benches["vision"]
     base = bench.base()
-    asked = AskedFile.of(file.getvalue(), "a column of bytes")
+    asked = AskedFile("a column of bytes", file.getvalue())
     assert len(bench.kind.predict(base, None, None, [asked], 8)) == 1
+
+
+@pytest.mark.parametrize("name", ["vision", "speech", "vision-chat"])
+def test_a_column_of_bytes_is_never_read_from_a_file_of_its_name(
+    benches, name, tmp_path, monkeypatch
+):
+    """A path beside bytes, as ``datasets`` writes them, tells where they came from."""
+    bench = benches[name]
+    base, beside = bench.base(), bench.file.parent
+    data, task = bench.data(base), bench.kind.on(base.model, None)
+    ending, column = ("wav", "audio") if name == "speech" else ("png", "image")
+    monkeypatch.chdir(tmp_path)
+    Path(f"0.{ending}").write_bytes((beside / f"1.{ending}").read_bytes())
+    held = {"bytes": (beside / f"0.{ending}").read_bytes(), "path": f"0.{ending}"}
+    row = json.loads(bench.file.read_text().split("\n")[0])
+    if name == "vision-chat":
+        row["messages"][0]["content"][0]["image"] = held
+    else:
+        row[column] = held
+    read = [Row("rows.parquet", "row", 1, row)]
+    monkeypatch.setattr("lorakit.tasks.rows.open_all", lambda *_: iter(read))
+    (example,) = bench.kind.load_data(RowSpec(("rows.parquet",)), base)
+
+    def seen(example):
+        return next(t for t in task._batch([example]).values() if t.is_floating_point())
+
+    assert torch.equal(seen(example), seen(data[0]))
+    assert not torch.equal(seen(example), seen(data[1]))
+    asked = [one.inputs["asked"] for one in (example, data[0])]
+    assert len(set(bench.kind.predict(base, None, None, asked, 4))) == 1
 
 
 def test_a_head_that_names_no_classes(benches):

@@ -91,7 +91,7 @@ def by_hand(bench: Bench, model, example) -> torch.Tensor:
 
 def answer_by_hand(model, inputs):
     """The words behind the last ``<s> assistant``, and the end; each from all before it."""
-    pictures = [Path(name).read_bytes() for name in inputs["sources"]]
+    pictures = [Path(picture.source).read_bytes() for picture in inputs["pictures"]]
     given = processed(inputs["processor"], inputs["messages"], pictures, ask=False)
     given["pixel_values"] = given["pixel_values"].double()
     ids = given["input_ids"][0].tolist()

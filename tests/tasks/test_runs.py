@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lorakit.errors import Interrupted, SpecError
 from lorakit.formats import load_adapter
 from lorakit.tasks.names import TASKS
 from lorakit.train import Full, Trainer, TrainSettings, train_together
+from lorakit.train.host import hosting
 from tests.train.test_resume import Signal
 
 SETTINGS = {"steps": 6, "batch_size": 4, "lr": 0.01, "samples": 1, "validation_fraction": 0.2}
@@ -88,12 +90,40 @@ def test_contrast_couples_runs_and_is_refused(benches, tmp_path):
 
 
 def test_runs_of_two_kinds_do_not_share_a_model(benches, tmp_path):
-    first = benches["classify"]
-    base = first.base()
-    other = trainer(benches["embed"], tmp_path / "b", base=benches["embed"].base())
-    other._base = base  # as if somebody had loaded it once for both
-    found = train_together([trainer(first, tmp_path / "a", base=base), other])
-    assert isinstance(found[1], Exception)
+    """But one behind the other they do."""
+    bench = benches["classify"]
+    base, labels = bench.base(), bench.kind.labels
+    other = replace(bench, kind=replace(bench.kind, labels=labels[::-1]))
+
+    def made(name):
+        pairs = ((bench, "one"), (other, "other"))
+        more = {"base": base, "steps": 2, "samples": 0}
+        return [trainer(who, tmp_path / name / out, **more) for who, out in pairs]
+
+    first, second = train_together(made("at once"))
+    assert first.steps == 2
+    with pytest.raises(SpecError, match="or they differ in their settings"):
+        raise second
+    first, second = train_together(made("behind"), max_concurrent=1)
+    assert (first.steps, second.steps) == (2, 2)
+    assert first.best_loss != second.best_loss
+
+
+def test_what_one_lets_a_model_make_again_no_later_one_finds(benches):
+    """The model's own gradient checkpointing is turned on for whoever asks, and for nobody else."""
+    bench = benches["classify"]
+    model, found = bench.base().model, []
+    with hosting(model) as host:
+        for recompute in ("layers", "layers", "none"):
+            found.append(host.task(bench.kind, recompute, list)[0])
+            assert is_checkpointed(model) == (recompute == "layers")
+        host.task(bench.kind, "layers", list)
+    assert found[0] is found[1] is not found[2]
+    assert not is_checkpointed(model)
+
+
+def is_checkpointed(model):
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def test_all_weights_of_a_classifier(benches, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lorakit.errors import InputError
+from lorakit.train.folder import RunFolder
 from lorakit.train.record import environment, flatten, is_finite, read_run
 
 
@@ -41,6 +42,14 @@ def test_a_step_written_twice_counts_once_and_the_last_one_wins(tmp_path: Path) 
     assert record.series("loss") == ([1, 2, 3], [2.0, 1.5, 1.0])
     assert record.total("tokens") == 300
     assert record.train_seconds == 1.5
+
+
+def test_samples_hold_every_sign(tmp_path: Path) -> None:
+    """Some of them part lines elsewhere, and are left as they are in JSON."""
+    folder, samples = RunFolder(tmp_path), [{"prompt": "a\u2028b\u2029c\x85d\n\x0ce"}] * 2
+    folder.write_samples(samples)
+    assert folder.read_samples() == samples
+    assert list(read_run(write(tmp_path, [])).samples) == samples
 
 
 def test_numbers_that_are_not_finite_are_no_points(tmp_path: Path) -> None:
