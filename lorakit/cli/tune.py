@@ -43,7 +43,7 @@ from lorakit.cli.common import (
 from lorakit.cli.train import base_options
 from lorakit.cli.train_arguments import add_adapter_arguments, add_training_arguments
 from lorakit.cli.training import given_of, note_defaults
-from lorakit.errors import InputError, SpecError, collected
+from lorakit.errors import InputError, Interrupted, SpecError, collected
 
 if TYPE_CHECKING:
     from lorakit.train import RunResult
@@ -188,8 +188,13 @@ def search_for(
     *,
     fixed: Sequence[str],
     watcher: Watcher,
+    resume: bool = False,
 ) -> TuneResult:
-    """Load what the flags name, and search."""
+    """Load what the flags name, and search.
+
+    Args:
+        resume: go on with a search that the same flags began, if one is there.
+    """
     from lorakit.cli.common import data_spec, load_base_from
     from lorakit.train import Origin
     from lorakit.workflows.tune import Plan, tune
@@ -223,17 +228,21 @@ def search_for(
         origin=origin,
         calibrate=_calibrate(base, dict(origin.base), settings.eva_rho),
         max_concurrent=options.max_concurrent,
+        resume=resume,
     )
 
 
 def train_at_found_rate(options: argparse.Namespace, world: World) -> RunResult:
     """``lorakit train --lr auto``: a quick search in ``RUN.search``, whose best run becomes RUN.
 
+    Given again after a stop, it goes on with the search.
+
     Args:
         options: of ``lorakit train``.
 
     Raises:
-        InputError: flags that a search has no use for, or an earlier search lies there.
+        InputError: flags that a search has no use for, or the search there has other settings.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     import shutil
 
@@ -242,7 +251,6 @@ def train_at_found_rate(options: argparse.Namespace, world: World) -> RunResult:
     from lorakit.train import finished_run
     from lorakit.train.folder import RunFolder
     from lorakit.train.settings import TrainSettings
-    from lorakit.workflows.tune_folder import TuneFolder
 
     problems = [
         f"--{flag}: {why}"
@@ -267,14 +275,22 @@ def train_at_found_rate(options: argparse.Namespace, world: World) -> RunResult:
     run = RunFolder(Path(options.out))
     run.check_new()
     place = Path(f"{run.path}.search")
-    TuneFolder(place).check_new()
     chosen = argparse.Namespace(**vars(options))
     chosen.out, chosen.quick, chosen.candidates, chosen.max_time = str(place), True, None, None
     chosen.max_concurrent = getattr(options, "max_concurrent", None)
-    with watching(quiet=options.quiet) as watcher:
-        found = search_for(
-            chosen, spec, settings, {}, fixed=(*given[0], *given[1]), watcher=watcher
+    fixed = (*given[0], *given[1])
+    try:
+        with watching(quiet=options.quiet) as watcher:
+            found = search_for(
+                chosen, spec, settings, {}, fixed=fixed, watcher=watcher, resume=True
+            )
+    except Interrupted as error:  # going on with the search alone would not make the run
+        stopped = Interrupted(
+            f"the search in {place} was stopped, with the state of every candidate saved. Go on "
+            "with the same command."
         )
+        stopped.said = error.said
+        raise stopped from None
     with atomic_folder(run.path) as temporary:
         shutil.copytree(found.run, temporary, dirs_exist_ok=True)
     if not options.quiet:
@@ -365,7 +381,9 @@ def watching(*, quiet: bool = False) -> Iterator[Watcher]:
 
             def on_end(self, candidate: Any) -> None:
                 if candidate.end == "failed":
-                    what = candidate.reason.partition("\n")[0]
+                    # the title of a list says little without its first entry
+                    lines = candidate.reason.splitlines()[:2]
+                    what = " ".join(line.strip(" -") for line in lines)
                     say(f"  candidate {candidate.number} ({described(candidate.values)}): {what}")
                 elif candidate.end == "left":
                     say(

@@ -54,6 +54,7 @@ def train_together(
     max_concurrent: int | None = None,
     token_budget: int | None = None,
     on_result: Callable[[Trainer, Outcome], None] | None = None,
+    stop: StopRequest | None = None,
 ) -> list[Outcome]:
     """Run trainers of one base, several of them in each forward.
 
@@ -65,6 +66,8 @@ def train_together(
         token_budget: tokens of one shared forward at most; by default the largest
             ``micro_batch_tokens`` of those in it. A run's own limit holds for its own share.
         on_result: called when a run has ended, with its result or with what stopped it.
+        stop: a request that the caller has entered, to see afterwards whether a signal came: no
+            outcome tells of one that came when the last run was ending.
 
     Returns:
         In the order of the trainers, each one's result or what stopped it: the exception that
@@ -74,13 +77,14 @@ def train_together(
     Raises:
         SpecError: a limit below 1.
         KeyboardInterrupt: a second signal came.
+        Exception: what the iterable raises, once all runs under way are saved.
     """
     for name, value in (("max_concurrent", max_concurrent), ("token_budget", token_budget)):
         if value is not None and value < 1:
             raise SpecError(f"{name} is {value}; it must be at least 1")
     session = _Session(iter(trainers), max_concurrent, token_budget, on_result)
-    with StopRequest() as stop:
-        session.run(stop)
+    with contextlib.ExitStack() as closing:
+        session.run(stop or closing.enter_context(StopRequest()))
     return session.outcomes
 
 
@@ -126,7 +130,7 @@ class _Session:
                 try:
                     self._go_on(host, first, stop)
                 except Stopped:
-                    self._interrupt(stop)
+                    self._interrupt("a request" if stop.received is None else stop.received.name)
             except BaseException as error:  # an interrupt at once
                 for place in self._places:
                     with contextlib.suppress(Exception):
@@ -173,6 +177,9 @@ class _Session:
                 self._next = next(self.waiting)
             except StopIteration:
                 self._exhausted = True
+            except Exception as error:
+                self._interrupt(f"{type(error).__name__} in making the next run")
+                raise
         return self._next
 
     def _fill(self, host: Host, first: Trainer, stop: StopRequest) -> None:
@@ -318,9 +325,8 @@ class _Session:
             return failure if error is None else None
         return None
 
-    def _interrupt(self, stop: StopRequest) -> None:
-        """Everybody is saved, at one moment."""
-        why = stop.received.name if stop.received is not None else "a request"
+    def _interrupt(self, why: str) -> None:
+        """Everybody is saved, at one moment, and has ended."""
         for place in self._places:
             place.run.job.clear_gradient()
         self._save_all()

@@ -17,7 +17,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ def tune(
     calibrate: Callable[[int], Calibrate] | None = None,
     max_concurrent: int | None = None,
     token_budget: int | None = None,
+    resume: bool = False,
 ) -> TuneResult:
     """Find learning rate, rank and targets for some data, and train with them.
 
@@ -141,25 +142,28 @@ def tune(
         watcher: is told what happens.
         calibrate: for initialisations that need more than the weights; is given the seed.
         max_concurrent, token_budget: as of :func:`lorakit.train.train_together`.
+        resume: go on with a search in ``out`` that began with the same arguments, if one is there.
 
     Raises:
         SpecError: settings that are impossible, or searched although they are fixed.
         TargetError: targets that do not fit the base.
         DataError: there is nothing to train or to evaluate on.
-        InputError: ``out`` is taken.
+        InputError: ``out`` is taken, or its search began with other arguments.
         Interrupted: Ctrl-C or SIGTERM; ``resume_tune(out)`` goes on.
         TrainingError: no candidate came to a finite loss.
     """
     plan = plan or Plan()
     folder = TuneFolder(out)
-    folder.check_new()
+    resume = resume and folder.settings.exists()
+    if not resume:
+        folder.check_new()
     means = Means(
         base=base,
         data=data,
         validation=validation,
         origin=origin or Origin.of(base, data, validation),
         spec=spec or LoRASpec(),
-        settings=_prepared(settings or TrainSettings()),
+        settings=_prepared(settings or TrainSettings(), plan.fixed),
         calibrate=calibrate,
     )
     limits = {"max_concurrent": max_concurrent, "token_budget": token_budget}
@@ -167,21 +171,23 @@ def tune(
     space = _space(plan, means, fixed_rate)
     for one in extremes(space, means.spec, means.settings):
         resolve_targets(base.model, one)
-    folder.create(
-        {
-            **means.origin.to_dict(base),
-            "lora": spec_to_dict(means.spec),
-            "train": means.settings.to_dict(),
-            "search": {
-                "quick": plan.quick,
-                "candidates": plan.number,
-                "max_seconds": plan.max_seconds,
-                "space": plain(space_to_dict(space)),
-                **limits,
-            },
-            "content": content_hashes(base, data, validation),
-        }
-    )
+    sections = {
+        **means.origin.to_dict(base),
+        "lora": spec_to_dict(means.spec),
+        "train": means.settings.to_dict(),
+        "search": {
+            "quick": plan.quick,
+            "candidates": plan.number,
+            "max_seconds": plan.max_seconds,
+            "space": plain(space_to_dict(space)),
+            **limits,
+        },
+        "content": content_hashes(base, data, validation),
+    }
+    if resume:
+        folder.check_same(sections)
+    else:
+        folder.create(sections)
     return _Search(folder, means, plan, space, watcher or Watcher(), limits).run()
 
 
@@ -231,8 +237,11 @@ def resume_tune(
 # --- what is searched --------------------------------------------------------------------------
 
 
-def _prepared(settings: TrainSettings) -> TrainSettings:
+def _prepared(settings: TrainSettings, fixed: Collection[str] = ()) -> TrainSettings:
     """Settings of candidates, as far as they follow from nothing else.
+
+    Args:
+        fixed: names of those that somebody chose, be they as the defaults.
 
     Raises:
         SpecError: what cannot act in a search.
@@ -246,7 +255,7 @@ def _prepared(settings: TrainSettings) -> TrainSettings:
         raise SpecError("eval_every is given, but a search evaluates at its rungs; leave it out")
     usual = TrainSettings()
     # what somebody chose stays; the defaults are those of a run that is alone
-    if settings.samples == usual.samples:
+    if settings.samples == usual.samples and "samples" not in fixed:
         settings = dataclasses.replace(settings, samples=0)
     if settings.keep_checkpoints == usual.keep_checkpoints:
         settings = dataclasses.replace(settings, keep_checkpoints=1)
@@ -400,7 +409,7 @@ class _Search:
         self._advance(range(len(self._field.candidates)), rung)
         for candidate in list(self._field.candidates):
             if candidate.end == "waiting" and not candidate.losses:
-                self._field.change(candidate.number, end="left", reason="not begun, for the time")
+                self._field.end(candidate.number, "left", "not begun, for the time")
         return [c.number for c in self._field.candidates if c.losses]
 
     def _propose(self, known: int, upto: int) -> None:

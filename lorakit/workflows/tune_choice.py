@@ -26,7 +26,8 @@ class Reason:
     """A sentence, and what it rests on."""
 
     about: str
-    """``chosen``, ``equal``, ``default``, ``rank``, ``rate``, ``failed``, or a setting's name."""
+    """``chosen``, ``start``, ``equal``, ``default``, ``rank``, ``rate``, ``failed``, or a
+    setting's name."""
     says: str
     """What is found, as one word for programs, such as ``"more rank buys nothing"``."""
     text: str
@@ -66,19 +67,28 @@ def choose(candidates: Sequence[Candidate], space: Space, steps: int) -> Choice:
     finished = [c for c in candidates if c.end == "finished" and c.best() is not None]
     if not finished:
         raise TrainingError(_none_left(candidates))
-    best = min(finished, key=lambda c: (_kept(c).mean, c.number))
-    equals = [c for c in finished if c is best or difference(_kept(c), _kept(best)).equal]
+    # an adapter that no step made better adds nothing, however small its rank
+    able = [c for c in finished if c.improved] or finished
+    best = min(able, key=lambda c: (_kept(c).mean, c.number))
+    equals = [c for c in able if c is best or difference(_kept(c), _kept(best)).equal]
     chosen = min(equals, key=lambda c: (c.rank, _kept(c).mean, c.number))
-    reasons = [
+    found: Iterable[Reason]
+    if chosen.improved:
+        found = [
+            *_about_equals(chosen, best, equals),
+            *_about_default(chosen, candidates),
+            *_about_rank(chosen, candidates, space),
+            *_about_rate(chosen, candidates, space),
+            *_about_others(chosen, candidates, space),
+        ]
+    else:  # what sets the others apart is of adapters that nobody keeps
+        found = _about_start(chosen, candidates)
+    reasons = (
         _about_chosen(chosen, len(candidates), len(finished)),
-        *_about_equals(chosen, best, equals),
-        *_about_default(chosen, candidates),
-        *_about_rank(chosen, candidates, space),
-        *_about_rate(chosen, candidates, space),
-        *_about_others(chosen, candidates, space),
+        *found,
         *_about_failures(candidates),
-    ]
-    return Choice(chosen.number, tuple(reasons), tuple(c.number for c in equals))
+    )
+    return Choice(chosen.number, reasons, tuple(c.number for c in equals))
 
 
 # --- comparing ---------------------------------------------------------------------------------
@@ -86,7 +96,7 @@ def choose(candidates: Sequence[Candidate], space: Space, steps: int) -> Choice:
 
 def _kept(candidate: Candidate) -> Losses:
     """The evaluation of the adapter that the run keeps."""
-    found = candidate.best()
+    found = candidate.kept
     assert found is not None
     return found
 
@@ -165,6 +175,21 @@ def _about_chosen(chosen: Candidate, tried: int, finished: int) -> Reason:
         f"{tried} were tried and {finished} trained out.",
         {"loss": loss.mean, "prompts": len(loss.counts), "tried": tried, "finished": finished},
     )
+
+
+def _about_start(chosen: Candidate, candidates: Sequence[Candidate]) -> Iterable[Reason]:
+    tried = [(c, best.mean) for c in candidates if (best := c.best()) is not None]
+    lowest = min(mean for c, mean in tried if c.end == "finished")
+    rate = min(c.lr for c, _ in tried)
+    lower = f"{shown(float(f'{rate / 16:.2g}'))}..{shown(rate)}"
+    yield Reason(
+        "start", "no training helped",
+        f"No candidate that was trained out is better than before its first step "
+        f"({_kept(chosen).mean:.4f}; the lowest loss after one is {lowest:.4f}), so this "
+        "adapter is the one that the run began with, which for most initialisations changes "
+        f'nothing. Search lower rates: --search "lr={lower}".',
+        {"loss": _kept(chosen).mean, "lowest": lowest, "lr": rate},
+    )  # fmt: skip
 
 
 def _about_equals(
@@ -284,8 +309,10 @@ def _about_rate(
     top = chosen.lr >= max(lrs) or place >= 1 - EDGE
     bottom = chosen.lr <= min(lrs) or place <= EDGE
     numbers = {"lr": chosen.lr, "low": low, "high": high, "tried": [min(lrs), max(lrs)]}
-    # whoever failed above shows that the range need not be wider there
-    failed = [c for c in candidates if c.end == "failed" and c.lr > chosen.lr]
+    # whoever failed above shows that the range need not be wider there, if it had begun at all
+    failed = [
+        c for c in candidates if c.end == "failed" and c.parameters is not None and c.lr > chosen.lr
+    ]
     if len(set(lrs)) < 2 and not failed:
         return
     if top and not failed:

@@ -12,7 +12,15 @@ import numpy as np
 from lorakit.bases import Base
 from lorakit.core.spec import LoRASpec
 from lorakit.data import TokenData
-from lorakit.errors import DataError, Interrupted, LorakitError
+from lorakit.errors import (
+    BaseError,
+    DataError,
+    Interrupted,
+    LorakitError,
+    SpecError,
+    TargetError,
+    TrainingError,
+)
 from lorakit.train import (
     Callback,
     EvalMetrics,
@@ -23,10 +31,11 @@ from lorakit.train import (
     Trainer,
     TrainSettings,
 )
+from lorakit.train.interrupt import StopRequest
 from lorakit.train.trainer import Calibrate
 from lorakit.workflows.tune_folder import TuneFolder, from_row, to_row
 from lorakit.workflows.tune_space import assign
-from lorakit.workflows.tune_table import Candidate, Losses
+from lorakit.workflows.tune_table import Candidate, End, Losses
 
 
 class Watcher:
@@ -91,13 +100,17 @@ class Field:
     # --- the table -------------------------------------------------------------------------
 
     def enter(self, values: Mapping[str, Any]) -> None:
-        """Add a candidate, with what its files already tell."""
-        spec, settings = assign(values, self._means.spec, self._means.settings)
-        assert settings.lr is not None
+        """Add a candidate, with what its files already tell; one whose values are impossible
+        together has failed."""
+        spec, settings = self._means.spec, self._means.settings
         number = len(self.candidates)
-        candidate = Candidate(number, dict(values), lr=settings.lr, rank=spec.rank)
-        self.candidates.append(candidate)
+        lr, rank = values.get("lr", settings.lr), values.get("rank", spec.rank)
+        self.candidates.append(Candidate(number, dict(values), lr=lr, rank=rank))
         self._refresh(number)
+        try:
+            assign(values, spec, settings)
+        except SpecError as error:  # the same again whenever the search goes on
+            self.change(number, end="failed", reason=str(error))
 
     def change(self, number: int, **changes: Any) -> None:
         """Set fields of a candidate; tells when it ends."""
@@ -106,8 +119,13 @@ class Field:
         if before.end == "waiting" and self.candidates[number].end != "waiting":
             self._watcher.on_end(self.candidates[number])
 
+    def end(self, number: int, how: End, reason: str) -> None:
+        """End a candidate, and write it down: it does not follow from its losses."""
+        self._folder.add(number, {how: reason})
+        self.change(number, end=how, reason=reason)
+
     def loss_at(self, number: int, step: int) -> float:
-        """The lowest loss up to a step, which is that of the adapter kept then."""
+        """The lowest loss after a step, up to a certain one."""
         best = self.candidates[number].best(step)
         return math.nan if best is None else best.mean
 
@@ -117,10 +135,13 @@ class Field:
         for row in self._folder.rows(number):
             if "sums" in row and row["step"]:
                 losses[int(row["step"])] = from_row(row)
-            elif "failed" in row:
-                changes = {**changes, "end": "failed", "reason": row["failed"]}
+            elif "sums" in row:
+                changes["start"] = from_row(row)
             elif "parameters" in row:
                 changes["parameters"] = row["parameters"]
+            else:
+                for end in row.keys() & {"failed", "left"}:
+                    changes = {**changes, "end": end, "reason": row[end]}
         if (self._folder.run(number) / "result.json").is_file():
             changes["end"] = "finished"
         self.change(number, losses=losses, **changes)
@@ -135,7 +156,8 @@ class Field:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM; all states are saved.
-            LorakitError: all of them failed, and this is how the first did.
+            LorakitError: something that is no candidate's fault, such as a full disk; or all of
+                them failed, and this is how the first did.
         """
         waiting = [
             n
@@ -149,50 +171,44 @@ class Field:
         self._watcher.on_rung(until, waiting, self._steps)
         begun: dict[Trainer, int] = {}
         errors: list[Exception] = []
-        enough = False
 
         def trainers() -> Iterator[Trainer]:
-            nonlocal enough
             for number in waiting:
-                if begun and not more():
-                    enough = True
+                if (begun and not more()) or not all(map(_of_candidate, errors)):
                     return
                 try:
                     trainer = self._trainer(number, until)
                 except LorakitError as error:
-                    errors.append(error)
-                    self._failed(number, error)
+                    noted(number, error)
                     continue
                 begun[trainer] = number
                 yield trainer
 
         def on_result(trainer: Trainer, result: RunResult | Exception) -> None:
-            number = begun[trainer]
-            self._refresh(number)
+            self._refresh(begun[trainer])
             if isinstance(result, Exception):
-                errors.append(result)
-                if isinstance(result, LorakitError) and not isinstance(result, Interrupted):
-                    self._failed(number, result)
+                noted(begun[trainer], result)
 
-        self._together(trainers(), on_result=on_result, **self._limits)
-        for error in errors:  # what is no fault of a candidate, among them a wish to stop
-            if isinstance(error, Interrupted) or not isinstance(error, LorakitError):
+        def noted(number: int, error: Exception) -> None:
+            errors.append(error)
+            if _of_candidate(error):
+                self.end(number, "failed", str(error))
+
+        with StopRequest() as stop:
+            self._together(trainers(), on_result=on_result, stop=stop, **self._limits)
+        for error in errors:  # among them a wish to stop
+            if not _of_candidate(error):
                 raise error
+        if stop.received is not None:  # when all were at their rung
+            raise Interrupted(f"stopped by {stop.received.name} after step {until}")
         if errors and all(c.end == "failed" for c in self.candidates):
             raise errors[0]
-        left = [n for n in waiting if n not in begun.values()]
-        if not enough and any(self.candidates[n].end == "waiting" for n in left):
-            raise Interrupted("stopped before every candidate had begun")
 
     @property
     def _steps(self) -> int:
         steps = self._means.settings.steps
         assert steps is not None
         return steps
-
-    def _failed(self, number: int, error: Exception) -> None:
-        self._folder.add(number, {"failed": str(error)})
-        self.change(number, end="failed", reason=str(error))
 
     def _trainer(self, number: int, until: int) -> Trainer:
         means, out = self._means, self._folder.run(number)
@@ -257,6 +273,14 @@ class Field:
         if self._units is None:
             self._units = prompts_of(trainer)
         return self._units
+
+
+def _of_candidate(error: Exception) -> bool:
+    """Whether a failure is that of a candidate, which would fail again; not that of a disk, of a
+    package that is missing, of a callback, or a wish to stop."""
+    if isinstance(error, TrainingError):  # those of a disk or a callback come from another error
+        return error.__cause__ is None or isinstance(error.__cause__, FloatingPointError)
+    return isinstance(error, SpecError | TargetError | DataError | BaseError)
 
 
 def prompts_of(trainer: Trainer) -> tuple[np.ndarray, int]:

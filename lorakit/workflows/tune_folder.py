@@ -31,8 +31,9 @@ from lorakit.core.files import (
     running_alone,
     write_atomic,
 )
-from lorakit.errors import InputError
+from lorakit.errors import InputError, collected
 from lorakit.optional import require
+from lorakit.train.origin import check_content, plain
 from lorakit.workflows.tune_table import Losses
 
 _SECTIONS = ("base", "data", "validation", "lora", "train", "content", "search")
@@ -120,6 +121,27 @@ class TuneFolder:
             )
         return dict(content)
 
+    def check_same(self, sections: Mapping[str, Any]) -> None:
+        """Compare what a search would begin with now with what the one here began with.
+
+        Raises:
+            InputError: names the settings that differ.
+            DataError, BaseError: data or base changed.
+        """
+        stored = self.read()
+        check_content(stored["content"], sections["content"])
+        then, now = _flat(stored), _flat(plain(sections))
+        changed = [
+            f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
+            for name in sorted({*then, *now})
+            if then.get(name) != now.get(name)
+        ]
+        if changed:
+            raise InputError(
+                collected(f"{self.path} holds a search that began with other settings", changed)
+                + "\nGive the same settings again, or another --out."
+            )
+
     def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from the same search; as :func:`running_alone`."""
         return running_alone(self.path, self.settings)
@@ -167,6 +189,15 @@ class TuneFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write ``tune.json``, which marks the search as ended."""
         write_atomic(self.result, (json.dumps(_finite(result), indent=2) + "\n").encode())
+
+
+def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Section.name → value."""
+    return {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in (values or {}).items()
+    }
 
 
 def to_row(step: int, losses: Losses) -> dict[str, Any]:

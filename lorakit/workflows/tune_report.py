@@ -101,7 +101,7 @@ def result_to_dict(result: TuneResult, space: Space, steps: Sequence[int]) -> di
 
 
 def _candidate_to_dict(candidate: Candidate) -> dict[str, Any]:
-    best = candidate.best()
+    kept = candidate.kept
     return {
         "number": candidate.number,
         "values": dict(candidate.values),
@@ -112,7 +112,7 @@ def _candidate_to_dict(candidate: Candidate) -> dict[str, Any]:
         "reason": candidate.reason,
         "steps": candidate.steps,
         "losses": {step: losses.mean for step, losses in sorted(candidate.losses.items())},
-        "best_loss": None if best is None else best.mean,
+        "best_loss": None if kept is None else kept.mean,
     }
 
 

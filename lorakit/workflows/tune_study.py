@@ -106,10 +106,10 @@ class Study:
                 continue
             if candidate.reason:
                 trial.set_user_attr("reason", candidate.reason)
-            best = candidate.best()
+            kept = candidate.kept
             state, value = ends[candidate.end], None
             if state == states.COMPLETE:
-                state, value = (states.FAIL, None) if best is None else (state, best.mean)
+                state, value = (states.FAIL, None) if kept is None else (state, kept.mean)
             self._study.tell(trial, value, state=state)
 
 

@@ -88,7 +88,9 @@ class Candidate:
     lr: float = 0.0
     rank: int = 0
     parameters: int | None = None
-    """That are trained."""
+    """That are trained; known once it has begun."""
+    start: Losses | None = None
+    """Its evaluation before the first step."""
 
     @property
     def steps(self) -> int:
@@ -100,9 +102,23 @@ class Candidate:
         return self.number == 0
 
     def best(self, upto: int | None = None) -> Losses | None:
-        """The lowest of its evaluations, whose adapter is the one that is kept."""
+        """The lowest of its evaluations after a step."""
         seen = [one for step, one in self.losses.items() if upto is None or step <= upto]
         return min((one for one in seen if one.finite), key=lambda one: one.mean, default=None)
+
+    @property
+    def kept(self) -> Losses | None:
+        """The evaluation of the adapter that is left of it: of a finished run the lowest of all,
+        which may be the one before the first step."""
+        best = self.best()
+        if best is None or self.end != "finished" or self.start is None or not self.start.finite:
+            return best
+        return best if best.mean < self.start.mean else self.start
+
+    @property
+    def improved(self) -> bool:
+        """Whether the adapter that is left of it is one of after a step."""
+        return self.kept is not None and self.kept is not self.start
 
     def with_(self, **changes: Any) -> Candidate:
         """The same with other fields."""

@@ -10,7 +10,9 @@ import yaml
 
 from lorakit.cli.main import main
 from lorakit.cli.tune import duration
+from lorakit.errors import Interrupted
 from lorakit.formats import load_adapter
+from lorakit.workflows.tune_field import Field
 from tests.train import tiny
 
 
@@ -105,9 +107,22 @@ def test_times_that_are_none(text):
         duration(text)
 
 
-def test_train_at_a_rate_that_is_found(files, capfd):
+def test_train_at_a_rate_that_is_found(files, capfd, monkeypatch):
     start = ["train", "--base", "base", "--data", "data.jsonl", "--device", "cpu", "--lr", "auto"]
     steps = ["--steps", "3", "--batch-size", "2", "--rank", "2"]
+
+    def stopped(*_, **__):
+        raise Interrupted("stopped by SIGINT")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Field, "advance", stopped)
+        assert main([*start, *steps, "--out", "run"]) == 130
+    assert "Go on with the same command" in capfd.readouterr().err
+    assert main([*start, *steps, "--out", "run", "--steps", "4", "--dropout", "0.1"]) == 2
+    err = capfd.readouterr().err
+    assert "train.steps: 3 then, 4 now" in err
+    assert "lora.dropout: 0.0 then, 0.1 now" in err
+    assert not (files / "run").exists()
     assert main([*start, *steps, "--out", "run", "--json"]) == 0
     out, err = capfd.readouterr()
     result = json.loads(out)

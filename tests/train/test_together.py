@@ -369,6 +369,24 @@ def test_what_stops_one_is_its_own(shop, base):
         train_together([None])
 
 
+def test_an_iterable_that_fails_costs_nobody_a_step(shop, base):
+    def drawn():
+        yield make(shop, base, "a", "joint", steps=5, eval_every=0)
+        yield make(shop, base, "b", "joint", steps=5, eval_every=0)
+        yield from (None, None)
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid")
+
+    told = []
+    with pytest.raises(UnicodeDecodeError):
+        train_together(drawn(), on_result=lambda t, r: told.append((t.out.name, str(r))))
+    assert [name for name, _ in told] == ["a", "b"]
+    assert all("stopped by UnicodeDecodeError in making the next run" in r for _, r in told)
+    for name in ("a", "b"):
+        found = latest_checkpoint(shop.out / "joint" / name / "checkpoints")[0]
+        assert found.step == 2
+        assert found.state["together"]["members"] == ["a", "b"]
+
+
 def test_memory_that_is_full_makes_shared_forwards_smaller(shop, base, monkeypatch):
     names, options = ("a", "b", "c"), {"steps": 6, "eval_every": 0}
     train_together([make(shop, base, n, "free", **options) for n in names])

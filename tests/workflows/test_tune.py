@@ -6,7 +6,9 @@ and a task where the rate matters, against runs that were trained alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -20,15 +22,25 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lorakit
+from lorakit.core.files import clear_disk_errors
 from lorakit.core.spec import LoRASpec
 from lorakit.data import DataSpec
-from lorakit.errors import DataError, InputError, Interrupted, SpecError, TargetError, TrainingError
+from lorakit.errors import (
+    DataError,
+    InputError,
+    Interrupted,
+    MissingDependencyError,
+    SpecError,
+    TargetError,
+    TrainingError,
+)
 from lorakit.formats import load_adapter
-from lorakit.train import Origin, Trainer, TrainSettings
+from lorakit.train import Callback, Origin, Trainer, TrainSettings
+from lorakit.train.callbacks import CallbackList
 from lorakit.workflows import tune_halving
-from lorakit.workflows.tune import Plan, resume_tune, tune
+from lorakit.workflows.tune import Plan, _prepared, resume_tune, tune
 from lorakit.workflows.tune_choice import Choice, choose
-from lorakit.workflows.tune_field import Watcher
+from lorakit.workflows.tune_field import Field, Means, Watcher
 from lorakit.workflows.tune_folder import TuneFolder, from_row, to_row
 from lorakit.workflows.tune_halving import places, rungs, survivors
 from lorakit.workflows.tune_space import (
@@ -263,16 +275,19 @@ def candidate(
     *losses: float,
     end: str = "finished",
     noise: float = 1e-3,
+    start: float = 2.0,
     **values,
 ) -> Candidate:
-    """With losses after 20, 40 and 80 steps, as many as are given."""
+    """With losses before the first step and after 20, 40 and 80, as many as are given."""
     seen = {
         step: drawn(loss, seed=number, noise=noise)
         for step, loss in zip((20, 40, 80), losses, strict=False)
     }
     shown = {"lr": lr, "rank": rank, **values}
     reason = {"left": "weaker", "failed": "the loss is nan"}.get(end, "")
-    return Candidate(number, shown, seen, end, reason, lr, rank)  # type: ignore[arg-type]
+    return Candidate(  # type: ignore[arg-type]
+        number, shown, seen, end, reason, lr, rank, parameters=1000, start=drawn(start)
+    )
 
 
 def said(choice: Choice, about: str) -> str:
@@ -390,6 +405,8 @@ def test_who_failed_above_shows_that_the_range_was_wide_enough():
     assert said(choice, "rate") == "inside of the range"
     assert said(choice, "failed") == "some failed"
     assert "the loss is nan" in text_of(choice, "failed")
+    table[2] = table[2].with_(parameters=None)  # one that never began shows nothing
+    assert said(choose(table, SPACE, 80), "rate") == "at the upper edge"
 
 
 def test_no_better_than_the_defaults():
@@ -425,6 +442,25 @@ def test_another_setting():
 def test_an_adapter_that_was_better_before_the_end_counts_as_what_is_kept():
     table = [DEFAULT, candidate(1, 3e-3, 16, 1.6, 1.2, 1.9), candidate(2, 2e-3, 16, 1.6, 1.5, 1.4)]
     assert choose(table, SPACE, 80).number == 1
+
+
+def test_training_that_made_nothing_better_is_said():
+    table = [
+        candidate(0, 4e-3, 16, 1.8, 1.6, 1.61, start=1.5),
+        candidate(1, 2e-3, 4, 1.7, 1.55, 1.53, start=1.5),
+        candidate(2, 1e-2, 16, 1.75, start=1.5, end="left"),
+    ]
+    assert [c.kept.mean for c in table] == pytest.approx([1.5, 1.5, 1.75])
+    choice = choose(table, SPACE, 80)
+    assert choice.number == 1
+    assert "validation loss is 1.5000" in text_of(choice, "chosen")
+    assert [reason.about for reason in choice.reasons] == ["chosen", "start"]
+    assert "the lowest loss after one is 1.5300" in text_of(choice, "start")
+    assert '--search "lr=0.00013..0.002"' in text_of(choice, "start")
+    # one that training made better is taken, by however little, and whatever its rank
+    table[0] = candidate(0, 4e-3, 64, 1.8, 1.6, 1.4999, start=1.5)
+    assert choose(table, SPACE, 80).number == 0
+    assert choose(table, SPACE, 80).equals == (0,)
 
 
 def test_nobody_is_left():
@@ -476,6 +512,69 @@ def test_a_study_is_read_back(tmp_path):
     (tmp_path / "study.db").write_bytes(b"no database" * 100)
     with pytest.raises(InputError, match="cannot be read as an Optuna study"):
         Study(tmp_path / "study.db", SPACE)
+
+
+# --- the field -----------------------------------------------------------------------------
+
+
+def a_field(folder: Path, together=None) -> Field:
+    """Without a base: whoever trains is made up."""
+    means = Means(*[None] * 4, LoRASpec(), TrainSettings(lr=1e-3, steps=40))  # type: ignore[arg-type]
+    return Field(TuneFolder(folder), means, Watcher(), together=together)
+
+
+def test_values_that_are_impossible_together_are_a_candidate_that_failed(tmp_path):
+    field = a_field(tmp_path)
+    field.enter({"optimizer": "sgd", "weight_decay": 0.0})
+    field.enter({"optimizer": "sgd", "weight_decay": 0.1, "rank": 4})
+    assert [c.end for c in field.candidates] == ["waiting", "failed"]
+    assert "sgd has no decoupled decay" in field.candidates[1].reason
+    assert (field.candidates[1].lr, field.candidates[1].rank) == (1e-3, 4)
+
+
+def disk_full() -> Exception:
+    with pytest.raises(TrainingError) as caught, clear_disk_errors(Path("losses")):
+        raise OSError(errno.ENOSPC, "no space")
+    return caught.value
+
+
+def failed_callback(error: Exception) -> Exception:
+    class Failing(Callback):
+        def on_step(self, metrics):
+            raise error
+
+    with pytest.raises(TrainingError) as caught:
+        CallbackList([Failing()]).on_step(None)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"),
+    [
+        (lambda: TrainingError("Stopped in step 3: the loss is nan"), True),
+        (lambda: TargetError("never called"), True),
+        (disk_full, False),
+        (lambda: failed_callback(disk_full()), False),
+        (lambda: failed_callback(ValueError("mine")), False),
+        (lambda: InputError("another process is running it"), False),
+        (lambda: MissingDependencyError("pip install it"), False),
+    ],
+)
+def test_only_what_would_come_again_is_kept_as_a_failure(tmp_path, monkeypatch, error, stays):
+    def together(trainers, on_result, **_):
+        on_result(next(trainers), error())
+        assert (next(trainers, None) is None) == (not stays)  # nobody else begins
+
+    monkeypatch.setattr(Field, "_trainer", lambda *_: object())
+    (tmp_path / "losses").mkdir()
+    field = a_field(tmp_path, together)
+    for rank in (4, 8):
+        field.enter({"rank": rank})
+    with contextlib.nullcontext() if stays else pytest.raises(type(error())):
+        field.advance([0, 1], 20, more=lambda: True)
+    again = a_field(tmp_path)
+    again.enter({"rank": 4})
+    assert again.candidates[0].end == ("failed" if stays else "waiting")
 
 
 # --- the whole search --------------------------------------------------------------------------
@@ -598,22 +697,28 @@ def test_a_search_from_end_to_end(shop, whole, tmp_path):
     assert all(bool((now[name] == fresh[name]).all()) for name in fresh)
 
 
-def test_without_matplotlib_there_is_no_picture_and_it_is_said(shop, tmp_path, monkeypatch):
+def test_without_matplotlib_or_a_better_adapter_that_is_said(shop, tmp_path, monkeypatch):
     import lorakit.workflows.tune_plot as plot
-    from lorakit.errors import MissingDependencyError
 
     def missing(*_, **__):
         raise MissingDependencyError("pip install 'lorakit[tune]'")
 
     monkeypatch.setattr(plot, "require", missing)
     heard = Heard()
-    plan = Plan(quick=True, candidates=2, search={"lr": Range(1e-3, 1e-2)})
-    settings = TrainSettings(steps=4, batch_size=2)
+    plan = Plan(quick=True, candidates=2, search={"lr": Range(10, 30)})  # far too high
+    settings = TrainSettings(steps=4, batch_size=2, lr=20, optimizer="sgd", clip=0)
     result = shop.tune(tmp_path / "out", plan=plan, settings=settings, watcher=heard)
     assert not (result.out / "tune.png").exists()
     assert any("tune.png is not made: pip install" in note for note in heard.notes)
     assert all(c.end == "finished" for c in result.candidates)  # one rung: nobody leaves
     assert all(c.values.keys() == {"lr"} for c in result.candidates)
+    # what the table says is what the run says, and the adapter that of before the first step
+    run = json.loads((result.run / "result.json").read_text())
+    assert run["best_step"] == 0
+    for one in json.loads((result.out / "tune.json").read_text())["candidates"]:
+        assert one["best_loss"] == pytest.approx(run["best_loss"])
+    assert said(result.choice, "start") == "no training helped"
+    assert not any(site.B.any() for site in load_adapter(result.adapter).sites.values())
 
 
 def _search(folder: Path, out: Path, marker: Path | None) -> None:
@@ -673,6 +778,19 @@ def test_a_signal_saves_and_the_search_goes_on(shop, tmp_path):
         shop.tune(tmp_path / "out", watcher=Stopping())
     study = Study(tmp_path / "out" / "study.db", PLAN.search)
     assert study.seconds > 0
+
+    class StoppingAtTheRung(Heard):
+        evaluated = 0
+
+        def on_eval(self, number, metrics):
+            self.evaluated += metrics.step == 6
+            if self.evaluated == self.rungs[0][1] and metrics.step == 6:
+                os.kill(os.getpid(), signal.SIGINT)  # when nobody has a step left to make
+
+    heard = StoppingAtTheRung()
+    with pytest.raises(Interrupted, match="lorakit tune --resume"):
+        resume_tune(tmp_path / "out", base=shop.base, data=shop.data, watcher=heard)
+    assert len(heard.rungs) == 1
     result = resume_tune(tmp_path / "out", base=shop.base, data=shop.data)
     assert len(result.candidates) == 6
     rows = (tmp_path / "out/candidates/00/metrics.jsonl").read_text().splitlines()
@@ -680,7 +798,8 @@ def test_a_signal_saves_and_the_search_goes_on(shop, tmp_path):
     assert steps == list(range(1, 25))  # none twice, none missing
 
 
-def test_little_time_means_fewer_candidates_and_that_is_said(shop, tmp_path):
+def test_little_time_means_fewer_candidates_and_that_is_said(shop, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorakit.workflows.tune.write_pages", lambda *_: [])
     heard = Heard()
     plan = Plan(candidates=6, max_seconds=1e-3, search=PLAN.search)
     result = shop.tune(tmp_path / "out", plan=plan, watcher=heard)
@@ -689,6 +808,15 @@ def test_little_time_means_fewer_candidates_and_that_is_said(shop, tmp_path):
     assert "finished" not in ends[2:]
     assert any("not begun" in c.reason for c in result.candidates)
     assert any("go on from step 6, for the time" in note for note in heard.notes)
+    # what the clock decided stays so
+    again = resume_tune(tmp_path / "out", base=shop.base, data=shop.data)
+    assert [c.end for c in again.candidates] == ends
+    assert any("not begun" in c.reason for c in again.candidates)
+
+
+def test_settings_that_somebody_chose_stay():
+    assert _prepared(TrainSettings(samples=4)).samples == 0
+    assert _prepared(TrainSettings(samples=4), ["samples"]).samples == 4
 
 
 def test_what_cannot_be_searched_is_refused_before_anything_is_written(shop, tmp_path):
