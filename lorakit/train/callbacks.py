@@ -276,7 +276,10 @@ class CallbackList(Callback):
                 getattr(callback, method)(event)
             except Exception as error:
                 if not _survives(callback, error):
-                    raise _stopped(callback, method, error) from error
+                    stopped = _stopped(callback, method, error)
+                    if stopped is error:
+                        raise  # with the cause that it came with
+                    raise stopped from error
                 self._switch_off(callback, method, error)
 
     def _switch_off(self, callback: Callback, method: str, error: Exception) -> None:
