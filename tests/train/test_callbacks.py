@@ -208,6 +208,16 @@ def test_a_failure_to_close_never_hides_the_run_s_error(caplog: pytest.LogCaptur
     assert "cannot flush" in caplog.text
 
 
+def test_an_error_of_lorakit_s_own_keeps_its_cause() -> None:
+    class Fails(Callback):
+        def on_step(self, metrics: StepMetrics) -> None:
+            raise TrainingError("the disk is full") from OSError(28, "no space")
+
+    with pytest.raises(TrainingError) as info, CallbackList([Fails()]) as events:
+        events.on_step(STEP)
+    assert isinstance(info.value.__cause__, OSError)
+
+
 def test_what_is_no_callback_is_refused_with_all_problems_at_once() -> None:
     class Misspelt(Callback):
         def on_steps(self, metrics: StepMetrics) -> None: ...
