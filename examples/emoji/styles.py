@@ -1,4 +1,4 @@
-"""Two style adapters on the base, by one command of lorakit: 60 pictures each, trained jointly."""
+"""Two style adapters on the base, by one command of lorakit: 60 pictures each."""
 
 from __future__ import annotations
 
