@@ -26,6 +26,9 @@ from examples.emoji import artwork, captions, data, evaluate, judge, packages, p
 from examples.emoji import train_base as base
 from lorakit.images.pictures import PicturesSpec, read_pictures
 
+# diffusers' scheduler turns tensors into arrays as numpy 1 did
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning:diffusers")
+
 RED_LEFT = '<path fill="#f00" d="M0 0h8v16h-8z"/><path fill="#00f" d="M8 0h8v16h-8z"/>'
 ICONS = {
     "prefix": "tiny",
@@ -259,6 +262,21 @@ def test_batches_mix_noise_in_as_diffusers_does_and_see_every_picture_once_an_ep
     assert torch.allclose(target, velocity, atol=1e-3)  # noise was divided by s, small at times
     snr = kept / (1 - kept)
     assert torch.allclose(weights.double(), snr.clamp_max(5) / (snr + 1), rtol=1e-4)
+
+
+def test_the_sampler_goes_where_the_prediction_that_was_cut_points():
+    schedule = pipeline.new_scheduler()
+    schedule.set_timesteps(10)
+    noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x, told = noise, 1.5  # as if guidance had pushed the whole picture out of its range
+    for i, time in enumerate(schedule.timesteps):
+        a, s = schedule.alpha_t[time], schedule.sigma_t[time]
+        velocity = a * (x - a * told) / s - s * told  # v = a ε - s x0
+        x = schedule.step(velocity, time, x).prev_sample
+        sigma = schedule.sigmas[i + 1]  # of s / a
+        a = 1 / (1 + sigma**2).sqrt()
+        assert torch.allclose(x, a * 1.0 + a * sigma * noise, atol=1e-3)
+    assert torch.allclose(x, torch.ones_like(x))
 
 
 def _text(folder: Path) -> tuple:
