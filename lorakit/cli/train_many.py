@@ -156,7 +156,8 @@ def plan_of_runs(folder: Path, options: argparse.Namespace) -> Plan:
     for name in ("max_concurrent", "token_budget"):
         if getattr(options, name) is not None:
             shared[name] = getattr(options, name)
-    plan = _plan(str(folder / JOBS_FILE), shared, content["jobs"], folder, [])
+    jobs = [{**job, "out": folder / str(job["out"])} for job in content["jobs"]]  # wherever it is now
+    plan = _plan(str(folder / JOBS_FILE), shared, jobs, folder, [])
     plan.resume = True
     return plan
 
@@ -237,7 +238,7 @@ def _plan(
     plan.text = {
         **{key: _absolute(value) if key == "base" else value for key, value in shared.items()},
         "jobs": [
-            {"name": job.name, "out": str(job.out), **_with_absolute_paths(job.keys)}
+            {"name": job.name, "out": _inside(job.out, out), **_with_absolute_paths(job.keys)}
             for job in jobs
         ],
     }
@@ -246,6 +247,14 @@ def _plan(
 
 def _path(text: Any) -> Path:
     return Path(os.path.expanduser(str(text)))
+
+
+def _inside(place: Path, folder: Path) -> str:
+    """A run's path as ``runs.yaml`` has it: below the folder, which may be moved, or absolute."""
+    from lorakit.train.folder import RunFolder
+
+    root = RunFolder(folder.absolute()).path
+    return str(place.relative_to(root) if place.is_relative_to(root) else place)
 
 
 def _is_inside(name: str) -> bool:

@@ -75,6 +75,16 @@ def test_a_file_of_jobs(files, capfd):
     assert "lorakit train --resume runs" in capfd.readouterr().err
     kept = yaml.safe_load(Path("runs/runs.yaml").read_text())
     assert [job["rank"] for job in kept["jobs"]] == [3, 2, 3]
+    # runs go on where their folder is now
+    Path("runs").rename("moved")
+    assert main(["train", "--resume", "moved", "--json", "--quiet"]) == 0
+    now = json.loads(capfd.readouterr().out)["runs"]
+    assert [Path(row["adapter"]).parent for row in now] == [
+        Path("moved/c0").absolute(),
+        Path("moved/b").absolute(),
+        Path("elsewhere/c").absolute(),
+    ]
+    assert not Path("runs").exists()
 
 
 def test_a_file_of_jobs_is_not_taken_for_what_a_folder_of_runs_keeps(files, capfd):
