@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     curve.set_defaults(run=_curve)
     styles = commands.add_parser("styles", help="train the style adapters, or go on with them")
     styles.add_argument("--base", help="a pipeline; WORK/base where it is not given")
-    styles.add_argument("--steps", type=int, default=150)
+    styles.add_argument("--steps", type=int, help="default 200")
     styles.set_defaults(run=_styles)
     judges = commands.add_parser("judges", help="train what judges style and content")
     judges.set_defaults(run=_judges)

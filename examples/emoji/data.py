@@ -20,7 +20,9 @@ from examples.emoji import artwork, captions, packages
 SIZE = 32
 #: set → what stands behind a caption of the base's second set; the first is called by name alone
 BASE_SETS = {"noto": "", "fluent-flat": ", flat"}
-STYLES = ("openmoji", "high-contrast")
+STYLES = ("twemoji", "openmoji", "high-contrast")
+#: the base's hand that the styles begin from: without shades and gloss, as theirs
+FROM = "fluent-flat"
 
 
 def make(folder: Path) -> dict[str, Any]:
@@ -69,8 +71,13 @@ def write_style(pictures: Pictures, style: str, folder: Path) -> None:
     for one in captions.of_part(pictures.emoji, "style"):
         name = f"{one.key}.png"
         Image.fromarray(pictures.of(style, one)).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": one.caption}))
+        lines.append(json.dumps({"file_name": name, "text": told(one)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def told(one: captions.Emoji) -> str:
+    """The caption by which the base draws an emoji in the hand that the styles begin from."""
+    return one.caption + BASE_SETS[FROM]
 
 
 class Pictures:

@@ -33,13 +33,13 @@ def judged(judges: Judges, pictures: data.Pictures, draw: Draw) -> dict[str, Any
     nearest = Nearest(judges, pictures, candidates)
     for part in PARTS:
         emoji = captions.of_part(pictures.emoji, part)
-        told = [one.caption for one in emoji]
+        told = [data.told(one) for one in emoji]
         rows = [candidates.index(one) for one in emoji]
         by_base = draw(None, told)
         for style in data.STYLES:
             by_adapter = draw(style, told)
             real = np.stack([pictures.of(style, one) for one in emoji])
-            real_base = np.stack([pictures.of("noto", one) for one in emoji])
+            real_base = np.stack([pictures.of(data.FROM, one) for one in emoji])
             found.setdefault(style, {})[part] = _numbers(
                 {
                     "real style": judges.share(real, style),
@@ -152,7 +152,7 @@ def shown(pictures: data.Pictures, number: int) -> list[str]:
     chosen = []
     for part in PARTS:
         emoji = captions.of_part(pictures.emoji, part)
-        chosen += [emoji[i * len(emoji) // (number // 2)].caption for i in range(number // 2)]
+        chosen += [data.told(emoji[i * len(emoji) // (number // 2)]) for i in range(number // 2)]
     return chosen
 
 
@@ -170,7 +170,7 @@ def weight_sheets(pictures: data.Pictures, draw: Draw, out: Path) -> dict[str, A
 
 def blend_sheets(pictures: data.Pictures, draw: Draw, out: Path) -> None:
     """Two styles at once, one across and the other down: a sheet for each of two captions."""
-    one, other = data.STYLES
+    one, other = data.STYLES[:2]
     weights = (0.0, 0.25, 0.5, 0.75, 1.0)
     for i, caption in enumerate(shown(pictures, 4)[:2]):
         rows = [[draw({one: x, other: y}, [caption])[0] for x in weights] for y in weights]
@@ -186,9 +186,9 @@ def beside_sheets(pictures: data.Pictures, draw: Draw, out: Path) -> None:
     """Real base art, the base, each adapter, and each style's real picture, beside one another."""
     for part in PARTS:
         emoji = captions.of_part(pictures.emoji, part)[:24]
-        told = [one.caption for one in emoji]
+        told = [data.told(one) for one in emoji]
         columns: dict[str, Any] = {
-            "noto, real": [pictures.of("noto", one) for one in emoji],
+            f"{data.FROM}, real": [pictures.of(data.FROM, one) for one in emoji],
             "base": draw(None, told),
         }
         for style in data.STYLES:

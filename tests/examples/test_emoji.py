@@ -167,7 +167,7 @@ def test_a_style_is_a_folder_that_lorakit_reads_and_the_base_knows_its_captions(
     pictures = _pictures()
     data.write_style(pictures, "openmoji", tmp_path)
     found, _ = read_pictures(PicturesSpec(str(tmp_path)))
-    told = {one.caption for one in captions.of_part(pictures.emoji, "style")}
+    told = {data.told(one) for one in captions.of_part(pictures.emoji, "style")}
     assert {one.caption for one in found} == told
     assert len(found) == captions.NUM_STYLE
     one = next(e for e in pictures.emoji if e.part == "style")
