@@ -156,7 +156,8 @@ def plan_of_runs(folder: Path, options: argparse.Namespace) -> Plan:
     for name in ("max_concurrent", "token_budget"):
         if getattr(options, name) is not None:
             shared[name] = getattr(options, name)
-    jobs = [{**job, "out": folder / str(job["out"])} for job in content["jobs"]]  # wherever it is now
+    # the folder may have been moved
+    jobs = [{**job, "out": folder / str(job["out"])} for job in content["jobs"]]
     plan = _plan(str(folder / JOBS_FILE), shared, jobs, folder, [])
     plan.resume = True
     return plan
