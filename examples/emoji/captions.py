@@ -1,7 +1,8 @@
 """Which emoji there are, what each is called, and who may learn from it.
 
-An emoji is the same in all sets if its code points are, whatever a set calls it. Skin tones are
-left out: they would be most of the pictures and say little. The caption is Noto's name for it.
+An emoji is the same in all sets if its code points are, whatever a set calls it; a set that does
+not state code points is matched by the names that the others have for them. Skin tones are left
+out: they would be most of the pictures and say little. The caption is Noto's name for it.
 
 Four parts, by *family*, so that a woman astronaut is never trained on while the man astronaut is
 kept for the test:
@@ -57,7 +58,7 @@ def emoji_of(sets: Mapping[str, Mapping[str, Any]], first: str = "noto") -> list
         sets: set → what `packages.contents` found.
         first: the set that captions and categories come from.
     """
-    names = {name: _names(content["chars"]) for name, content in sets.items()}
+    names = {name: _names(content["chars"]) for name, content in sets.items() if content["chars"]}
     categories = {
         icon: category
         for category, icons in sets[first]["metadata"].get("categories", {}).items()
@@ -68,6 +69,12 @@ def emoji_of(sets: Mapping[str, Mapping[str, Any]], first: str = "noto") -> list
         drawn = {name: there[key] for name, there in names.items() if key in there}
         found.append((key, icon.replace("-", " "), categories.get(icon, "other"), drawn))
     parts = _parts([(caption, category, len(drawn)) for _, caption, category, drawn in found])
+    for name in (one for one in sets if one not in names):
+        icons = _by_spelling(sets[name]["icons"])
+        for _, icon, _, drawn in found:
+            spelt = (_spelling(one) for one in (icon, *drawn.values()))
+            if match := next((icons[one] for one in spelt if one in icons), None):
+                drawn[name] = match
     made = (
         Emoji(k, cap, cat, part, n) for (k, cap, cat, n), part in zip(found, parts, strict=True)
     )
@@ -82,6 +89,16 @@ def _names(chars: Mapping[str, str]) -> dict[str, str]:
         if not any(int(p, 16) in _SKIN_TONES for p in points):
             found.setdefault("-".join(points), name)
     return found
+
+
+def _by_spelling(icons: Mapping[str, Any]) -> dict[str, str]:
+    """What an icon's name comes down to → the name; a name goes before an alias."""
+    there = (*icons["icons"], *icons.get("aliases", {}))
+    return {_spelling(name): name for name in reversed(there)}
+
+
+def _spelling(name: str) -> str:
+    return name.replace("-", "")
 
 
 def family(caption: str) -> str:

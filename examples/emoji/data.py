@@ -18,9 +18,19 @@ from PIL import Image
 from examples.emoji import artwork, captions, packages
 
 SIZE = 32
-#: set → what stands behind a caption of the base's second set; the first is called by name alone
-BASE_SETS = {"noto": "", "fluent-flat": ", flat"}
+#: set that the base learns → what stands behind its captions; the first is called by name alone
+BASE_SETS = {
+    "noto": "",
+    "fluent-flat": ", flat",
+    "noto-v1": ", blob",
+    "fxemoji": ", firefox",
+    "emojione": ", emojione",
+    "emojione-monotone": ", monotone",
+    "streamline": ", streamline",
+}
 STYLES = ("twemoji", "openmoji", "high-contrast")
+#: the sets that pictures are judged by
+JUDGED = ("noto", "fluent-flat", *STYLES)
 #: the base's hand that the styles begin from: without shades and gloss, as theirs
 FROM = "fluent-flat"
 

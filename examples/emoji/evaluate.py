@@ -4,7 +4,8 @@ For each style, the same captions and noise are drawn by the base and by its ada
 classifier says which share looks like the style; that number stands beside what the classifier says
 of the style's real pictures, of the real pictures that the base learnt from, and of the base's own.
 *Way* is how far the adapter went from the base's share to the real one. *Shown* is the share of
-pictures whose nearest real emoji is the one that the caption names.
+pictures whose nearest real emoji is the one that the caption names. An adapter draws in two
+manners: as diffusers would with it, and at a lower weight against its opposite (`--against`).
 """
 
 from __future__ import annotations
@@ -20,51 +21,63 @@ import torch
 from examples.emoji import captions, data, sheets
 from examples.emoji.judge import Judges, Nearest
 
-#: mix of adapters, captions → pictures [N, 32, 32, 3] uint8
-Draw = Callable[[Any, list[str]], np.ndarray]
+#: mix of adapters, captions, what guidance pushes away from → pictures [N, 32, 32, 3] uint8
+Draw = Callable[..., np.ndarray]
+#: manner → the adapter's weight, and what it is multiplied by where guidance pushes away
+MANNERS = {"usual": (1.0, 1.0), "against": (0.4, -0.75)}
 PARTS: tuple[captions.Part, ...] = ("known", "new")
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
-def judged(judges: Judges, pictures: data.Pictures, draw: Draw) -> dict[str, Any]:
-    """Style and content of base and adapters, on each part of the test."""
+def judged(judges: Judges, pictures: data.Pictures, draw: Draw, *, each: int = 1) -> dict[str, Any]:
+    """Style → part of the test → what is real, and what base and adapter make of it.
+
+    Args:
+        each: pictures of a caption, each from noise of its own.
+    """
     found: dict[str, Any] = {}
     candidates = captions.of_part(pictures.emoji, *PARTS)
     nearest = Nearest(judges, pictures, candidates)
     for part in PARTS:
         emoji = captions.of_part(pictures.emoji, part)
-        told = [data.told(one) for one in emoji]
+        told = [data.told(one) for one in emoji] * each
         rows = [candidates.index(one) for one in emoji]
         by_base = draw(None, told)
+        real_base = np.stack([pictures.of(data.FROM, one) for one in emoji])
         for style in data.STYLES:
-            by_adapter = draw(style, told)
-            real = np.stack([pictures.of(style, one) for one in emoji])
-            real_base = np.stack([pictures.of(data.FROM, one) for one in emoji])
-            found.setdefault(style, {})[part] = _numbers(
-                {
-                    "real style": judges.share(real, style),
-                    "real base art": judges.share(real_base, style),
-                    "base": judges.share(by_base, style),
-                    "adapter": judges.share(by_adapter, style),
-                },
-                {
-                    "base": nearest.right(by_base, rows),
-                    "adapter": nearest.right(by_adapter, rows),
-                    "real base art": nearest.right(real_base, rows),
-                    "real style": nearest.right(real, rows),
-                },
-            )
+
+            def seen(
+                drawn: np.ndarray, style: str = style, rows: list[int] = rows
+            ) -> dict[str, Any]:
+                times = len(drawn) // len(rows)
+                return {
+                    "share": judges.share(drawn, style),
+                    "shown": nearest.right(drawn, rows * times),
+                }
+
+            numbers = {
+                "real style": seen(np.stack([pictures.of(style, one) for one in emoji])),
+                "real base art": seen(real_base),
+                "base": seen(by_base),
+            }
+            for manner, (weight, against) in MANNERS.items():
+                drawn = draw({style: weight}, told, against)
+                numbers[manner] = compared(seen(drawn), numbers["base"], numbers["real style"])
+            found.setdefault(style, {})[part] = numbers
     return found
 
 
-def _numbers(share: dict[str, float], shown: dict[str, dict[str, float]]) -> dict[str, Any]:
-    gap = share["real style"] - share["base"]
-    way = (share["adapter"] - share["base"]) / gap if gap else float("nan")
-    kept = {
-        among: shown["adapter"][among] / shown["base"][among] if shown["base"][among] else None
-        for among in shown["base"]
+def compared(adapter: dict[str, Any], base: dict[str, Any], real: dict[str, Any]) -> dict[str, Any]:
+    """What is seen of an adapter, and beside it its way and how much less it shows."""
+    gap = real["share"] - base["share"]
+    return {
+        **adapter,
+        "way": (adapter["share"] - base["share"]) / gap if gap else float("nan"),
+        "shown, to the base": {
+            among: adapter["shown"][among] / shown if shown else None
+            for among, shown in base["shown"].items()
+        },
     }
-    return {"share": share, "way": way, "shown": shown, "shown, adapter to base": kept}
 
 
 def smoothness(steps: np.ndarray) -> dict[str, float]:
@@ -103,6 +116,7 @@ def run(options: Any) -> None:
         data.Pictures.read(work / "data"),
         Judges.load(work / "judges.pt"),
         out,
+        each=options.each,
     )
     (out / "numbers.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
@@ -116,6 +130,7 @@ def report(
     out: Path,
     *,
     steps: int = sheets.STEPS,
+    each: int = 1,
 ) -> dict[str, Any]:
     """All numbers; and all sheets, as files in ``out``.
 
@@ -123,6 +138,7 @@ def report(
         base: of `lorakit.images.base.load_pipeline`.
         adapters: style → adapter.
         steps: of denoising.
+        each: pictures of a caption that are judged.
     """
     from lorakit.layers import attach
 
@@ -131,10 +147,10 @@ def report(
     for name, other in others:
         handle.add(other, name)
 
-    def draw(mix: Any, told: list[str]) -> np.ndarray:
-        return sheets.draw_cells(base, handle, mix, told, steps=steps)
+    def draw(mix: Any, told: list[str], against: float = 1.0) -> np.ndarray:
+        return sheets.draw_cells(base, handle, mix, told, steps=steps, against=against)
 
-    found = judged(judges, pictures, draw)
+    found = judged(judges, pictures, draw, each=each)
     found["weights"] = weight_sheets(pictures, draw, out)
     blend_sheets(pictures, draw, out)
     beside_sheets(pictures, draw, out)
@@ -192,7 +208,8 @@ def beside_sheets(pictures: data.Pictures, draw: Draw, out: Path) -> None:
             "base": draw(None, told),
         }
         for style in data.STYLES:
-            columns[f"{style}"] = draw(style, told)
+            weight, against = MANNERS["against"]
+            columns[f"{style}"] = draw({style: weight}, told, against)
             columns[f"{style}, real"] = [pictures.of(style, one) for one in emoji]
         rows = list(zip(*columns.values(), strict=True))
         sheets.table(rows, told, list(columns)).save(out / f"beside-{part}.png")

@@ -131,7 +131,7 @@ class Nearest:
         emoji: Sequence[captions.Emoji],
         without: str | None = None,
     ) -> None:
-        sets = [name for name in pictures.sets if name != without]
+        sets = [name for name in judges.sets if name != without]
         means = [
             judges.features_of(np.stack([pictures.of(name, one) for one in emoji])) for name in sets
         ]
@@ -164,7 +164,7 @@ def train(
     batch_size: int = 96,
     seed: int = 0,
 ) -> Judges:
-    """Both judges, trained on the emoji of ``base`` and ``style`` that every set has.
+    """Both judges, trained on the emoji of ``base`` and ``style`` that every judged set has.
 
     Args:
         steps: of the classifier and of the features.
@@ -174,12 +174,12 @@ def train(
     emoji = [
         one
         for one in captions.of_part(pictures.emoji, "base", "style")
-        if all(pictures.has(name, one) for name in pictures.sets)
+        if all(pictures.has(name, one) for name in data.JUDGED)
     ]
     real = torch.stack(  # [sets, emoji, 3, 32, 32]
-        [as_input(np.stack([pictures.of(name, one) for one in emoji])) for name in pictures.sets]
+        [as_input(np.stack([pictures.of(name, one) for one in emoji])) for name in data.JUDGED]
     )
-    made = Judges.new(pictures.sets)
+    made = Judges.new(data.JUDGED)
     _train(made.style, steps[0], seed, lambda g: _style_loss(made.style, real, batch_size, g))
     _train(
         made.features,
@@ -235,7 +235,7 @@ def worth(judges: Judges, pictures: data.Pictures) -> dict[str, Any]:
     """Both on the real pictures of emoji that they never saw."""
     emoji = captions.of_part(pictures.emoji, "known", "new")
     styles, shown = {}, {}
-    for name in pictures.sets:
+    for name in judges.sets:
         real = np.stack([pictures.of(name, one) for one in emoji])
         styles[name] = judges.share(real, name)
         shown[name] = Nearest(judges, pictures, emoji, without=name).right(real)

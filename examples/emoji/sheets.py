@@ -66,7 +66,13 @@ def grid(
 
 
 def draw_cells(
-    base: Any, handle: Any, mix: Any, captions: Sequence[str], *, steps: int = STEPS
+    base: Any,
+    handle: Any,
+    mix: Any,
+    captions: Sequence[str],
+    *,
+    steps: int = STEPS,
+    against: float = 1.0,
 ) -> np.ndarray:
     """One picture per caption by a `lorakit.images` base and its adapters, [N, 32, 32, 3] uint8.
 
@@ -75,7 +81,7 @@ def draw_cells(
     from lorakit.images.drawing import Cell, draw
 
     cells = [
-        Cell(caption, seed=seed, mix=mix, steps=steps, guidance=GUIDANCE)
+        Cell(caption, seed=seed, mix=mix, steps=steps, guidance=GUIDANCE, against=against)
         for seed, caption in enumerate(captions)
     ]
     return (np.stack(draw(base, handle, cells, batch=32)) * 255).round().astype(np.uint8)

@@ -30,6 +30,7 @@ from lorakit.cli.common import (
     check_names,
     check_text,
     emit_json,
+    finite_float,
     load_adapters,
     non_negative_float,
     plural,
@@ -62,6 +63,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=non_negative_float,
         metavar="X",
         help="how strongly the prompt counts; default: usual for the family of the base",
+    )
+    asking.add_argument(
+        "--against",
+        type=finite_float,
+        default=1.0,
+        metavar="X",
+        help="times the adapters' weights in the picture that guidance pushes away from: 1 is as "
+        "everywhere (default), 0 the bare base, -1 the opposite. Below 1 styles are stronger: "
+        "lower their weights, to 0.6 at 0 or 0.4 at -1, and more of the prompt is kept",
     )
     for name in ("width", "height"):
         asking.add_argument(
@@ -163,6 +173,7 @@ def run(options: argparse.Namespace) -> int:
         weights or None,
         options.steps or STEPS,
         options.guidance,
+        options.against,
         options.width,
         options.height,
     )
@@ -311,6 +322,7 @@ def _facts(
         "seed": cell.seed,
         "steps": cell.steps,
         "guidance": base.family.guidance if cell.guidance is None else cell.guidance,
+        "against": cell.against,
         "size": f"{picture.shape[1]}x{picture.shape[0]}",
         "base": base.ref,
         "adapters": [

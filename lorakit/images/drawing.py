@@ -9,6 +9,7 @@ beside it, up to rounding.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,11 @@ class Cell:
     """Denoising steps."""
     guidance: float | None = None
     """``None``: what the family is used with."""
+    against: float = 1.0
+    """What the adapters' weights are multiplied by in the picture that guidance pushes away from.
+    1: the style is on both sides, and guidance sharpens the caption alone, as everywhere. 0: the
+    bare base draws it, and guidance sharpens the style too, so that adapters can act at lower
+    weights. Below 0: more so. (Guiding by a worse model: Karras et al., arXiv 2406.02507.)"""
     width: int | None = None
     """Pixels; ``None``: the side that the base makes unasked."""
     height: int | None = None
@@ -71,6 +77,16 @@ def check_cells(base: PictureBase, cells: Sequence[Cell]) -> None:
         problems.append(
             f"guidance is {min(wide):g}, at which a negative prompt cannot act; give more than 1"
         )
+    if any(cell.against != 1 for cell in cells):
+        if not base.family.tiles:
+            problems.append(
+                "guidance is to push away from other weights, and this base was distilled to need "
+                "no second picture"
+            )
+        elif wide:
+            problems.append(
+                f"guidance is {min(wide):g}, at which it pushes away from nothing; give more than 1"
+            )
     if problems:
         raise SpecError(collected("These pictures cannot be drawn", problems))
 
@@ -99,7 +115,8 @@ def drawn(
     check_cells(base, cells)
     groups: dict[Any, list[int]] = {}
     for place, cell in enumerate(cells):
-        alike = cell.steps, cell.guidance, cell.width, cell.height, cell.negative is None
+        size = cell.width, cell.height
+        alike = cell.steps, cell.guidance, cell.against, *size, cell.negative is None
         groups.setdefault(alike, []).append(place)
     for places in groups.values():
         for start in range(0, len(places), batch):
@@ -129,7 +146,13 @@ def _forward(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) ->
         options["negative_prompt"] = [str(cell.negative) for cell in cells]
     if base.text_length is not None:
         options["max_sequence_length"] = base.text_length
-    with _routed(handle, cells, tiled=base.family.tiles and guidance > 1):
+    mixes = [cell.mix for cell in cells]
+    tiles = base.family.tiles and guidance > 1
+    if first.against != 1 and tiles:
+        others: list[MixLike] = [_scaled(mix, first.against) for mix in mixes]
+        options.update(_encoded(base, handle, mixes, others, options))
+        mixes, tiles = others + mixes, False  # as the pipelines order them
+    with _routed(handle, mixes, tiled=tiles):
         latents = pipe(**options)[0]
     if base.family.name == "flux":
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
@@ -138,13 +161,55 @@ def _forward(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) ->
     return [pixels.permute(1, 2, 0).cpu().numpy() for pixels in each]
 
 
+def _scaled(mix: MixLike, factor: float) -> MixLike:
+    return {name: weight * factor for name, weight in as_mix(mix) if weight * factor}
+
+
+def _encoded(
+    base: PictureBase,
+    handle: Handle | None,
+    mixes: Sequence[MixLike],
+    others: Sequence[MixLike],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Texts as the pipeline takes them, each read by the adapters of its side of guidance.
+
+    Args:
+        mixes: of what guidance pulls to, row by row.
+        others: of what it pushes away from.
+        options: of the pipeline; those that make a text are taken out.
+    """
+    names = ("prompt", "negative_prompt", "max_sequence_length")
+    told = {name: options.pop(name) for name in names if name in options}
+    takes = inspect.signature(base.pipe.encode_prompt).parameters
+    told |= {name: None for name in ("prompt_2", "prompt_3") if name in takes}
+    found = []
+    for who in (mixes, others):
+        with _routed(handle, who, tiled=False):
+            found.append(
+                base.pipe.encode_prompt(
+                    **told,
+                    device=base.placement.device,
+                    num_images_per_prompt=1,
+                    do_classifier_free_guidance=True,
+                )
+            )
+    kinds = (
+        *("prompt_embeds", "negative_prompt_embeds"),
+        *("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+    )
+    return {
+        kind: theirs if kind.startswith("negative") else ours
+        for kind, ours, theirs in zip(kinds, *found, strict=False)
+    }
+
+
 def _routed(
-    handle: Handle | None, cells: Sequence[Cell], *, tiled: bool
+    handle: Handle | None, mixes: Sequence[MixLike], *, tiled: bool
 ) -> contextlib.AbstractContextManager[Any]:
     if handle is None:
-        assert all(as_mix(cell.mix) == () for cell in cells)
+        assert all(as_mix(mix) == () for mix in mixes)
         return contextlib.nullcontext()
-    mixes = [cell.mix for cell in cells]
     if all(as_mix(mix) == as_mix(mixes[0]) for mix in mixes):
         return handle.use(mixes[0])
     return handle.use(rows=mixes, expand=2 if tiled else 1, order="tile")

@@ -85,8 +85,8 @@ class Sheets:
                 mix,
                 self.steps,
                 self.guidance,
-                self.resolution,
-                self.resolution,
+                width=self.resolution,
+                height=self.resolution,
             )
             for prompt in self.prompts
             for seed in self.seeds

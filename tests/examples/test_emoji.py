@@ -131,6 +131,20 @@ def test_emoji_are_split_by_family_and_the_test_has_a_picture_in_every_set():
     assert captions.emoji_of(_sets()) == emoji
 
 
+def test_a_set_without_code_points_is_matched_by_the_names_of_the_others():
+    sets = _sets()
+    sets["old"] = {
+        "chars": {},
+        "icons": {"icons": {"other-thing-7": {}, "thing9": {}}, "aliases": {"thing-8": {}}},
+    }
+    emoji = captions.emoji_of(sets)
+    names = {one.caption: one.names["old"] for one in emoji if "old" in one.names}
+    wanted = {"thing 7": "other-thing-7", "thing 8": "thing-8", "thing 9": "thing9"}
+    assert names == wanted
+    parts = {one.key: one.part for one in captions.emoji_of(_sets())}
+    assert {one.key: one.part for one in emoji} == parts  # nobody changes sides by it
+
+
 def test_of_a_family_one_is_for_the_test_and_the_others_for_nobody():
     rows = [(f"{who} {i}", "c", 2) for i in range(300) for who in ("man", "woman")]
     parts = captions._parts(rows)
@@ -145,7 +159,7 @@ def test_of_a_family_one_is_for_the_test_and_the_others_for_nobody():
     }
 
 
-COLOURS = RED, BLUE, WHITE, BLACK, [0, 255, 0]
+COLOURS = [RED, BLUE, WHITE, BLACK, [0, 255, 0], *([90, 25 * i, 120] for i in range(9))]
 
 
 def _pictures(number: int = 300) -> data.Pictures:
@@ -331,7 +345,7 @@ def test_the_judges_learn_what_every_set_has_in_common(monkeypatch):
     found = judge.worth(judges, pictures)
     assert found["style accuracy"] > 0.9
     assert found["emoji"] == captions.NUM_KNOWN + captions.NUM_NEW
-    assert set(found["caption"]) == set(pictures.sets)
+    assert set(found["caption"]) == set(data.JUDGED)
 
 
 class _Told(torch.nn.Module):
@@ -363,11 +377,13 @@ def test_the_nearest_real_emoji_is_counted():
 
 
 def test_the_way_is_measured_from_the_base_to_the_real_style():
-    share = {"real style": 0.9, "real base art": 0.0, "base": 0.1, "adapter": 0.7}
-    shown = {"base": {"first": 0.5}, "adapter": {"first": 0.4}}
-    found = evaluate._numbers(share, shown)
+    found = evaluate.compared(
+        {"share": 0.7, "shown": {"first": 0.4}},
+        {"share": 0.1, "shown": {"first": 0.5}},
+        {"share": 0.9, "shown": {"first": 0.9}},
+    )
     assert found["way"] == pytest.approx(0.75)
-    assert found["shown, adapter to base"] == {"first": pytest.approx(0.8)}
+    assert found["shown, to the base"] == {"first": pytest.approx(0.8)}
 
 
 def test_smoothness_tells_even_steps_from_a_jump():
@@ -397,8 +413,8 @@ def test_adapters_are_judged_drawn_over_weights_blended_and_merged(tmp_path, mon
         handle.flat(style).data.normal_(std=0.1)
         adapters[style] = handle.snapshot(style)
         handle.detach()
-    judges = judge.Judges.new(pictures.sets)
-    found = evaluate.report(loaded, adapters, pictures, judges, tmp_path, steps=2)
+    judges = judge.Judges.new(data.JUDGED)
+    found = evaluate.report(loaded, adapters, pictures, judges, tmp_path, steps=2, each=2)
     names = {f"weights-{style}.png" for style in data.STYLES}
     names |= {"blend-0.png", "blend-1.png", "beside-known.png", "beside-new.png"}
     assert names <= {path.name for path in tmp_path.iterdir()}
@@ -406,6 +422,8 @@ def test_adapters_are_judged_drawn_over_weights_blended_and_merged(tmp_path, mon
         assert found["merged, largest difference of a pixel"][style] <= 1 / 255  # of rounding
         assert found["weights"][style]["way"] >= 1 - 1e-9  # of more than nothing
         assert set(found[style]) == {"known", "new"}
+        seen = {"real style", "real base art", "base", *evaluate.MANNERS}
+        assert set(found[style]["known"]) == seen
 
 
 def test_sheets_hold_every_picture():

@@ -68,7 +68,10 @@ def test_train_sample_and_convert(folder, tmp_path, capsys):
     assert header["ss_sd_model_name"] == "sd"
     assert header["ss_base_model_version"] == "sd_v1"
     flags = ["--adapter", str(kohya), "--prompt", "a", "--steps", "1", "--out", str(tmp_path / "k")]
-    assert main(["images", "sample", *base(), *flags, "--width", "16", "--height", "16"]) == 0
+    flags += ["--width", "16", "--height", "16", "--against", "-0.5"]
+    assert main(["images", "sample", *base(), *flags]) == 0
+    with Image.open(next((tmp_path / "k").glob("*.png"))) as one:
+        assert json.loads(one.text["lorakit"])["against"] == -0.5
 
 
 def test_a_run_for_each_folder_of_styles(tmp_path, capsys):
@@ -198,6 +201,11 @@ BAD_SAMPLE = [
     ),
     (["--prompt", "a", "--text-tokens", "0"], "at least 1"),
     (["--prompt", "a", "--width", "17"], "must be a multiple of 4"),
+    (["--prompt", "a", "--against", "it"], "'it'"),
+    (
+        ["--prompt", "a", "--guidance", "1", "--against", "0"],
+        "guidance is 1, at which it pushes away from nothing",
+    ),
     (["--prompt", "a", "--adapter", "{tmp}/none"], "none"),
     (["--prompt", "a", "--prompts", "x"], "both given"),
     (["--prompts", "{tmp}/none"], "cannot be read"),

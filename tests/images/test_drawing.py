@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_map
 
 import lorakit
 from lorakit.core.spec import LoRASpec
@@ -72,12 +75,77 @@ def test_pictures_of_several_adapters_share_forwards(family):
     assert np.abs(together[2] - together[3]).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "pixels"]
+)
+@pytest.mark.parametrize("against", [0.0, -0.5])
+def test_guidance_may_push_away_from_other_weights(family, against, monkeypatch):
+    """Compared with two merged models, one for each half of the rows and its text; each picture of
+    a batch has its own adapters on both halves."""
+    base = loaded(family)
+    size = dict(SIZE, width=8, height=8) if family == "pixels" else SIZE
+    spec = LoRASpec(rank=2, targets=picture_targets(base, "all-linear", text=family != "pixels"))
+    handle = lorakit.attach(base.model, spec, "a")
+    try:
+        handle.add(spec, "b")
+        randomize(handle, 0.1)
+        cells = [
+            Cell("a red thing", None, 3, mix, guidance=4.0, against=against, **size)
+            for mix in ("a", {"a": 0.5, "b": 0.5}, None)
+        ]
+        mine = draw(base, handle, cells)
+        usual = draw(base, handle, [dataclasses.replace(cells[0], against=1.0)])
+        adapter = handle.snapshot("a")
+    finally:
+        handle.detach()
+    merged = copy.deepcopy(base)
+    lorakit.merge(merged.model, [(adapter, 1.0)])
+    undo = lorakit.merge(base.model, [(adapter, against)]) if against else lambda: None
+    plain, ours = base.pipe.encode_prompt, merged.pipe.encode_prompt
+
+    def encode_prompt(*args, **options):
+        return tuple(
+            ours if i % 2 == 0 else theirs
+            for i, (ours, theirs) in enumerate(
+                zip(ours(*args, **options), plain(*args, **options), strict=True)
+            )
+        )
+
+    monkeypatch.setattr(base.pipe, "encode_prompt", encode_prompt)
+    denoiser, with_adapter = base.denoiser.forward, merged.denoiser
+
+    def forward(*args, **options):
+        def half(which):
+            return tree_map(
+                lambda x: x[which : which + 1] if isinstance(x, torch.Tensor) and x.ndim else x,
+                (args, options),
+            )
+
+        (args_0, options_0), (args_1, options_1) = half(0), half(1)
+        pairs = zip(denoiser(*args_0, **options_0), with_adapter(*args_1, **options_1), strict=True)
+        return tuple(torch.cat(pair) for pair in pairs)
+
+    monkeypatch.setattr(base.denoiser, "forward", forward)
+    (theirs,) = draw(base, None, [Cell("a red thing", seed=3, guidance=4.0, **size)])
+    monkeypatch.undo()
+    undo()
+    (bare,) = draw(base, None, [Cell("a red thing", seed=3, guidance=4.0, **size)])
+    assert np.abs(mine[0] - theirs).max() <= 1e-4
+    assert np.abs(mine[2] - bare).max() <= 1e-4
+    for other in (usual[0], mine[1], mine[2]):
+        assert np.abs(mine[0] - other).max() > 1e-3
+
+
 def test_what_cannot_be_drawn():
     base = loaded("flux")
     with pytest.raises(SpecError, match=r"width is 18(.|\n)*negative prompt"):
         draw(base, None, [Cell("a", "b", width=18, height=16)])
     with pytest.raises(SpecError, match="guidance is 1"):
         draw(loaded("sd"), None, [Cell("a", "b", guidance=1.0)])
+    with pytest.raises(SpecError, match="no second picture"):
+        draw(base, None, [Cell("a", against=0)])
+    with pytest.raises(SpecError, match="pushes away from nothing"):
+        draw(loaded("sd"), None, [Cell("a", guidance=1.0, against=0)])
 
 
 def test_grids():
