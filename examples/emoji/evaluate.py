@@ -24,7 +24,7 @@ from examples.emoji.judge import Judges, Nearest
 #: mix of adapters, captions, what guidance pushes away from → pictures [N, 32, 32, 3] uint8
 Draw = Callable[..., np.ndarray]
 #: manner → the adapter's weight, and what it is multiplied by where guidance pushes away
-MANNERS = {"usual": (1.0, 1.0), "against": (0.4, -0.75)}
+MANNERS = {"usual": (1.0, 1.0), "against": (0.5, -0.6)}
 PARTS: tuple[captions.Part, ...] = ("known", "new")
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
