@@ -70,11 +70,7 @@ def emoji_of(sets: Mapping[str, Mapping[str, Any]], first: str = "noto") -> list
         found.append((key, icon.replace("-", " "), categories.get(icon, "other"), drawn))
     parts = _parts([(caption, category, len(drawn)) for _, caption, category, drawn in found])
     for name in (one for one in sets if one not in names):
-        icons = _by_spelling(sets[name]["icons"])
-        for _, icon, _, drawn in found:
-            spelt = (_spelling(one) for one in (icon, *drawn.values()))
-            if match := next((icons[one] for one in spelt if one in icons), None):
-                drawn[name] = match
+        _match(name, sets[name]["icons"], [(icon, drawn) for _, icon, _, drawn in found])
     made = (
         Emoji(k, cap, cat, part, n) for (k, cap, cat, n), part in zip(found, parts, strict=True)
     )
@@ -91,10 +87,31 @@ def _names(chars: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _by_spelling(icons: Mapping[str, Any]) -> dict[str, str]:
-    """What an icon's name comes down to → the name; a name goes before an alias."""
-    there = (*icons["icons"], *icons.get("aliases", {}))
-    return {_spelling(name): name for name in reversed(there)}
+def _match(
+    name: str, icons: Mapping[str, Any], emoji: Sequence[tuple[str, dict[str, str]]]
+) -> None:
+    """Find the icons of a set by their names, each for one emoji.
+
+    A drawing belongs to who has its name; another name of it (an alias) counts where nobody has:
+    in some sets 🆙's is an alias of 🔼's, and a cricket's of the game's.
+    """
+    taken = set()
+    for there in (icons["icons"], icons.get("aliases", {})):
+        spelt = {_spelling(one): one for one in reversed(list(there))}
+        for first, drawn in emoji:
+            ours = (spelt.get(_spelling(one)) for one in (first, *drawn.values()))
+            icon = next((one for one in ours if one is not None), None)
+            if name in drawn or icon is None or (drawing := _drawing(icons, icon)) in taken:
+                continue
+            drawn[name] = icon
+            taken.add(drawing)
+
+
+def _drawing(icons: Mapping[str, Any], name: str) -> str:
+    """The icon that an alias is of."""
+    while name not in icons["icons"]:
+        name = icons["aliases"][name]["parent"]
+    return name
 
 
 def _spelling(name: str) -> str:

@@ -71,7 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="times the adapters' weights in the picture that guidance pushes away from: 1 is as "
         "everywhere (default), 0 the bare base, -1 the opposite. Below 1 styles are stronger: "
-        "lower their weights, to 0.6 at 0 or 0.4 at -1, and more of the prompt is kept",
+        "lower their weights with it, and more of the prompt is kept",
     )
     for name in ("width", "height"):
         asking.add_argument(
@@ -158,6 +158,8 @@ def run(options: argparse.Namespace) -> int:
     """Load, draw, write."""
     check_names(options.adapter)
     prompts = _prompts(options)
+    if options.against != 1 and not options.adapter:
+        raise InputError("--against is given, and no adapter that it could weigh; give --adapter")
     names = [one.name for one in options.adapter]
     weights = {one.name: 1.0 if one.weight is None else one.weight for one in options.adapter}
     from lorakit.images.base import check_text_length
@@ -173,9 +175,9 @@ def run(options: argparse.Namespace) -> int:
         weights or None,
         options.steps or STEPS,
         options.guidance,
-        options.against,
         options.width,
         options.height,
+        options.against,
     )
     axes: tuple[Axis, ...] = ()
     if options.grid is not None:

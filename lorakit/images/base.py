@@ -75,6 +75,13 @@ class PictureBase(Base):
         return found
 
     @property
+    def doubles(self) -> bool:
+        """Whether guidance doubles a forward's rows; models that were distilled take its strength
+        as an input instead (Flux, LCM)."""
+        config = getattr(self.denoiser, "config", {})
+        return self.family.tiles and config.get("time_cond_proj_dim") is None
+
+    @property
     def scale(self) -> int:
         """Pixels of a latent's side."""
         return latent_scale(self.pipe)

@@ -44,14 +44,14 @@ class Cell:
     """Denoising steps."""
     guidance: float | None = None
     """``None``: what the family is used with."""
+    width: int | None = None
+    """Pixels; ``None``: the side that the base makes unasked."""
+    height: int | None = None
     against: float = 1.0
     """What the adapters' weights are multiplied by in the picture that guidance pushes away from.
     1: the style is on both sides, and guidance sharpens the caption alone, as everywhere. 0: the
     bare base draws it, and guidance sharpens the style too, so that adapters can act at lower
     weights. Below 0: more so. (Guiding by a worse model: Karras et al., arXiv 2406.02507.)"""
-    width: int | None = None
-    """Pixels; ``None``: the side that the base makes unasked."""
-    height: int | None = None
 
 
 def check_cells(base: PictureBase, cells: Sequence[Cell]) -> None:
@@ -68,24 +68,18 @@ def check_cells(base: PictureBase, cells: Sequence[Cell]) -> None:
             for size in sorted(sizes)
             if size < base.step or size % base.step
         ]
-    if not base.family.tiles and any(cell.negative for cell in cells):
-        problems.append(
-            "a negative prompt is given, and this base was distilled to need none; it cannot act"
-        )
-    wide = {cell.guidance for cell in cells if cell.guidance is not None and cell.guidance <= 1}
-    if base.family.tiles and wide and any(cell.negative for cell in cells):
-        problems.append(
-            f"guidance is {min(wide):g}, at which a negative prompt cannot act; give more than 1"
-        )
-    if any(cell.against != 1 for cell in cells):
-        if not base.family.tiles:
+    for what, these in (
+        ("a negative prompt", [cell for cell in cells if cell.negative]),
+        ("a weight to push away from (against)", [cell for cell in cells if cell.against != 1]),
+    ):
+        low = [one.guidance for one in these if one.guidance is not None and one.guidance <= 1]
+        if these and not base.doubles:
             problems.append(
-                "guidance is to push away from other weights, and this base was distilled to need "
-                "no second picture"
+                f"{what} is given, and this base was distilled to need none; it cannot act"
             )
-        elif wide:
+        elif low:
             problems.append(
-                f"guidance is {min(wide):g}, at which it pushes away from nothing; give more than 1"
+                f"guidance is {min(low):g}, at which {what} cannot act; give more than 1"
             )
     if problems:
         raise SpecError(collected("These pictures cannot be drawn", problems))
@@ -147,7 +141,7 @@ def _forward(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) ->
     if base.text_length is not None:
         options["max_sequence_length"] = base.text_length
     mixes = [cell.mix for cell in cells]
-    tiles = base.family.tiles and guidance > 1
+    tiles = base.doubles and guidance > 1
     if first.against != 1 and tiles:
         others: list[MixLike] = [_scaled(mix, first.against) for mix in mixes]
         options.update(_encoded(base, handle, mixes, others, options))

@@ -48,6 +48,8 @@ def _as_parameters(facts: Mapping[str, Any]) -> str:
         lines.append(f"Negative prompt: {facts['negative']}")
     names = {"steps": "Steps", "guidance": "CFG scale", "seed": "Seed", "size": "Size"}
     told = [f"{word}: {facts[name]}" for name, word in names.items() if facts.get(name) is not None]
+    if facts.get("against", 1) != 1:
+        told.append(f"Against: {facts['against']:g}")
     if facts.get("base"):
         told.append(f"Model: {facts['base']}")
     for one in facts.get("adapters") or ():

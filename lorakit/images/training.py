@@ -85,8 +85,8 @@ class Sheets:
                 mix,
                 self.steps,
                 self.guidance,
-                width=self.resolution,
-                height=self.resolution,
+                self.resolution,
+                self.resolution,
             )
             for prompt in self.prompts
             for seed in self.seeds

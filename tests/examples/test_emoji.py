@@ -135,10 +135,14 @@ def test_a_set_without_code_points_is_matched_by_the_names_of_the_others():
     sets = _sets()
     sets["old"] = {
         "chars": {},
-        "icons": {"icons": {"other-thing-7": {}, "thing9": {}}, "aliases": {"thing-8": {}}},
+        "icons": {
+            "icons": {"other-thing-7": {}, "thing9": {}, "elsewhere": {}},
+            "aliases": {"thing-8": {"parent": "elsewhere"}, "thing-5": {"parent": "thing9"}},
+        },
     }
     emoji = captions.emoji_of(sets)
     names = {one.caption: one.names["old"] for one in emoji if "old" in one.names}
+    # thing 9 has that drawing by its own name, so it is not thing 5's by another
     wanted = {"thing 7": "other-thing-7", "thing 8": "thing-8", "thing 9": "thing9"}
     assert names == wanted
     parts = {one.key: one.part for one in captions.emoji_of(_sets())}

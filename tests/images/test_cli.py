@@ -72,6 +72,7 @@ def test_train_sample_and_convert(folder, tmp_path, capsys):
     assert main(["images", "sample", *base(), *flags]) == 0
     with Image.open(next((tmp_path / "k").glob("*.png"))) as one:
         assert json.loads(one.text["lorakit"])["against"] == -0.5
+        assert "Against: -0.5" in one.text["parameters"]
 
 
 def test_a_run_for_each_folder_of_styles(tmp_path, capsys):
@@ -203,8 +204,8 @@ BAD_SAMPLE = [
     (["--prompt", "a", "--width", "17"], "must be a multiple of 4"),
     (["--prompt", "a", "--against", "it"], "'it'"),
     (
-        ["--prompt", "a", "--guidance", "1", "--against", "0"],
-        "guidance is 1, at which it pushes away from nothing",
+        ["--prompt", "a", "--against", "0"],
+        "no adapter that it could weigh",
     ),
     (["--prompt", "a", "--adapter", "{tmp}/none"], "none"),
     (["--prompt", "a", "--prompts", "x"], "both given"),

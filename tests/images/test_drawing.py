@@ -142,10 +142,20 @@ def test_what_cannot_be_drawn():
         draw(base, None, [Cell("a", "b", width=18, height=16)])
     with pytest.raises(SpecError, match="guidance is 1"):
         draw(loaded("sd"), None, [Cell("a", "b", guidance=1.0)])
-    with pytest.raises(SpecError, match="no second picture"):
+    with pytest.raises(SpecError, match=r"to push away from.*was distilled"):
         draw(base, None, [Cell("a", against=0)])
-    with pytest.raises(SpecError, match="pushes away from nothing"):
+    with pytest.raises(SpecError, match=r"to push away from.*cannot act"):
         draw(loaded("sd"), None, [Cell("a", guidance=1.0, against=0)])
+    # each cell by itself: what one lacks is no fault of another
+    drawn = draw(loaded("sd"), None, [Cell("a", guidance=1.0, **SIZE), Cell("a", "b", **SIZE)])
+    assert len(drawn) == 2
+
+
+def test_a_base_that_takes_guidance_as_an_input_draws_adapters_but_not_against(monkeypatch):
+    base = loaded("sd")
+    monkeypatch.setattr(type(base), "doubles", False)
+    with pytest.raises(SpecError, match="was distilled"):
+        draw(base, None, [Cell("a", against=0)])
 
 
 def test_grids():
