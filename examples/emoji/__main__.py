@@ -45,7 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     judges.set_defaults(run=_judges)
     judge = commands.add_parser("evaluate", help="judge the style adapters, and draw the sheets")
     judge.add_argument("--base", help="a pipeline; WORK/base where it is not given")
-    judge.add_argument("--each", type=int, default=1, help="pictures of a caption; default 1")
+    judge.add_argument(
+        "--each",
+        type=int,
+        choices=range(1, 101),
+        default=1,
+        metavar="N",
+        help="pictures of a caption; default 1",
+    )
     judge.set_defaults(run=_evaluate)
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")

@@ -71,7 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="times the adapters' weights in the picture that guidance pushes away from: 1 is as "
         "everywhere (default), 0 the bare base, -1 the opposite. Below 1 styles are stronger: "
-        "lower their weights with it, and more of the prompt is kept",
+        "lower their weights with it, and more of the prompt may be kept",
     )
     for name in ("width", "height"):
         asking.add_argument(

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from torch.utils._pytree import tree_map
 
@@ -78,8 +79,8 @@ def test_pictures_of_several_adapters_share_forwards(family):
 @pytest.mark.parametrize(
     "family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "pixels"]
 )
-@pytest.mark.parametrize("against", [0.0, -0.5])
-def test_guidance_may_push_away_from_other_weights(family, against, monkeypatch):
+@pytest.mark.parametrize(("against", "negative"), [(0.0, None), (-0.5, "dark")])
+def test_guidance_may_push_away_from_other_weights(family, against, negative, monkeypatch):
     """Compared with two merged models, one for each half of the rows and its text; each picture of
     a batch has its own adapters on both halves."""
     base = loaded(family)
@@ -90,7 +91,7 @@ def test_guidance_may_push_away_from_other_weights(family, against, monkeypatch)
         handle.add(spec, "b")
         randomize(handle, 0.1)
         cells = [
-            Cell("a red thing", None, 3, mix, guidance=4.0, against=against, **size)
+            Cell("a red thing", negative, 3, mix, guidance=4.0, against=against, **size)
             for mix in ("a", {"a": 0.5, "b": 0.5}, None)
         ]
         mine = draw(base, handle, cells)
@@ -126,10 +127,10 @@ def test_guidance_may_push_away_from_other_weights(family, against, monkeypatch)
         return tuple(torch.cat(pair) for pair in pairs)
 
     monkeypatch.setattr(base.denoiser, "forward", forward)
-    (theirs,) = draw(base, None, [Cell("a red thing", seed=3, guidance=4.0, **size)])
+    (theirs,) = draw(base, None, [Cell("a red thing", negative, 3, guidance=4.0, **size)])
     monkeypatch.undo()
     undo()
-    (bare,) = draw(base, None, [Cell("a red thing", seed=3, guidance=4.0, **size)])
+    (bare,) = draw(base, None, [Cell("a red thing", negative, 3, guidance=4.0, **size)])
     assert np.abs(mine[0] - theirs).max() <= 1e-4
     assert np.abs(mine[2] - bare).max() <= 1e-4
     for other in (usual[0], mine[1], mine[2]):
@@ -151,9 +152,14 @@ def test_what_cannot_be_drawn():
     assert len(drawn) == 2
 
 
-def test_a_base_that_takes_guidance_as_an_input_draws_adapters_but_not_against(monkeypatch):
+def test_a_base_that_takes_guidance_as_an_input_has_nothing_to_push_away_from(monkeypatch):
+    """Consistency models: diffusers' pipelines double no rows of theirs."""
     base = loaded("sd")
-    monkeypatch.setattr(type(base), "doubles", False)
+    assert base.doubles
+    config = FrozenDict({**base.denoiser.config, "time_cond_proj_dim": 8})
+    monkeypatch.setattr(base.denoiser, "_internal_dict", config)
+    monkeypatch.setattr(base.pipe, "_guidance_scale", 4.0, raising=False)
+    assert not base.pipe.do_classifier_free_guidance
     with pytest.raises(SpecError, match="was distilled"):
         draw(base, None, [Cell("a", against=0)])
 
