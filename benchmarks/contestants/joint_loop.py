@@ -21,6 +21,7 @@ def _begin(state: dict[str, Any]) -> None:
     from lorakit.infer.packed import PackedModel
     from lorakit.layers import attach
     from lorakit.tasks import CausalTask
+    from lorakit.tasks.causal import CAUSAL
     from lorakit.train.interrupt import StopRequest
     from lorakit.train.job import Job
     from lorakit.train.loop import Loop
@@ -32,7 +33,7 @@ def _begin(state: dict[str, Any]) -> None:
     ranks = [shared.RANK] if one else task["ranks"]
     batch = task["batch_size"]
     rows = shared.job_rows(state["batches"], len(ranks))
-    handle, runs = None, []
+    handle, jobs = None, []
     for number, rank in enumerate(ranks):
         name = f"job {number}"
         if handle is None:
@@ -42,13 +43,14 @@ def _begin(state: dict[str, Any]) -> None:
             handle.add(spec(rank), name, trainable=True, seed=number)
         trained = TrainedAdapter(name, handle)
         job = Job(trained, data, unshuffled(rows[number]), settings(batch // len(ranks)))
-        runs.append(Run(job, world=_world(), continued=False, validation=None, events=_events(),
-                        folder=_Folder(), metrics=None, keep=_nothing, decided={},
-                        hold=_nothing))  # fmt: skip
+        jobs.append(job)
     packed = PackedModel(base.model, handle)
     if packed.fused is None and not task["base"].startswith("random:tiny"):
         raise RuntimeError(f"the layers do not run fused: {packed.notes}")
     budget, task_ = task.get("token_budget"), CausalTask(packed)
+    runs = [Run(job, task=task_, kind=CAUSAL, world=_world(), continued=False, validation=None,
+                events=_events(), folder=_Folder(), metrics=None, keep=_nothing, decided={},
+                hold=_nothing) for job in jobs]  # fmt: skip
     if task["variant"] == "one_by_one":
         loops = [Loop(task_, world=_world(), stop=StopRequest(), budget=budget) for _ in runs]
     else:

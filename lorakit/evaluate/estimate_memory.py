@@ -50,8 +50,8 @@ _STATE_BYTES = {
     "paged-adamw8bit": 2 * (1 + 4 / 256),
     "sgd": 0.0,
 }
-#: positions whose logits exist together on a CPU, as in ``infer.packed``
-_CHUNK_CPU = 64
+#: float32 logits that exist together, as in ``infer.packed``
+_CHUNK_BYTES_CPU = 24 << 20
 _CHUNK_BYTES_ACCELERATOR = 256 << 20
 
 #: share of what comes and goes in a step that the allocator holds without use: blocks freed in
@@ -243,7 +243,8 @@ def _scores(model: ModelShape, part: Part) -> int:
 
 def _loss(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Part) -> int:
     """Of the loss: logits and their probabilities, the states at supervised positions."""
-    rows = min(chunk_rows(model, setting), part.supervised)
+    stretches = -(-part.supervised // chunk_rows(model, setting))
+    rows = -(-part.supervised // max(1, stretches))  # they are as even as they can be
     logits = rows * model.vocabulary * (setting.itemsize + 4)
     logits += rows * model.vocabulary * setting.itemsize if setting.itemsize != 4 else 0
     states = 2 * part.supervised * model.hidden * setting.itemsize
@@ -255,9 +256,8 @@ def _loss(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Part
 
 def chunk_rows(model: ModelShape, setting: Setting) -> int:
     """Positions whose logits exist together."""
-    if setting.device == "cpu":
-        return _CHUNK_CPU
-    return max(64, _CHUNK_BYTES_ACCELERATOR // (4 * model.vocabulary))
+    size = _CHUNK_BYTES_CPU if setting.device == "cpu" else _CHUNK_BYTES_ACCELERATOR
+    return max(64, size // (4 * model.vocabulary))
 
 
 def _layer(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Part) -> int:

@@ -6,6 +6,7 @@ Legend: ``S`` supervised positions, ``d`` hidden size, ``V`` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,10 +66,20 @@ def _sums(losses: Tensor, groups: Sequence[int]) -> Tensor:
 def position_losses(hidden: Tensor, labels: Tensor, head: Head, *, chunk: int) -> Tensor:
     """``-log p(label)`` of each position, [S], float32 or wider, without a gradient."""
     losses = [
-        _log_softmax(head(h)).gather(1, y[:, None])[:, 0].neg()
-        for h, y in zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
+        _log_softmax(head(hidden[rows])).gather(1, labels[rows, None])[:, 0].neg()
+        for rows in _stretches(len(hidden), chunk)
     ]
     return torch.cat(losses)
+
+
+def _stretches(count: int, chunk: int) -> list[slice]:
+    """At most ``chunk`` rows each, as even as they can be, the first the longest.
+
+    The head's weights are read once a stretch: a short last one would cost what a long one does.
+    """
+    number = max(1, -(-count // chunk))
+    edges = [-(-count * i // number) for i in range(number + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -111,8 +122,7 @@ class _Summed(torch.autograd.Function):
         for_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         for_leaves: list[Tensor | None] = [None] * len(leaves)
         buffer: Tensor | None = None
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
+        for rows in _stretches(len(hidden), chunk):
             target = labels[rows, None]
             with torch.enable_grad():
                 h = hidden[rows].detach().requires_grad_(hidden.requires_grad)

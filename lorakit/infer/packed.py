@@ -51,9 +51,10 @@ _ROUNDING_HALF = 3e-2
 #: position encodings whose frequencies depend on the longest position of a forward
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
-#: positions whose logits exist together: few on a CPU, where 64 rows already fill the cores and
-#: more only cost memory; more on an accelerator, where small products leave it idle
-_CHUNK = {"cpu": 64}
+#: float32 logits that exist together, at least of 64 positions: few on a CPU, whose cores 128 rows
+#: of a common vocabulary fill, so that more would only cost memory; more on an accelerator, which
+#: small products leave idle
+_CHUNK_BYTES = {"cpu": 24 << 20}
 _CHUNK_BYTES_ACCELERATOR = 256 << 20
 
 
@@ -601,10 +602,9 @@ def _split(model: nn.Module) -> tuple[Any, Any]:
 
 def _chunk(model: nn.Module, device: torch.device) -> int:
     """Positions whose float32 logits exist together."""
-    if device.type in _CHUNK:
-        return _CHUNK[device.type]
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1 << 17
-    return max(64, _CHUNK_BYTES_ACCELERATOR // (4 * vocabulary))
+    size = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR)
+    return max(64, size // (4 * vocabulary))
 
 
 def _finishes(config: Any) -> list[Head]:

@@ -74,8 +74,9 @@ class Bank(nn.Module):
     ) -> None:
         super().__init__()
         self.trainable = trainable
-        #: names in the order of the flat buffer
-        self._order = list(tensors)
+        #: names in the order of the flat buffer: A's of linears that read one input stand behind
+        #: one another, so that one product can use all of them
+        self._order = sorted(tensors, key=lambda name: not name.endswith(".lora_A"))
         #: the flat parameter that optimizers may use in place of its views
         self.flat_parameter: list[nn.Parameter] = []  # in a list: not registered a second time
         for name, tensor in {**tensors, **(fixed or {})}.items():

@@ -9,7 +9,7 @@ when the gradient is collected.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,47 @@ def gradient_product(
         return None
     product = left.t() @ right
     return gradient_sum(parameter, product if factor == 1.0 else product.mul_(factor))
+
+
+def gradient_products(
+    parameters: Sequence[nn.Parameter], left: Tensor, right: Tensor
+) -> list[Tensor | None]:
+    """The same for parameters [m_i, n] that share ``right``: one product if they lie together.
+
+    Args:
+        left: [N, Σ m_i], in the order of the parameters.
+    """
+    places: list[_Place | None] = [getattr(parameter, _NAME, None) for parameter in parameters]
+    known = [place for place in places if place is not None]
+    together = None
+    if len(known) == len(places) and len({place.filled for place in known}) == 1:
+        together = one_below_the_other([place.view for place in known])
+    if together is None or together.dtype != left.dtype:
+        columns = torch.split(left, [len(parameter) for parameter in parameters], dim=1)
+        return [
+            gradient_product(one, part, right)
+            for one, part in zip(parameters, columns, strict=True)
+        ]
+    kept = 1 if known[0].filled else 0
+    torch.addmm(together, left.t(), right, beta=kept, out=together)
+    for place in known:
+        place.filled = True
+    return [None] * len(places)
+
+
+def one_below_the_other(matrices: Sequence[Tensor]) -> Tensor | None:
+    """Matrices [m_i, n] as one [Σ m_i, n] in the same memory; ``None`` if they do not lie so."""
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    address = first.data_ptr()
+    for one in matrices:
+        if one.data_ptr() != address or not one.is_contiguous() or one.dtype != first.dtype:
+            return None
+        address += one.nbytes
+    if one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        return None  # neighbours by chance
+    return first.as_strided((sum(map(len, matrices)), first.shape[1]), first.stride())
 
 
 def gradient_sum(parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:

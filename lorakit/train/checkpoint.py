@@ -25,7 +25,7 @@ from lorakit.core.files import atomic_file
 from lorakit.errors import TrainingError
 
 #: raised when the layout changes in a way that older code would misread
-LAYOUT = 1
+LAYOUT = 2
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 

@@ -725,7 +725,7 @@ def training_mode(model: nn.Module, adapted: Sequence[str]) -> Iterator[None]:
     try:
         for module, _ in before:
             module.training = False
-        for path in adapted:
+        for path in dict.fromkeys(adapted):
             model.get_submodule(path).training = True
         with contextlib.ExitStack() as stack:
             for module in _checkpointing(model):

@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.layers.dropout import keyed_dropout
-from lorakit.layers.gradients import gradient_product, gradient_sum, has_place
+from lorakit.layers.gradients import (
+    gradient_product,
+    gradient_products,
+    gradient_sum,
+    has_place,
+    one_below_the_other,
+)
 
 
 class Part(NamedTuple):
@@ -43,11 +49,6 @@ class Part(NamedTuple):
     @property
     def rank(self) -> int:
         return self.A.shape[0]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What the backward gives gradients for, in this order: those without a place."""
-        own = (self.A, self.B) if self.bias is None else (self.A, self.B, self.bias)
-        return [parameter for parameter in own if not has_place(parameter)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,24 @@ class _Run(NamedTuple):
     members: list[tuple[int, Part, slice]]
     """(which linear, its part, its columns of the hidden values)."""
 
+    @property
+    def trained(self) -> bool:
+        """The same for all members."""
+        return self.members[0][1].trained
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All A's, then B and bias of each member."""
+        found = [part.A for _, part, _ in self.members]
+        for _, part, _ in self.members:
+            found += [part.B] if part.bias is None else [part.B, part.bias]
+        return found
+
+    def a(self, dtype: torch.dtype) -> Tensor:
+        """The A's, one below the other: in their own memory where they lie so."""
+        factors = [part.A.detach() for _, part, _ in self.members]
+        together = one_below_the_other(factors)
+        return _in(torch.cat(factors) if together is None else together, dtype)
+
 
 class Group:
     """Linears that share an input.
@@ -92,8 +111,8 @@ class Group:
         return any(linear.trained for linear in self.linears)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The adapters' tensors, in the order of :meth:`backward`'s gradients."""
-        return [p for run in self.runs for _, part, _ in run.members for p in part.parameters()]
+        """The tensors that have no place, in the order of :meth:`backward`'s gradients."""
+        return [p for run in self.runs for p in run.parameters() if not has_place(p)]
 
     @property
     def adds_gradients(self) -> bool:
@@ -139,7 +158,7 @@ class Group:
             outputs.append(y)
         hidden = []
         for run in self.runs:
-            h = F.linear(self._input(x, run), _stacked_a(run, x.dtype))
+            h = F.linear(self._input(x, run), run.a(x.dtype))
             hidden.append(h)
             for which, part, columns in run.members:
                 y = outputs[which][run.rows]
@@ -178,24 +197,24 @@ class Group:
         self, run: _Run, h: Tensor, douts: Sequence[Tensor], x: Tensor, dx: Tensor | None
     ) -> list[Tensor | None]:
         dh = torch.empty_like(h)
-        trained = any(part.trained for _, part, _ in run.members)
-        entered = self._input(x, run) if trained else None
         gradients: list[Tensor | None] = []
         for which, part, columns in run.members:
             dy, into = douts[which][run.rows], dh[:, columns]
             torch.addmm(into, dy, _in(part.B, x.dtype), beta=0, alpha=part.factor, out=into)
-            if entered is None or not part.trained:
-                gradients += [None] * len(part.parameters())
+            if not run.trained:
                 continue
-            found = [
-                gradient_product(part.A, into, entered),
-                gradient_product(part.B, dy, h[:, columns], part.factor),
-            ]
+            gradients.append(gradient_product(part.B, dy, h[:, columns], part.factor))
             if part.bias is not None:
-                found.append(gradient_sum(part.bias, dy.sum(0).mul_(part.factor)))
-            gradients += [gradient for gradient in found if gradient is not None]
+                gradients.append(gradient_sum(part.bias, dy.sum(0).mul_(part.factor)))
+        if run.trained:
+            factors = [part.A for _, part, _ in run.members]
+            gradients = [*gradient_products(factors, dh, self._input(x, run)), *gradients]
+            wanted = zip(run.parameters(), gradients, strict=True)
+            gradients = [gradient for one, gradient in wanted if not has_place(one)]
+        else:
+            gradients = [None for one in run.parameters() if not has_place(one)]
         if dx is not None:
-            A = _stacked_a(run, x.dtype)
+            A = run.a(x.dtype)
             if run.members[0][1].dropout and self.keys is not None:
                 dx[run.rows] += self._dropped(dh @ A, run)
             else:
@@ -221,18 +240,11 @@ class Group:
                 if part.start == part.stop and not part.trained:
                     continue
                 alone = part.dropout and self.keys is not None  # each site has its own mask
-                key = (part.name, part.start, part.stop, which if alone else None)
+                key = (part.name, part.start, part.stop, part.trained, which if alone else None)
                 members = runs.setdefault(key, _Run(slice(part.start, part.stop), [])).members
                 column = members[-1][2].stop if members else 0
                 members.append((which, part, slice(column, column + part.rank)))
         return list(runs.values())
-
-
-def _stacked_a(run: _Run, dtype: torch.dtype) -> Tensor:
-    """The A's of a run, one below the other."""
-    if len(run.members) == 1:
-        return _in(run.members[0][1].A, dtype)
-    return _in(torch.cat([part.A for _, part, _ in run.members]), dtype)
 
 
 def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
