@@ -74,9 +74,8 @@ class Bank(nn.Module):
     ) -> None:
         super().__init__()
         self.trainable = trainable
-        #: names in the order of the flat buffer: A's of linears that read one input stand behind
-        #: one another, so that one product can use all of them
-        self._order = sorted(tensors, key=lambda name: not name.endswith(".lora_A"))
+        #: names in the order of the flat buffer
+        self._order = list(tensors)
         #: the flat parameter that optimizers may use in place of its views
         self.flat_parameter: list[nn.Parameter] = []  # in a list: not registered a second time
         for name, tensor in {**tensors, **(fixed or {})}.items():
@@ -101,7 +100,8 @@ class Bank(nn.Module):
     def arrange(self, group_of: Callable[[str], Hashable]) -> dict[Hashable, tuple[int, int]]:
         """Put the tensors of each group behind one another in the flat buffer.
 
-        With a single group the order stays as it was.
+        In a group the A's come first, and else the order stays as it was: so the A's of linears
+        that read one input lie together, and one product can use all of them.
 
         Returns:
             Group → its begin and end in :meth:`flat`.
@@ -112,6 +112,8 @@ class Bank(nn.Module):
         groups: dict[Hashable, list[str]] = {}
         for name in self._order:
             groups.setdefault(group_of(name), []).append(name)
+        for names in groups.values():
+            names.sort(key=lambda name: not name.endswith(".lora_A"))
         order = [name for names in groups.values() for name in names]
         if order != self._order:
             self._order = order

@@ -127,14 +127,14 @@ def gradient_products(
 
 def one_below_the_other(matrices: Sequence[Tensor]) -> Tensor | None:
     """Matrices [m_i, n] as one [Σ m_i, n] in the same memory; ``None`` if they do not lie so."""
-    first = matrices[0]
+    first = matrices[0].detach()
     if len(matrices) == 1:
         return first
-    address = first.data_ptr()
+    address, width = first.data_ptr(), first.shape[1] * first.element_size()
     for one in matrices:
-        if one.data_ptr() != address or not one.is_contiguous() or one.dtype != first.dtype:
+        if one.data_ptr() != address or one.dtype != first.dtype or not one.is_contiguous():
             return None
-        address += one.nbytes
+        address += len(one) * width
     if one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
         return None  # neighbours by chance
     return first.as_strided((sum(map(len, matrices)), first.shape[1]), first.stride())

@@ -428,7 +428,7 @@ class Handle:
     def arrange(
         self, name: str, group_of: Callable[[str], Hashable]
     ) -> dict[Hashable, tuple[int, int]]:
-        """Order :meth:`flat` by groups, so that each is one stretch of it.
+        """Order :meth:`flat` by groups, so that each is one stretch of it, its A's first.
 
         Args:
             name: of a trainable adapter.

@@ -110,6 +110,16 @@ class Share(NamedTuple):
     """One weight for all, or one per row."""
 
 
+class Stretch(NamedTuple):
+    """Tokens of a packed row that use an adapter."""
+
+    name: str
+    start: int
+    stop: int
+    """Behind the last."""
+    weight: float
+
+
 class Plan:
     """A routing for one forward.
 
@@ -137,6 +147,17 @@ class Plan:
         if batch is not None and routing.axis == "row":
             self._factor(batch)  # raises at the entry rather than at the first site
         self._shares: dict[tuple[int, torch.device, bool], tuple[Share, ...]] = {}
+        self._stretches: dict[int, tuple[Stretch, ...]] = {}
+
+    def stretches(self, count: int) -> tuple[Stretch, ...]:
+        """What a packed row of ``count`` tokens uses, from its begin to its end.
+
+        Raises:
+            RoutingError: the routing does not cover the row.
+        """
+        if count not in self._stretches:
+            self._stretches[count] = tuple(_stretches(self.routing, count))
+        return self._stretches[count]
 
     def _factor(self, rows: int) -> int:
         """How often the declared rows are repeated in ``rows``."""
@@ -226,3 +247,24 @@ class Plan:
         if self.routing.axis == "token":
             return per_mix[self._mix_of(sum(self.routing.lengths))]
         return per_mix[self._mix_of(self.batch or len(self.routing.mixes))]
+
+
+def _stretches(routing: Routing, count: int) -> list[Stretch]:
+    if routing.axis != "token":
+        return [Stretch(name, 0, count, weight) for name, weight in routing.mixes[0]]
+    if sum(routing.lengths) != count:
+        raise RoutingError(
+            f"a packed row has {count} tokens; the routing covers {sum(routing.lengths)}"
+        )
+    found: list[Stretch] = []
+    start = 0
+    for mix, length in zip(routing.mixes, routing.lengths, strict=True):
+        for name, weight in mix:
+            before = found[-1] if found else None
+            alike = before and before.name == name and before[2:] == (start, weight)
+            if len(mix) == 1 and before and alike:
+                found[-1] = before._replace(stop=start + length)
+            else:
+                found.append(Stretch(name, start, start + length, weight))
+        start += length
+    return found

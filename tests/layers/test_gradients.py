@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.layers.gradients import FlatGradient, gradient_product, gradient_sum, has_place
+from lorakit.layers.gradients import (
+    FlatGradient,
+    gradient_product,
+    gradient_products,
+    gradient_sum,
+    has_place,
+    one_below_the_other,
+)
 
 M, N, ROWS = 5, 3, 7
 
@@ -77,3 +84,35 @@ def test_without_a_place_the_gradient_is_given_back(drawn):
     flat.release()
     assert not any(has_place(p) for p in parameters)
     assert gradient_product(parameters[0], left, right) is not None
+
+
+@pytest.mark.parametrize("known", [(0, 1, 2), (0, 2), ()])
+@pytest.mark.parametrize("begun", [False, True])
+def test_parameters_that_share_an_input_get_their_products_wherever_they_lie(drawn, known, begun):
+    """One product where places are neighbours and hold as much; else one each; or given back."""
+    parameters, _, right = drawn
+    left = torch.randn(ROWS, 3 * M, dtype=torch.float64)
+    flat = FlatGradient([parameters[i] for i in known]) if known else None
+    expected = (left.T @ right).reshape(3, M, N)
+    if begun and known:
+        gradient_product(parameters[known[0]], left[:, :M], right)
+        expected[known[0]] += left[:, :M].T @ right
+    found = gradient_products(parameters, left, right)
+    assert [i for i, one in enumerate(found) if one is None] == list(known)
+    for i, one in enumerate(found):
+        if one is not None:
+            torch.testing.assert_close(one, expected[i], rtol=1e-12, atol=1e-12)
+    if flat is not None:
+        mine = expected[list(known)].reshape(-1)
+        torch.testing.assert_close(flat.collect(), mine, rtol=1e-12, atol=1e-12)
+
+
+def test_matrices_that_are_one_in_memory():
+    memory = torch.arange(24.0)
+    first, second, third = memory[:6].view(2, 3), memory[6:9].view(1, 3), memory[9:18].view(3, 3)
+    assert torch.equal(one_below_the_other([first, second, third]), memory[:18].view(6, 3))
+    assert one_below_the_other([first, second]).data_ptr() == memory.data_ptr()
+    assert one_below_the_other([first, third]) is None
+    assert one_below_the_other([second, first]) is None
+    assert one_below_the_other([first, torch.zeros(1, 3)]) is None
+    assert one_below_the_other([memory[:6].view(3, 2).t(), second]) is None

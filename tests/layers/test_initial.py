@@ -295,6 +295,8 @@ def test_groups_are_stretches_of_the_flat_buffer():
     expected = model(input_ids=ids).logits
     same = handle.arrange("default", lambda name: 0)
     assert same == {0: (0, handle.flat().numel())}
+    factors = torch.cat([site.A.flatten() for site in before.low_rank.values()])
+    assert torch.equal(handle.flat()[: len(factors)], factors), "A's lie together"
     ranges = handle.arrange("default", lambda name: name.endswith("lora_B"))
     flat = handle.flat()
     sites = handle.snapshot().low_rank.values()

@@ -90,7 +90,7 @@ def test_a_newer_layout_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "LAYOUT", 99)
     path = write_checkpoint(tmp_path, make(1), keep=2)
     monkeypatch.undo()
-    with pytest.raises(TrainingError, match="has layout 99; this version reads 1"):
+    with pytest.raises(TrainingError, match="has layout 99; this version reads 2"):
         read_checkpoint(path)
 
 

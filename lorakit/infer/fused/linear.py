@@ -67,30 +67,34 @@ class Linear:
         return any(part.trained for part in self.parts)
 
 
-class _Run(NamedTuple):
-    """Parts of several linears that read the same rows of the input and can be stacked."""
+class _Run:
+    """Parts of several linears that read the same rows of the input, stacked.
 
-    rows: slice
-    members: list[tuple[int, Part, slice]]
-    """(which linear, its part, its columns of the hidden values)."""
+    Args:
+        parts: of one adapter, each with the number of its linear.
+    """
 
-    @property
-    def trained(self) -> bool:
-        """The same for all members."""
-        return self.members[0][1].trained
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All A's, then B and bias of each member."""
-        found = [part.A for _, part, _ in self.members]
-        for _, part, _ in self.members:
-            found += [part.B] if part.bias is None else [part.B, part.bias]
-        return found
+    def __init__(self, parts: Sequence[tuple[int, Part]]) -> None:
+        _, first = parts[0]
+        self.rows = slice(first.start, first.stop)
+        self.trained = first.trained
+        self.dropout = first.dropout
+        self.members: list[tuple[int, Part, slice]] = []
+        """(which linear, its part, its columns of the hidden values)."""
+        self.factors = tuple(part.A for _, part in parts)
+        self._together = one_below_the_other(self.factors)
+        column = 0
+        others: list[nn.Parameter] = []
+        for which, part in parts:
+            self.members.append((which, part, slice(column, column + part.rank)))
+            column += part.rank
+            others += [part.B] if part.bias is None else [part.B, part.bias]
+        self.homeless = [p for p in (*self.factors, *others) if not has_place(p)]
+        """Parameters whose gradients are given back, in their order."""
 
     def a(self, dtype: torch.dtype) -> Tensor:
         """The A's, one below the other: in their own memory where they lie so."""
-        factors = [part.A.detach() for _, part, _ in self.members]
-        together = one_below_the_other(factors)
-        return _in(torch.cat(factors) if together is None else together, dtype)
+        return _in(torch.cat(self.factors) if self._together is None else self._together, dtype)
 
 
 class Group:
@@ -112,7 +116,7 @@ class Group:
 
     def parameters(self) -> list[nn.Parameter]:
         """The tensors that have no place, in the order of :meth:`backward`'s gradients."""
-        return [p for run in self.runs for p in run.parameters() if not has_place(p)]
+        return [parameter for run in self.runs for parameter in run.homeless]
 
     @property
     def adds_gradients(self) -> bool:
@@ -207,15 +211,13 @@ class Group:
             if part.bias is not None:
                 gradients.append(gradient_sum(part.bias, dy.sum(0).mul_(part.factor)))
         if run.trained:
-            factors = [part.A for _, part, _ in run.members]
-            gradients = [*gradient_products(factors, dh, self._input(x, run)), *gradients]
-            wanted = zip(run.parameters(), gradients, strict=True)
-            gradients = [gradient for one, gradient in wanted if not has_place(one)]
+            first = gradient_products(run.factors, dh, self._input(x, run))
+            gradients = [gradient for gradient in (*first, *gradients) if gradient is not None]
         else:
-            gradients = [None for one in run.parameters() if not has_place(one)]
+            gradients = [None] * len(run.homeless)
         if dx is not None:
             A = run.a(x.dtype)
-            if run.members[0][1].dropout and self.keys is not None:
+            if run.dropout and self.keys is not None:
                 dx[run.rows] += self._dropped(dh @ A, run)
             else:
                 dx[run.rows].addmm_(dh, A)
@@ -227,24 +229,21 @@ class Group:
 
     def _dropped(self, x: Tensor, run: _Run) -> Tensor:
         """Dropout with the run's mask; it is linear, so the backward applies it too."""
-        which, first, _ = run.members[0]
-        if not first.dropout or self.keys is None:
+        if not run.dropout or self.keys is None:
             return x
-        keys = self.keys[run.rows]
-        return keyed_dropout(x, keys, self.linears[which].number, first.dropout)
+        number = self.linears[run.members[0][0]].number
+        return keyed_dropout(x, self.keys[run.rows], number, run.dropout)
 
     def _stacked(self) -> list[_Run]:
-        runs: dict[tuple[object, ...], _Run] = {}
+        runs: dict[tuple[object, ...], list[tuple[int, Part]]] = {}
         for which, linear in enumerate(self.linears):
             for part in linear.parts:
                 if part.start == part.stop and not part.trained:
                     continue
                 alone = part.dropout and self.keys is not None  # each site has its own mask
                 key = (part.name, part.start, part.stop, part.trained, which if alone else None)
-                members = runs.setdefault(key, _Run(slice(part.start, part.stop), [])).members
-                column = members[-1][2].stop if members else 0
-                members.append((which, part, slice(column, column + part.rank)))
-        return list(runs.values())
+                runs.setdefault(key, []).append((which, part))
+        return [_Run(parts) for parts in runs.values()]
 
 
 def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:

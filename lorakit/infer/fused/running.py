@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lorakit.errors import RoutingError
 from lorakit.infer.fused.family import Anatomy, DoesNotFit, anatomy_of, dense_weight
 from lorakit.infer.fused.layer import Call, FusedLayer, Recompute
 from lorakit.infer.fused.linear import Group, Linear, Part
@@ -216,7 +215,7 @@ def _linear(module: Any, hidden: Tensor, keys: Tensor | None) -> tuple[Linear | 
     site.called = True
     plan = site.forwards.plan()
     parts = []
-    for name, start, stop, share in _stretches(plan, hidden.shape[1]):
+    for name, start, stop, share in plan.stretches(hidden.shape[1]):
         low_rank = site.low_rank.get(name)
         reason = _why_not(site, name, plan)
         if reason is not None:
@@ -251,29 +250,3 @@ def _why_not(site: SiteForward, name: str, plan: Plan) -> str | None:
     if plan.routing.axis == "row" and len(plan.routing.mixes) > 1:
         return "a routing by rows has no meaning in a packed row"
     return None
-
-
-def _stretches(plan: Plan, count: int) -> list[tuple[str, int, int, float]]:
-    """(adapter, first token, behind the last, weight) of a packed row.
-
-    Raises:
-        RoutingError: the routing does not cover the row.
-    """
-    routing = plan.routing
-    if routing.axis != "token":
-        return [(name, 0, count, weight) for name, weight in routing.mixes[0]]
-    if sum(routing.lengths) != count:
-        raise RoutingError(
-            f"a packed row has {count} tokens; the routing covers {sum(routing.lengths)}"
-        )
-    found: list[tuple[str, int, int, float]] = []
-    start = 0
-    for mix, length in zip(routing.mixes, routing.lengths, strict=True):
-        for name, weight in mix:
-            before = found[-1] if found else None
-            if len(mix) == 1 and before and before[0] == name and before[2:] == (start, weight):
-                found[-1] = (name, before[1], start + length, weight)
-            else:
-                found.append((name, start, start + length, weight))
-        start += length
-    return found
