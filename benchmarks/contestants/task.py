@@ -68,6 +68,19 @@ def random_model(shape: str, device: str) -> Any:
             torch.set_default_dtype(before)
 
 
+class Drawn(list[Any]):
+    """Examples that come from no file, as far as a training asks about them."""
+
+    @property
+    def lengths(self) -> Any:
+        import numpy as np
+
+        return np.array([len(example.ids) for example in self], dtype=np.int64)
+
+    def where(self, index: int) -> str:
+        return f"random row {index + 1}"
+
+
 def _random(task: dict[str, Any]) -> tuple[Any, Any, list[list[int]]]:
     """Random tokens of unequal lengths, the second half of each example supervised."""
     import numpy as np
@@ -77,7 +90,7 @@ def _random(task: dict[str, Any]) -> tuple[Any, Any, list[list[int]]]:
     model = random_model(task["base"].partition(":")[2], task["device"])
     generator = np.random.default_rng(0)
     size, count = task["batch_size"], task["steps"] + 1
-    data = []
+    data = Drawn()
     for i in range(size * count):
         length = int(generator.integers(task["length"] // 2, task["length"] + 1))
         ids = generator.integers(3, VOCABULARY, length, dtype=np.int32)

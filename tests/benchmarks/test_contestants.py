@@ -1,0 +1,70 @@
+"""The benchmarks run: a contestant that no longer fits the code says so here and not on a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+import pytest
+
+from benchmarks.__main__ import BENCHMARKS
+from benchmarks.contestants.task import ALPHA, RANK, random_model
+from lorakit import LoRASpec, attach, save_adapter
+
+# peft asks transformers by a name that is going away
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+RANKS = [2, 4]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """Two steps of four examples on a tiny Llama."""
+    start = tmp_path_factory.mktemp("adapter") / "start"
+    handle = attach(random_model("tiny", "cpu"), LoRASpec(rank=RANK, alpha=ALPHA))
+    save_adapter(handle.snapshot(), start)
+    return {
+        "base": "random:tiny",
+        "device": "cpu",
+        "length": 12,
+        "steps": 2,
+        "batch_size": 4,
+        "ranks": RANKS,
+        "token_budget": None,
+        "start": str(start),
+    }
+
+
+def losses(name: str, task) -> list[float]:
+    of, _, variant = name.partition(":")
+    contestant = importlib.import_module(f"benchmarks.contestants.{of}")
+    state = contestant.prepare({**task, "variant": variant})
+    rows = [contestant.step(state, i) for i in range(3)]
+    assert all(row["tokens"] >= 4 * 6 for row in rows)
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("other", ["joint_loop:one_by_one", "peft_many"])
+def test_joint_steps_are_measured_on_the_same_work(other, task):
+    joint, theirs = losses("joint_loop:joint", task), losses(other, task)
+    # peft's adapters begin elsewhere, but at no change of the base
+    compared = 1 if other == "peft_many" else 3
+    assert theirs[:compared] == pytest.approx(joint[:compared], rel=1e-5)
+
+
+def test_one_adapter_sees_all_of_it(task):
+    assert len(losses("joint_loop:one_adapter", task)) == 3
+
+
+def test_training_steps_are_measured_on_the_same_work(task):
+    ours, theirs = losses("lorakit_loop", task), losses("peft_loop", task)
+    assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_each_benchmark_has_its_options(name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    parser = argparse.ArgumentParser()
+    module.configure(parser)
+    assert "--help" in parser.format_help()
+    assert callable(module.run)
