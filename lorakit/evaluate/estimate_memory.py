@@ -243,8 +243,7 @@ def _scores(model: ModelShape, part: Part) -> int:
 
 def _loss(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Part) -> int:
     """Of the loss: logits and their probabilities, the states at supervised positions."""
-    stretches = -(-part.supervised // chunk_rows(model, setting))
-    rows = -(-part.supervised // max(1, stretches))  # they are as even as they can be
+    rows = loss_rows(model, setting, part.supervised)
     logits = rows * model.vocabulary * (setting.itemsize + 4)
     logits += rows * model.vocabulary * setting.itemsize if setting.itemsize != 4 else 0
     states = 2 * part.supervised * model.hidden * setting.itemsize
@@ -254,10 +253,11 @@ def _loss(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Part
     return logits + states + head
 
 
-def chunk_rows(model: ModelShape, setting: Setting) -> int:
-    """Positions whose logits exist together."""
+def loss_rows(model: ModelShape, setting: Setting, supervised: int) -> int:
+    """Positions whose logits exist together: stretches are as even as they can be."""
     size = _CHUNK_BYTES_CPU if setting.device == "cpu" else _CHUNK_BYTES_ACCELERATOR
-    return max(64, size // (4 * model.vocabulary))
+    chunk = max(64, size // (4 * model.vocabulary))
+    return -(-supervised // max(1, -(-supervised // chunk)))
 
 
 def _layer(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Part) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.evaluate.estimate_machine import Rates, attention_operations
-from lorakit.evaluate.estimate_memory import Part, Setting, chunk_rows, plain_reason
+from lorakit.evaluate.estimate_memory import Part, Setting, loss_rows, plain_reason
 from lorakit.evaluate.estimate_shape import AdapterShape, ModelShape
 
 #: passes over the numbers of a layer, forward and backward together, in units of (d, f, q):
@@ -152,7 +152,7 @@ def _adapter(
 def _head(
     model: ModelShape, adapter: AdapterShape, setting: Setting, part: Part, rates: Rates
 ) -> float:
-    rows = min(chunk_rows(model, setting), max(part.supervised, 1))
+    rows = max(1, loss_rows(model, setting, part.supervised))
     times = 3 if adapter.full else 2
     operations = times * 2 * part.supervised * model.hidden * model.vocabulary
     softmax = part.supervised * model.vocabulary / rates.softmax

@@ -148,6 +148,7 @@ class _Summed(torch.autograd.Function):
                     so_far.add_(grad)
                 elif grad is not None:  # its own memory: two leaves may be given one tensor
                     for_leaves[i] = grad.clone()
+            del logits  # before the next are made
         ctx.gradients, ctx.groups = (for_hidden, for_leaves), groups
         return _sums(losses, groups)
 

@@ -602,7 +602,10 @@ def _split(model: nn.Module) -> tuple[Any, Any]:
 
 def _chunk(model: nn.Module, device: torch.device) -> int:
     """Positions whose float32 logits exist together."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1 << 17
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    vocabulary = getattr(config, "vocab_size", None) or 1 << 17
     size = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR)
     return max(64, size // (4 * vocabulary))
 

@@ -102,7 +102,10 @@ def gradient_product(
 def gradient_products(
     parameters: Sequence[nn.Parameter], left: Tensor, right: Tensor
 ) -> list[Tensor | None]:
-    """The same for parameters [m_i, n] that share ``right``: one product if they lie together.
+    """The same for parameters [m_i, n] that share ``right``.
+
+    It is one product if their places lie together, have the dtype of ``left``, and all or none of
+    them were added to; else one for each.
 
     Args:
         left: [N, Σ m_i], in the order of the parameters.
@@ -130,14 +133,17 @@ def one_below_the_other(matrices: Sequence[Tensor]) -> Tensor | None:
     first = matrices[0].detach()
     if len(matrices) == 1:
         return first
-    address, width = first.data_ptr(), first.shape[1] * first.element_size()
+    address, width = first.data_ptr(), first.shape[1]
     for one in matrices:
-        if one.data_ptr() != address or one.dtype != first.dtype or not one.is_contiguous():
+        if one.data_ptr() != address or one.dtype != first.dtype or one.shape[1] != width:
             return None
-        address += len(one) * width
+        if not one.is_contiguous():
+            return None
+        address += one.numel() * one.element_size()
     if one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
         return None  # neighbours by chance
-    return first.as_strided((sum(map(len, matrices)), first.shape[1]), first.stride())
+    # a single row is contiguous whatever its stride, so the stride is not asked for
+    return first.as_strided((sum(map(len, matrices)), width), (width, 1))
 
 
 def gradient_sum(parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:

@@ -412,7 +412,7 @@ class Handle:
         return since_start(now, source) if name in self._subtracted else now
 
     def parameters(self, name: str = "default") -> list[nn.Parameter]:
-        """An adapter's tensors on the model, in a fixed order."""
+        """An adapter's tensors on the model, in the order of :meth:`flat`."""
         self._known([name])
         return self._banks[name].own()
 
@@ -429,6 +429,8 @@ class Handle:
         self, name: str, group_of: Callable[[str], Hashable]
     ) -> dict[Hashable, tuple[int, int]]:
         """Order :meth:`flat` by groups, so that each is one stretch of it, its A's first.
+
+        The buffer may be another one afterwards: ask for :meth:`flat` and :meth:`parameters` again.
 
         Args:
             name: of a trainable adapter.
@@ -492,7 +494,11 @@ class Handle:
     ) -> Bank:
         tensors: dict[str, Tensor] = {}
         fixed: dict[str, Tensor] = {}
-        for path, site in adapter.sites.items():
+        # in the model's order, whoever made the adapter: what a layer uses together lies together
+        modules = self.model.named_modules(remove_duplicate=False)
+        places = {path: number for number, (path, _) in enumerate(modules)}
+        paths = sorted(adapter.sites, key=lambda path: places[owners[path][0]])
+        for path, site in ((path, adapter.sites[path]) for path in paths):
             device, dtype = self._places.home(owners[path][0])
             target = dtype if trainable else None
             for key, tensor in site.tensors().items():

@@ -152,6 +152,8 @@ class Plan:
     def stretches(self, count: int) -> tuple[Stretch, ...]:
         """What a packed row of ``count`` tokens uses, from its begin to its end.
 
+        A routing by rows has no meaning there, unless all rows are alike.
+
         Raises:
             RoutingError: the routing does not cover the row.
         """
@@ -261,8 +263,11 @@ def _stretches(routing: Routing, count: int) -> list[Stretch]:
     for mix, length in zip(routing.mixes, routing.lengths, strict=True):
         for name, weight in mix:
             before = found[-1] if found else None
-            alike = before and before.name == name and before[2:] == (start, weight)
-            if len(mix) == 1 and before and alike:
+            if (
+                before is not None
+                and len(mix) == 1
+                and (before.name, before.stop, before.weight) == (name, start, weight)
+            ):
                 found[-1] = before._replace(stop=start + length)
             else:
                 found.append(Stretch(name, start, start + length, weight))

@@ -108,7 +108,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read one.
 
     Raises:
-        TrainingError: the file is damaged, is no checkpoint, or has a newer layout.
+        TrainingError: the file is damaged, is no checkpoint, or has another layout.
     """
     try:
         with safe_open(path, framework="pt") as file:

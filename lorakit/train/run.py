@@ -121,8 +121,6 @@ class Run:
         self.job.load(job, checkpoint.state["job"])
         folder = self.folder.checkpoints
         if self._world.first and self.job.best is not None:
-            if "best" in job:  # as checkpoints were written until 0.1
-                write_best(folder, self.job.best.step, job["best"])
             read_best(folder, self.job.best.step)
         if self._world.first:
             forget_after(folder, checkpoint.step)

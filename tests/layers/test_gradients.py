@@ -116,3 +116,6 @@ def test_matrices_that_are_one_in_memory():
     assert one_below_the_other([second, first]) is None
     assert one_below_the_other([first, torch.zeros(1, 3)]) is None
     assert one_below_the_other([memory[:6].view(3, 2).t(), second]) is None
+    assert one_below_the_other([memory[:4].view(1, 4), memory[4:6].view(1, 2)]) is None
+    rows = [memory[:4].view(4, 1).t(), memory[4:8].view(4, 1).t()]  # contiguous, of stride (1, 1)
+    assert torch.equal(one_below_the_other(rows), memory[:8].view(2, 4))

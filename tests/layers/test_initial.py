@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -283,6 +284,23 @@ def test_what_cannot_begin_so_is_refused():
         with pytest.raises(SpecError, match=what):
             attach(model, LoRASpec(rank=2, targets="0", init=init))
     assert not hasattr(model, "lorakit_adapters")
+
+
+def test_what_a_layer_uses_together_lies_together_whoever_made_the_adapter():
+    model = models.llama()
+    handle = attach(model, LoRASpec(rank=2, targets="all-linear"))
+    shapes = [p.shape for p in handle.parameters()]
+    sites = dict(sorted(handle.snapshot().sites.items()))  # as files have them
+    by_name = dataclasses.replace(handle.snapshot(), sites=sites)
+    handle.detach()
+    handle = attach(model, by_name, trainable=True)
+    assert [p.shape for p in handle.parameters()] == shapes
+    handle.arrange("default", lambda name: 0)
+    layer = "model.layers.1.self_attn."
+    factors = [handle.snapshot().sites[f"{layer}{name}_proj"].A for name in "qkv"]
+    flat, together = handle.flat(), torch.cat(factors).flatten()
+    begin = int((flat == together[0]).nonzero()[0])
+    assert torch.equal(flat[begin : begin + len(together)], together)
 
 
 def test_groups_are_stretches_of_the_flat_buffer():
