@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from lorakit.infer.fused.rope import rotate_, rotate_back_
 from lorakit.infer.fused.running import FusedBody
 from lorakit.infer.packed import PackedModel
 from lorakit.layers import Routing, token_keys
+from lorakit.layers.gradients import FlatGradient
 
 from .test_packed import batch_of, stock_losses
 
@@ -116,6 +119,40 @@ def test_some_of_its_linears(family, spec, tiny, all_double):
     with handle.use("a"):
         expected = stock_losses(model, batch).sum()
     assert_same(handle, loss, expected)
+
+
+@pytest.mark.parametrize("placed", ["none", "some", "all"])
+def test_gradients_with_and_without_a_place_and_biases_of_adapters(placed, tiny, all_double):
+    """Those with a place are added there, in stacks or alone; the others come through autograd."""
+    model = tiny("llama").double()
+    drawn = adapted(model, LoRASpec(rank=3, targets="all-linear"))
+    adapter, generator = drawn.snapshot("a"), torch.Generator().manual_seed(4)
+    drawn.detach()
+    sites = {
+        path: dataclasses.replace(
+            site, bias=torch.randn(len(site.B), dtype=torch.float64, generator=generator)
+        )
+        for path, site in adapter.sites.items()
+    }
+    handle = attach(model, dataclasses.replace(adapter, sites=sites), "a", trainable=True)
+    handle.arrange("a", lambda name: 0)
+    batch = batch_of(LENGTHS)
+    with handle.use("a"):
+        expected = gradient(handle, stock_losses(model, batch).sum())
+    parameters = handle.parameters("a")
+    among = {"none": [], "some": parameters[::3], "all": parameters}[placed]
+    flat = FlatGradient(among) if among else None
+    for p in parameters:
+        p.grad = None
+    packed = fused(model, handle)
+    for _ in range(2):  # the second is added to the first
+        packed.supervised_loss(batch, Routing.uniform("a"))[0].backward()
+    own = {id(p): p.grad for p in parameters}
+    if flat is not None:
+        parts = torch.split(flat.collect(), [p.numel() for p in among])
+        own |= {id(p): part.view(p.shape) for p, part in zip(among, parts, strict=True)}
+    found = torch.cat([own[id(p)].flatten() for p in parameters])
+    torch.testing.assert_close(found, 2 * expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3-window", "phi3-joined"])
