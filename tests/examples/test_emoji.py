@@ -352,6 +352,39 @@ def test_the_judges_learn_what_every_set_has_in_common(monkeypatch):
     assert set(found["caption"]) == set(data.JUDGED)
 
 
+def test_the_features_learn_in_sets_that_have_the_emoji():
+    names = [f"thing {i}" for i in range(5)]
+    sets = ["abcd", "abc", "ab", "acd", "bcd"]
+    emoji = [
+        captions.Emoji(n, n, "c", "base", dict.fromkeys(there, n))
+        for n, there in zip(names, sets, strict=True)
+    ]
+    drawn = {
+        name: np.stack([_marked(i) for i, there in enumerate(sets) if name in there])
+        for name in "abcd"
+    }
+    real, has = judge._seen(data.Pictures(emoji, drawn), emoji, "abcd", 3)
+    kept = [i for i in range(5) if i != 2]
+    assert has.T.tolist() == [[name in sets[i] for name in "abcd"] for i in kept]
+    wanted = judge.as_input(np.stack([_marked(i) for i in kept]))
+    for row, there in zip(real, has, strict=True):
+        assert torch.equal(row[there], wanted[there])
+
+
+def test_another_hand_draws_at_random_and_leaves_white_paper_white():
+    def drawn(pictures: torch.Tensor, seed: int) -> torch.Tensor:
+        return judge.redrawn(pictures, torch.Generator().manual_seed(seed))
+
+    pictures = torch.ones(64, 3, 32, 32)
+    assert drawn(pictures, 0).median() > 0.95  # but for noise
+    pictures[:, :, 8:24, 8:24] = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1)
+    ours = drawn(pictures, 0)
+    assert ours.shape == pictures.shape
+    assert ours.abs().max() <= 1
+    assert torch.equal(ours, drawn(pictures, 0))
+    assert not torch.equal(ours, drawn(pictures, 1))
+
+
 class _Told(torch.nn.Module):
     """Features that are written in a picture's first pixels."""
 
