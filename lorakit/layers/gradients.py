@@ -133,7 +133,8 @@ def one_below_the_other(matrices: Sequence[Tensor]) -> Tensor | None:
     first = matrices[0].detach()
     if len(matrices) == 1:
         return first
-    address, width = first.data_ptr(), first.shape[1]
+    begin, width = first.data_ptr(), first.shape[1]
+    address = begin
     for one in matrices:
         if one.data_ptr() != address or one.dtype != first.dtype or one.shape[1] != width:
             return None
@@ -143,7 +144,8 @@ def one_below_the_other(matrices: Sequence[Tensor]) -> Tensor | None:
     if one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
         return None  # neighbours by chance
     # a single row is contiguous whatever its stride, so the stride is not asked for
-    return first.as_strided((sum(map(len, matrices)), width), (width, 1))
+    rows = (address - begin) // (width * first.element_size())
+    return first.as_strided((rows, width), (width, 1))
 
 
 def gradient_sum(parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:

@@ -79,18 +79,23 @@ class _Run:
         self.rows = slice(first.start, first.stop)
         self.trained = first.trained
         self.dropout = first.dropout
-        self.members: list[tuple[int, Part, slice]] = []
-        """(which linear, its part, its columns of the hidden values)."""
+        self.members = tuple(parts)
+        """(which linear, its part)."""
         self.factors = tuple(part.A for _, part in parts)
         self._together = one_below_the_other(self.factors)
-        column = 0
+        self._ranks = [part.rank for _, part in parts]
         others: list[nn.Parameter] = []
-        for which, part in parts:
-            self.members.append((which, part, slice(column, column + part.rank)))
-            column += part.rank
+        for _, part in parts:
             others += [part.B] if part.bias is None else [part.B, part.bias]
         self.homeless = [p for p in (*self.factors, *others) if not has_place(p)]
         """Parameters whose gradients are given back, in their order."""
+
+    def columns(self, hidden: Tensor) -> Sequence[Tensor]:
+        """Each member's part of hidden values [N, Σ r], in its memory."""
+        if len(self.members) == 1:
+            return (hidden,)
+        found: Sequence[Tensor] = torch.split_with_sizes(hidden, self._ranks, dim=1)
+        return found
 
     def a(self, dtype: torch.dtype) -> Tensor:
         """The A's, one below the other: in their own memory where they lie so."""
@@ -164,9 +169,9 @@ class Group:
         for run in self.runs:
             h = F.linear(self._input(x, run), run.a(x.dtype))
             hidden.append(h)
-            for which, part, columns in run.members:
+            for (which, part), own in zip(run.members, run.columns(h), strict=True):
                 y = outputs[which][run.rows]
-                y.addmm_(h[:, columns], _in(part.B, x.dtype).t(), alpha=part.factor)
+                y.addmm_(own, _in(part.B, x.dtype).t(), alpha=part.factor)
                 if part.bias is not None:
                     y.add_(_in(part.bias, x.dtype), alpha=part.factor)
         return outputs, hidden
@@ -202,12 +207,13 @@ class Group:
     ) -> list[Tensor | None]:
         dh = torch.empty_like(h)
         gradients: list[Tensor | None] = []
-        for which, part, columns in run.members:
-            dy, into = douts[which][run.rows], dh[:, columns]
+        columns = zip(run.members, run.columns(h), run.columns(dh), strict=True)
+        for (which, part), own, into in columns:
+            dy = douts[which][run.rows]
             torch.addmm(into, dy, _in(part.B, x.dtype), beta=0, alpha=part.factor, out=into)
             if not run.trained:
                 continue
-            gradients.append(gradient_product(part.B, dy, h[:, columns], part.factor))
+            gradients.append(gradient_product(part.B, dy, own, part.factor))
             if part.bias is not None:
                 gradients.append(gradient_sum(part.bias, dy.sum(0).mul_(part.factor)))
         if run.trained:
