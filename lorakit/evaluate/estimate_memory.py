@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.evaluate.estimate_shape import AdapterShape, ModelShape
+from lorakit.infer.chunked_loss import chunk_rows, stretches
 
 Recompute = Literal["none", "mlp", "layers", "offload"]
 
@@ -50,9 +51,6 @@ _STATE_BYTES = {
     "paged-adamw8bit": 2 * (1 + 4 / 256),
     "sgd": 0.0,
 }
-#: float32 logits that exist together, as in ``infer.packed``
-_CHUNK_BYTES_CPU = 24 << 20
-_CHUNK_BYTES_ACCELERATOR = 256 << 20
 
 #: share of what comes and goes in a step that the allocator holds without use: blocks freed in
 #: another order than they were taken leave gaps
@@ -254,10 +252,9 @@ def _loss(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Part
 
 
 def loss_rows(model: ModelShape, setting: Setting, supervised: int) -> int:
-    """Positions whose logits exist together: stretches are as even as they can be."""
-    size = _CHUNK_BYTES_CPU if setting.device == "cpu" else _CHUNK_BYTES_ACCELERATOR
-    chunk = max(64, size // (4 * model.vocabulary))
-    return -(-supervised // max(1, -(-supervised // chunk)))
+    """Positions whose logits exist together."""
+    rows: int = stretches(supervised, chunk_rows(model.vocabulary, setting.device))[0].stop
+    return rows
 
 
 def _layer(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Part) -> int:

@@ -15,6 +15,27 @@ from torch import Tensor
 #: hidden [n, d] → logits [n, V]
 Head = Callable[[Tensor], Tensor]
 
+#: bytes of float32 logits that exist together: few on a CPU, whose cores 128 rows of a common
+#: vocabulary fill, so that more would only cost memory; more on an accelerator, which small
+#: products leave idle
+_BYTES_CPU, _BYTES_ACCELERATOR = 24 << 20, 256 << 20
+
+
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Positions whose logits exist together at most, on a type of device; at least 64."""
+    size = _BYTES_CPU if device == "cpu" else _BYTES_ACCELERATOR
+    return max(64, size // (4 * vocabulary))
+
+
+def stretches(count: int, chunk: int) -> list[slice]:
+    """At most ``chunk`` rows each, as even as they can be, the first the longest.
+
+    The head's weights are read once a stretch: a short last one would cost what a long one does.
+    """
+    number = max(1, -(-count // chunk))
+    edges = [-(-count * i // number) for i in range(number + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
 
 def summed_loss(hidden: Tensor, labels: Tensor, head: Head, *, chunk: int) -> Tensor:
     """Sum over positions of ``-log p(label)``, with a gradient; as :func:`group_losses`.
@@ -67,19 +88,9 @@ def position_losses(hidden: Tensor, labels: Tensor, head: Head, *, chunk: int) -
     """``-log p(label)`` of each position, [S], float32 or wider, without a gradient."""
     losses = [
         _log_softmax(head(hidden[rows])).gather(1, labels[rows, None])[:, 0].neg()
-        for rows in _stretches(len(hidden), chunk)
+        for rows in stretches(len(hidden), chunk)
     ]
     return torch.cat(losses)
-
-
-def _stretches(count: int, chunk: int) -> list[slice]:
-    """At most ``chunk`` rows each, as even as they can be, the first the longest.
-
-    The head's weights are read once a stretch: a short last one would cost what a long one does.
-    """
-    number = max(1, -(-count // chunk))
-    edges = [-(-count * i // number) for i in range(number + 1)]
-    return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -122,7 +133,7 @@ class _Summed(torch.autograd.Function):
         for_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         for_leaves: list[Tensor | None] = [None] * len(leaves)
         buffer: Tensor | None = None
-        for rows in _stretches(len(hidden), chunk):
+        for rows in stretches(len(hidden), chunk):
             target = labels[rows, None]
             with torch.enable_grad():
                 h = hidden[rows].detach().requires_grad_(hidden.requires_grad)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lorakit.bases.stored import packed_weight
 from lorakit.errors import BaseError, RoutingError
 from lorakit.infer import segments
-from lorakit.infer.chunked_loss import Head, group_losses, position_losses
+from lorakit.infer.chunked_loss import Head, chunk_rows, group_losses, position_losses
 from lorakit.infer.fused.family import DoesNotFit
 from lorakit.infer.fused.layer import Recompute
 from lorakit.infer.fused.running import FusedBody
@@ -50,12 +50,6 @@ _ROUNDING_HALF = 3e-2
 
 #: position encodings whose frequencies depend on the longest position of a forward
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
-
-#: float32 logits that exist together, at least of 64 positions: few on a CPU, whose cores 128 rows
-#: of a common vocabulary fill, so that more would only cost memory; more on an accelerator, which
-#: small products leave idle
-_CHUNK_BYTES = {"cpu": 24 << 20}
-_CHUNK_BYTES_ACCELERATOR = 256 << 20
 
 
 class PackedBatch(Protocol):
@@ -606,8 +600,7 @@ def _chunk(model: nn.Module, device: torch.device) -> int:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     vocabulary = getattr(config, "vocab_size", None) or 1 << 17
-    size = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR)
-    return max(64, size // (4 * vocabulary))
+    return chunk_rows(vocabulary, device.type)
 
 
 def _finishes(config: Any) -> list[Head]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import BaseError, RoutingError
 from lorakit.infer import segments
+from lorakit.infer.chunked_loss import stretches
 from lorakit.infer.packed import PackedModel
 from lorakit.layers import Routing, attach, token_keys
 
@@ -402,3 +403,13 @@ def test_a_verdict_is_remembered_for_the_same_mask_alone(small_blocks):
     owner[0, 15] = 9  # no longer one value in the segment
     mask, _ = visible(20, owner, 10, 20)
     assert not mask[6, 5]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 9, 100])
+def test_stretches_of_the_loss_are_even_and_the_first_is_the_longest(count):
+    found = stretches(count, 4)
+    sizes = [one.stop - one.start for one in found]
+    assert [row for one in found for row in range(count)[one]] == list(range(count))
+    assert max(sizes) == sizes[0] <= 4
+    assert max(sizes) - min(sizes) <= 1
+    assert len(found) == max(1, -(-count // 4))

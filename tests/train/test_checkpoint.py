@@ -86,11 +86,12 @@ def test_a_damaged_one_is_said_and_the_one_before_is_used(tmp_path, damage):
         latest_checkpoint(tmp_path)
 
 
-def test_a_newer_layout_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "LAYOUT", 99)
+@pytest.mark.parametrize("layout", [1, 99])
+def test_another_layout_is_refused(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LAYOUT", layout)
     path = write_checkpoint(tmp_path, make(1), keep=2)
     monkeypatch.undo()
-    with pytest.raises(TrainingError, match="has layout 99; this version reads 2"):
+    with pytest.raises(TrainingError, match=f"has layout {layout}; this version reads 2"):
         read_checkpoint(path)
 
 
