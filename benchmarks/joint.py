@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     shared = Path(os.environ.get("LORAKIT_SHARED", "../shared"))
     parser.add_argument("--base", default="smollm2", help="as of train, or random:SHAPE")
     parser.add_argument("--data", default=str(shared / "data" / "e2e_dev.csv"))
+    parser.add_argument("--dtype", default="float32", help="of a base that is not random")
     parser.add_argument("--device", default="cpu", help="of a random base")
     parser.add_argument("--length", type=int, default=512, help="longest row of a random base")
     parser.add_argument("--jobs", type=int, default=8, help="K")
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     task: dict[str, Any] = {
         "base": options.base,
         "data": str(Path(options.data).resolve()),
+        "dtype": options.dtype,
         "device": options.device,
         "length": options.length,
         "steps": options.steps,

@@ -20,7 +20,7 @@ def load(task: dict[str, Any], quantize: Any = None) -> tuple[Any, Any, list[lis
     from lorakit.data import DataSpec, load_data, order
 
     torch.manual_seed(0)
-    base = load_base(task["base"], dtype="float32", quantize=quantize)
+    base = load_base(task["base"], dtype=task.get("dtype", "float32"), quantize=quantize)
     for parameter in base.model.parameters():
         parts = getattr(parameter, "__tensor_flatten__", None)  # torchao keeps several tensors
         for tensor in [getattr(parameter, name) for name in parts()[0]] if parts else [parameter]:

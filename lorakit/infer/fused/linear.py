@@ -5,6 +5,10 @@ hidden ``A x`` is kept, and four in the backward. Of linears without dropout tha
 the A's are stacked, so that the input is read once. The gradient of a parameter that has a place
 for it goes there and not through autograd (:mod:`lorakit.layers.gradients`).
 
+Under a base of less precision the low-rank products are computed in the base's, where tensor cores
+make them cheap, but on a CPU in that of the parameters: there such narrow products are no faster in
+bfloat16, and parameters of float32 need not be rounded in each forward.
+
 All runs inside of one node of the graph, where gradients are off.
 
 Legend: ``N`` tokens, ``r`` rank; ``A [r, d_in]``, ``B [d_out, r]``, ``W [d_out, d_in]``.
@@ -12,6 +16,7 @@ Legend: ``N`` tokens, ``r`` rank; ``A [r, d_in]``, ``B [d_out, r]``, ``W [d_out,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -157,24 +162,28 @@ class Group:
             x: [N, d_in].
             onto: [N, d_out], what the first output is added to; a new tensor is made.
         """
-        outputs = []
+        dtype, computed = x.dtype, self._computed(x)
+        outputs: list[Tensor] = []
         for linear in self.linears:
-            if onto is not None:
+            if onto is None:
+                y = F.linear(x, linear.weight(), linear.bias)
+            elif computed == dtype:
                 y = torch.addmm(onto, x, linear.weight().t())
                 y = y if linear.bias is None else y.add_(linear.bias)
             else:
-                y = F.linear(x, linear.weight(), linear.bias)
-            outputs.append(y)
+                y = F.linear(x, linear.weight(), linear.bias).to(computed).add_(onto)
+            outputs.append(_in(y, computed))
         hidden = []
+        x = _in(x, computed)
         for run in self.runs:
-            h = F.linear(self._input(x, run), run.a(x.dtype))
+            h = F.linear(self._input(x, run), run.a(computed))
             hidden.append(h)
             for (which, part), own in zip(run.members, run.columns(h), strict=True):
                 y = outputs[which][run.rows]
-                y.addmm_(own, _in(part.B, x.dtype).t(), alpha=part.factor)
+                y.addmm_(own, _in(part.B, computed).t(), alpha=part.factor)
                 if part.bias is not None:
-                    y.add_(_in(part.bias, x.dtype), alpha=part.factor)
-        return outputs, hidden
+                    y.add_(_in(part.bias, computed), alpha=part.factor)
+        return [_in(y, dtype) for y in outputs], hidden
 
     def backward(
         self,
@@ -192,15 +201,25 @@ class Group:
             hidden: from the forward.
             need_input: whether anything below wants the input's gradient.
         """
+        dtype, computed = x.dtype, self._computed(x)
         dx: Tensor | None = None
         if need_input:
             for dy, linear in zip(douts, self.linears, strict=True):
                 weight = linear.weight()
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+                if dx is None:
+                    dx = _in(dy @ weight, computed)
+                else:
+                    dx = dx.addmm_(dy, weight) if computed == dtype else dx.add_(dy @ weight)
         gradients: list[Tensor | None] = []
+        x, douts = _in(x, computed), [_in(dy, computed) for dy in douts]
         for run, h in zip(self.runs, hidden, strict=True):
             gradients += self._run_backward(run, h, douts, x, dx)
-        return dx, gradients
+        return None if dx is None else _in(dx, dtype), gradients
+
+    def _computed(self, x: Tensor) -> torch.dtype:
+        """What the low-rank products are computed in."""
+        parameters = [run.factors[0].dtype for run in self.runs] if x.is_cpu else []
+        return functools.reduce(torch.promote_types, parameters, x.dtype)
 
     def _run_backward(
         self, run: _Run, h: Tensor, douts: Sequence[Tensor], x: Tensor, dx: Tensor | None
