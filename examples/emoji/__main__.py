@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     base.add_argument("--batch-size", type=int, default=32)
     base.add_argument("--lr", type=float, default=1e-3)
     base.add_argument("--seed", type=int, default=0)
+    base.add_argument("--begin-with", metavar="FILE", help="weights, such as those that ship")
     base.add_argument("--device", default="cpu", help="cpu or cuda")
     base.add_argument("--report", type=int, default=200, help="steps between lines of the log")
     base.add_argument("--sheet", type=int, default=2000, help="steps between sheets of pictures")

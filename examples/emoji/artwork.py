@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import resvg_py
-from PIL import Image
+from PIL import Image, ImageFilter
 
+_FINER = 4
+"""How many times larger a picture is while its lines are looked for."""
 _SIDE = 16
 """Width and height of an icon that states none, by Iconify's definition."""
 
@@ -70,3 +72,20 @@ def draw(document: str, size: int) -> np.ndarray:
     page = Image.new("RGBA", (size, size), "white")
     page.alpha_composite(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
     return np.asarray(page.convert("RGB"))
+
+
+def inked(document: str, size: int, *, colours: bool) -> np.ndarray:
+    """An SVG with black lines where its colours change, [size, size, 3] uint8.
+
+    Args:
+        colours: keep them between the lines; otherwise what is neither a line nor dark is white.
+    """
+    large = draw(document, _FINER * size)
+    page = Image.fromarray(large)
+    brightest, darkest = (
+        np.asarray(page.filter(kind(5))).astype(int)
+        for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter)
+    )
+    black = ((brightest - darkest).max(2) > 40) | (large.max(2) < 90)
+    between = large if colours else np.full_like(large, 255)
+    return np.asarray(Image.fromarray(np.where(black[..., None], 0, between)).reduce(_FINER))

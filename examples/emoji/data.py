@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ BASE_SETS = {
     "emojione": ", emojione",
     "emojione-monotone": ", monotone",
     "streamline": ", streamline",
+    "fluent-flat-outlined": ", outlined",
+    "fluent-flat-lined": ", lined",
 }
+#: hands that nobody drew, made of a set's drawings → the set, and whether its colours stay
+INKED = {"fluent-flat-outlined": ("fluent-flat", True), "fluent-flat-lined": ("fluent-flat", False)}
 STYLES = ("twemoji", "openmoji", "high-contrast")
 #: the sets that pictures are judged by
 JUDGED = ("noto", "fluent-flat", *STYLES)
@@ -41,7 +45,7 @@ def make(folder: Path) -> dict[str, Any]:
         one.name: packages.contents(packages.fetch(one, folder / "packages"))
         for one in packages.SETS
     }
-    emoji = captions.emoji_of(sets)
+    emoji = [with_inked(one) for one in captions.emoji_of(sets)]
     write(emoji, draw_all(emoji, sets), folder)
     parts: dict[str, int] = {}
     for one in emoji:
@@ -53,15 +57,28 @@ def make(folder: Path) -> dict[str, Any]:
     }
 
 
+def with_inked(one: captions.Emoji) -> captions.Emoji:
+    """An emoji that is also in the sets that are made of another's drawings."""
+    made = {name: one.names[of] for name, (of, _) in INKED.items() if of in one.names}
+    return replace(one, names={**one.names, **made})
+
+
 def draw_all(
     emoji: Iterable[captions.Emoji], sets: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, np.ndarray]:
     """Set → pictures [N, SIZE, SIZE, 3], in the order of the emoji that the set has."""
-    drawn: dict[str, list[np.ndarray]] = {name: [] for name in sets}
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in (*sets, *INKED)}
     for one in emoji:
         for name, icon in one.names.items():
-            drawn[name].append(artwork.draw(artwork.svg(sets[name]["icons"], icon), SIZE))
-    return {name: np.stack(pictures) for name, pictures in drawn.items()}
+            of, colours = INKED.get(name, (name, None))
+            document = artwork.svg(sets[of]["icons"], icon)
+            picture = (
+                artwork.draw(document, SIZE)
+                if colours is None
+                else artwork.inked(document, SIZE, colours=colours)
+            )
+            drawn[name].append(picture)
+    return {name: np.stack(pictures) for name, pictures in drawn.items() if pictures}
 
 
 def write(emoji: list[captions.Emoji], drawn: Mapping[str, np.ndarray], folder: Path) -> None:
@@ -108,6 +125,11 @@ class Pictures:
     @property
     def sets(self) -> tuple[str, ...]:
         return tuple(self._drawn)
+
+    @property
+    def by_hand(self) -> tuple[str, ...]:
+        """The sets that somebody drew."""
+        return tuple(name for name in self._drawn if name not in INKED)
 
     def of(self, name: str, one: captions.Emoji) -> np.ndarray:
         """One picture of a set, [SIZE, SIZE, 3] uint8."""

@@ -267,13 +267,13 @@ def train_features(
     seed: int,
     batch_size: int = 64,
 ) -> None:
-    """Features that are near for the same emoji, learnt in all sets there are.
+    """Features that are near for the same emoji, learnt in all sets that somebody drew.
 
     Args:
         emoji: of which those are used that ``VIEWS`` sets have.
         batch_size: emoji of a step, each in ``VIEWS`` sets.
     """
-    real, has = _seen(pictures, emoji, pictures.sets, VIEWS)
+    real, has = _seen(pictures, emoji, pictures.by_hand, VIEWS)
     _train(model, steps, seed, lambda g: _feature_loss(model, real, has, batch_size, g))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,12 @@ class Examples:
         self._embedded, self._empty, self._recipe = embedded, empty, recipe
         self._kept = pipeline.new_scheduler().alphas_cumprod  # ᾱ, [T]
 
+    def digest(self) -> str:
+        """SHA-256 of pictures and captions."""
+        found = hashlib.sha256(self.pixels.numpy().tobytes())
+        found.update(self._embedded.numpy().tobytes())
+        return found.hexdigest()
+
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """Noised pictures, times, captions, targets and weights of one step."""
         recipe = self._recipe
@@ -115,11 +122,16 @@ class Examples:
 
 
 class Training:
-    """Weights, their moving average and the optimizer: what goes on from step to step."""
+    """Weights, their moving average and the optimizer: what goes on from step to step.
 
-    def __init__(self, recipe: Recipe, device: str, unet: Any = None) -> None:
+    Args:
+        unet: what it begins with; untrained where it is not given.
+        learns: a digest of the pictures and captions, kept with the state.
+    """
+
+    def __init__(self, recipe: Recipe, device: str, unet: Any = None, learns: str = "") -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.learns = recipe, device, learns
         self.unet = (unet or pipeline.new_unet()).to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.unet).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
@@ -163,6 +175,7 @@ class Training:
         return {
             "step": self.step,
             "recipe": asdict(self.recipe),
+            "learns": self.learns,
             "unet": self.unet.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -176,12 +189,14 @@ class Training:
 
     def load(self, path: Path) -> None:
         """Raises:
-        ValueError: it was trained by another recipe.
+        ValueError: it was trained by another recipe, or with other pictures.
         """
         state = torch.load(path, map_location=self.device, weights_only=True)
         if (was := state["recipe"]) != asdict(self.recipe):
             differ = {k: v for k, v in was.items() if getattr(self.recipe, k) != v}
             raise ValueError(f"{path} was trained with {differ}; give the same, or another --work")
+        if state["learns"] != self.learns:
+            raise ValueError(f"{path} learnt other pictures; make the same, or give another --work")
         self.unet.load_state_dict(state["unet"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -199,14 +214,26 @@ def run(options: argparse.Namespace) -> None:
     pictures = data.Pictures.read(work / "data")
     encoder, tokenizer = pipeline.text_encoder()
     examples, held_out = _examples(pictures, encoder, tokenizer, recipe, work)
-    training = Training(recipe, options.device)
+    unet = _begin(options.begin_with)
+    training = Training(recipe, options.device, unet, examples.digest())
     if (work / STATE).exists():
         training.load(work / STATE)
         print(f"goes on at step {training.step}", flush=True)
     told = {**asdict(recipe), "steps": options.steps, "torch": torch.__version__}
+    if options.begin_with:
+        told["begin_with"] = hashlib.sha256(Path(options.begin_with).read_bytes()).hexdigest()
     (out / "recipe.json").write_text(json.dumps(told, indent=1))
     _loop(training, examples, held_out, options, work, lambda: _sheet(training, encoder, tokenizer))
     export(options)
+
+
+def _begin(path: str | None) -> Any:
+    """A UNet with the weights of a file."""
+    if path is None:
+        return None
+    unet = pipeline.new_unet()
+    unet.load_state_dict(load_file(path))
+    return unet
 
 
 def export(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import hashlib
 import io
 import json
@@ -101,6 +102,34 @@ def test_what_is_not_square_stands_in_the_middle_in_black_on_white():
     drawn = artwork.draw(artwork.svg(ICONS, "flag"), 32)
     assert drawn[16, 16].tolist() == BLACK
     assert [drawn[y, 16].tolist() for y in (6, 25)] == [WHITE, WHITE]
+
+
+def test_an_inked_picture_has_lines_where_colours_change():
+    body = '<path fill="red" d="M0 0h8v16H0z"/><path fill="blue" d="M8 0h8v16H8z"/>'
+    document = artwork.svg({"icons": {"flag": {"body": body}}, "width": 16, "height": 16}, "flag")
+    lined = artwork.inked(document, 32, colours=False)
+    outlined = artwork.inked(document, 32, colours=True)
+    assert lined.shape == outlined.shape == (32, 32, 3)
+    for picture in (lined, outlined):
+        assert (picture[:, 15:17].mean() < 130) and picture[
+            16, 16
+        ].max() < 140  # the border of both
+    assert (lined[:, [2, 29]] == 255).all()
+    assert (outlined[:, 2] == RED).all()
+    assert (outlined[:, 29] == BLUE).all()
+
+
+def test_inked_sets_are_made_of_the_emoji_that_their_own_has_and_no_judge_learns_from_them():
+    sets = {**_sets(40), "fluent-flat": {"chars": {"1f401": "red-apple"}, "metadata": {}}}
+    emoji = [data.with_inked(one) for one in captions.emoji_of(sets)]
+    assert [one.key for one in emoji if data.INKED.keys() & one.names.keys()] == ["1f401"]
+    icons = {"fluent-flat": {"icons": ICONS}}
+    (one,) = (one for one in emoji if one.key == "1f401")
+    names = {name: icon for name, icon in one.names.items() if name.startswith("fluent-flat")}
+    drawn = data.draw_all([dataclasses.replace(one, names=names)], icons)
+    assert set(drawn) == {"fluent-flat", *data.INKED}
+    pictures = data.Pictures([dataclasses.replace(one, names=names)], drawn)
+    assert set(pictures.by_hand) == {"fluent-flat"}
 
 
 # --- the split -----------------------------------------------------------------------------------
@@ -263,6 +292,11 @@ def test_a_training_that_was_stopped_gives_the_weights_of_one_that_was_not(tmp_p
     other = base.Training(base.Recipe(batch_size=5), "cpu", _tiny_unet())
     with pytest.raises(ValueError, match="'batch_size': 4"):
         other.load(tmp_path / base.STATE)
+    other = base.Training(RECIPE, "cpu", _tiny_unet(), learns=examples.digest())
+    with pytest.raises(ValueError, match="other pictures"):
+        other.load(tmp_path / base.STATE)
+    examples.pixels[0] += 1
+    assert examples.digest() != other.learns
 
 
 def test_batches_mix_noise_in_as_diffusers_does_and_see_every_picture_once_an_epoch():
