@@ -16,7 +16,7 @@ def recomputing(model: nn.Module, handle: Handle | None, recompute: Recompute) -
     """A language model for training; its notes say what was decided against what was asked.
 
     Where no layer can run fused, the model's own gradient checkpointing is turned on and stays
-    so; see ``train.recompute``.
+    so; see ``train.mode``.
 
     Raises:
         BaseError: this model can make nothing again, or nothing can be offloaded here.

