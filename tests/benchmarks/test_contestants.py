@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.contestants.task import ALPHA, RANK, random_model
-from lorakit import LoRASpec, attach, save_adapter
+from lorakit import LoRASpec, attach, load_adapter, save_adapter
 
 # peft asks transformers by a name that is going away
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -64,6 +64,19 @@ def test_one_adapter_sees_all_of_it(task):
 def test_training_steps_are_measured_on_the_same_work(task):
     ours, theirs = losses("lorakit_loop", task), losses("peft_loop", task)
     assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+def test_a_stored_base_takes_the_same_steps_and_its_adapter_is_kept(task, tmp_path):
+    ours = losses("lorakit_loop", task)
+    stored = {**task, "adapters": str(tmp_path)}
+    assert losses("stored_loop:float32+layers", stored) == pytest.approx(ours, rel=1e-5)
+    assert load_adapter(tmp_path / "float32+layers").spec.rank == RANK
+
+
+def test_all_weights_are_trained_on_the_same_work(task):
+    adapters, everything = rows_of("lorakit_loop", task), rows_of("full_loop", task)
+    assert [row["tokens"] for row in everything] == [row["tokens"] for row in adapters]
+    assert everything[0]["loss"] == pytest.approx(adapters[0]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
