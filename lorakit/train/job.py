@@ -167,6 +167,11 @@ class Job:
             num_supervised=sum(example.weight for example in examples),
         )
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return int(self._data.lengths[self._indices].max())
+
     def largest_part(self) -> tuple[Example, ...]:
         """The forward with the most tokens among those of the next thousands of steps."""
         size = self.settings.batch_size

@@ -61,6 +61,10 @@ from lorakit.train.run import Run
 #: tokens from which a measured forward tells more of its tokens than of what any forward needs
 _TELLING_TOKENS = 64
 
+#: a run enters untried where so many times what a token was found to need would fit: ranks, targets
+#: and what the layers keep may differ from those that were measured
+_BEYOND_DOUBT = 4
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -488,6 +492,8 @@ class Loop:
 
     def _try_largest(self, run: Run) -> None:
         """Find out now whether the largest forward fits; nothing is changed by it."""
+        if self._surely_fits(run):
+            return
         adapted = [path for one in self._apart for path in one.adapted]
         shares: list[Share] = []
         held = self._held_back(run)
@@ -510,6 +516,23 @@ class Loop:
                 for one in self._apart:
                     one.job.clear_gradient()
                 give_back_memory(collect=False)
+
+    def _surely_fits(self, run: Run) -> bool:
+        """Whether it does by far, on a CPU, after what was measured of an earlier run."""
+        if self._task.device.type != "cpu" or not self.bytes_per_token:
+            return False
+        tokens = max(self._budget(self._apart), run.job.longest)
+        free = self._free(run)
+        return free is not None and _BEYOND_DOUBT * self.bytes_per_token * tokens <= MARGIN * free
+
+    def _free(self, run: Run) -> int | None:
+        """Bytes that this process may take beside the optimizer of a run; ``None``: not known."""
+        free = available_bytes()
+        if free is None:
+            return None
+        if self._world.size > 1:  # those of this machine share it
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", self._world.size))
+        return max(0, free - run.job.bytes_to_come)
 
     def _held_back(self, run: Run) -> Tensor | None:
         """Memory that the optimizer takes from its first step on, held during the trial.
@@ -539,11 +562,7 @@ class Loop:
         It is measured on a shortened copy of the largest forward; if that leaves a doubt, on one
         twice as long too, whose difference tells what each token needs.
         """
-        free = available_bytes()
-        if free is not None and self._world.size > 1:  # those of this machine share it
-            free //= int(os.environ.get("LOCAL_WORLD_SIZE", self._world.size))
-        if free is not None:
-            free = max(0, free - shares[0].run.job.bytes_to_come)
+        free = self._free(shares[0].run)
         tokens = _tokens(shares)
         small = self._smaller(shares, 1 / 8)
         needed = self._measured(small)

@@ -12,7 +12,7 @@ from lorakit.bases import load_base
 from lorakit.errors import BaseError, Interrupted, TrainingError
 from lorakit.infer import PackedModel
 from lorakit.tasks.causal import shortened
-from lorakit.train import Trainer
+from lorakit.train import RunResult, Trainer, train_together
 from lorakit.train import loop as loop_module
 from lorakit.train.job import Job
 from lorakit.train.loop import Loop
@@ -184,6 +184,28 @@ def test_a_cpu_run_is_cut_to_what_is_free_or_refused(shop, monkeypatch):
     enough = shop.trainer("enough", batch_size=6)
     enough.run()
     assert not [r for r in rows(enough) if "micro_batch_tokens" in r]
+
+
+def test_a_run_that_joins_is_not_tried_where_others_tell_that_it_fits_by_far(monkeypatch, shop):
+    tried = []
+    measured = Loop._compare_with_free
+    monkeypatch.setattr(
+        Loop, "_compare_with_free", lambda self, shares: tried.append(1) or measured(self, shares)
+    )
+    monkeypatch.setattr(Loop, "_measured", lambda self, shares: 1000 * loop_module._tokens(shares))
+    monkeypatch.setattr(loop_module, "_TELLING_TOKENS", 1)
+    base = precise(shop)
+
+    def entered(free: int, *names: str) -> int:
+        monkeypatch.setattr(loop_module, "available_bytes", lambda: free)
+        trainers = [shop.trainer(f"{free}-{name}", batch_size=6, base=base) for name in names]
+        before = len(tried)
+        assert all(isinstance(r, RunResult) for r in train_together(trainers))
+        return len(tried) - before
+
+    assert entered(10**12, "a", "b", "c") == 1
+    assert entered(2 * 1000 * 2048, "a", "b") == 2  # it fits, but not by far
+    assert entered(10**12, "d") == 1  # another loop knows nothing
 
 
 def test_recomputing_changes_nothing(shop):
