@@ -44,10 +44,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.base.startswith("random:") and options.dtype != "float32":
+        print("a random base has the dtype of its device; leave --dtype out", file=sys.stderr)
+        return 2
     task: dict[str, Any] = {
         "base": options.base,
         "data": str(Path(options.data).resolve()),
-        "dtype": options.dtype,
+        **({} if options.base.startswith("random:") else {"dtype": options.dtype}),
         "device": options.device,
         "length": options.length,
         "steps": options.steps,

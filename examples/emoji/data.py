@@ -67,7 +67,8 @@ def draw_all(
     emoji: Iterable[captions.Emoji], sets: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, np.ndarray]:
     """Set → pictures [N, SIZE, SIZE, 3], in the order of the emoji that the set has."""
-    drawn: dict[str, list[np.ndarray]] = {name: [] for name in (*sets, *INKED)}
+    inked = [name for name, (of, _) in INKED.items() if of in sets]
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in (*sets, *inked)}
     for one in emoji:
         for name, icon in one.names.items():
             of, colours = INKED.get(name, (name, None))
@@ -78,7 +79,7 @@ def draw_all(
                 else artwork.inked(document, SIZE, colours=colours)
             )
             drawn[name].append(picture)
-    return {name: np.stack(pictures) for name, pictures in drawn.items() if pictures}
+    return {name: np.stack(pictures) for name, pictures in drawn.items()}
 
 
 def write(emoji: list[captions.Emoji], drawn: Mapping[str, np.ndarray], folder: Path) -> None:

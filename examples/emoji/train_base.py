@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from examples.emoji import captions, data, pipeline, sheets
@@ -35,7 +35,7 @@ SHIPPED = Path(__file__).parent / "unet.safetensors"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the weights depend on, beside the pictures."""
+    """Everything that the weights depend on."""
 
     seed: int = 0
     batch_size: int = 32
@@ -53,6 +53,10 @@ class Recipe:
     """γ of arXiv 2303.09556."""
     ema: float = 0.999
     """How much of the moving average stays at a step."""
+    begins_with: str = ""
+    """SHA-256 of the weights that it begins with; untrained without."""
+    learns: str = ""
+    """SHA-256 of pictures and captions."""
 
     def rate(self, step: int, steps: int) -> float:
         """Of the step with this number, from 0."""
@@ -68,12 +72,6 @@ class Examples:
         self.pixels = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()  # uint8
         self._embedded, self._empty, self._recipe = embedded, empty, recipe
         self._kept = pipeline.new_scheduler().alphas_cumprod  # ᾱ, [T]
-
-    def digest(self) -> str:
-        """SHA-256 of pictures and captions."""
-        found = hashlib.sha256(self.pixels.numpy().tobytes())
-        found.update(self._embedded.numpy().tobytes())
-        return found.hexdigest()
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """Noised pictures, times, captions, targets and weights of one step."""
@@ -122,16 +120,11 @@ class Examples:
 
 
 class Training:
-    """Weights, their moving average and the optimizer: what goes on from step to step.
+    """Weights, their moving average and the optimizer: what goes on from step to step."""
 
-    Args:
-        unet: what it begins with; untrained where it is not given.
-        learns: a digest of the pictures and captions, kept with the state.
-    """
-
-    def __init__(self, recipe: Recipe, device: str, unet: Any = None, learns: str = "") -> None:
+    def __init__(self, recipe: Recipe, device: str, unet: Any = None) -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe, self.device, self.learns = recipe, device, learns
+        self.recipe, self.device = recipe, device
         self.unet = (unet or pipeline.new_unet()).to(device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.unet).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(
@@ -175,7 +168,6 @@ class Training:
         return {
             "step": self.step,
             "recipe": asdict(self.recipe),
-            "learns": self.learns,
             "unet": self.unet.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -192,11 +184,10 @@ class Training:
         ValueError: it was trained by another recipe, or with other pictures.
         """
         state = torch.load(path, map_location=self.device, weights_only=True)
-        if (was := state["recipe"]) != asdict(self.recipe):
-            differ = {k: v for k, v in was.items() if getattr(self.recipe, k) != v}
+        was = {**asdict(Recipe()), **state["recipe"]}  # which knew fewer settings before
+        differ = {k: v for k, v in was.items() if getattr(self.recipe, k) != v}
+        if differ:
             raise ValueError(f"{path} was trained with {differ}; give the same, or another --work")
-        if state["learns"] != self.learns:
-            raise ValueError(f"{path} learnt other pictures; make the same, or give another --work")
         self.unet.load_state_dict(state["unet"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -207,33 +198,41 @@ def run(options: argparse.Namespace) -> None:
     """The command."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    recipe = Recipe(seed=options.seed, batch_size=options.batch_size, lr=options.lr)
     work = Path(options.work)
     out = work / "training"
     out.mkdir(parents=True, exist_ok=True)
     pictures = data.Pictures.read(work / "data")
+    recipe, unet = _recipe(options, pictures)
     encoder, tokenizer = pipeline.text_encoder()
     examples, held_out = _examples(pictures, encoder, tokenizer, recipe, work)
-    unet = _begin(options.begin_with)
-    training = Training(recipe, options.device, unet, examples.digest())
+    training = Training(recipe, options.device, unet)
     if (work / STATE).exists():
         training.load(work / STATE)
         print(f"goes on at step {training.step}", flush=True)
     told = {**asdict(recipe), "steps": options.steps, "torch": torch.__version__}
-    if options.begin_with:
-        told["begin_with"] = hashlib.sha256(Path(options.begin_with).read_bytes()).hexdigest()
     (out / "recipe.json").write_text(json.dumps(told, indent=1))
     _loop(training, examples, held_out, options, work, lambda: _sheet(training, encoder, tokenizer))
     export(options)
 
 
-def _begin(path: str | None) -> Any:
-    """A UNet with the weights of a file."""
-    if path is None:
-        return None
-    unet = pipeline.new_unet()
-    unet.load_state_dict(load_file(path))
-    return unet
+def _recipe(options: argparse.Namespace, pictures: data.Pictures) -> tuple[Recipe, Any]:
+    """The recipe, and the UNet that it begins with; ``None`` for an untrained one."""
+    drawn, told = pictures.for_base()
+    learns = hashlib.sha256(drawn.tobytes() + "\n".join(told).encode()).hexdigest()
+    unet, begins_with = None, ""
+    if options.begin_with:
+        weights = Path(options.begin_with).read_bytes()
+        begins_with = hashlib.sha256(weights).hexdigest()
+        unet = pipeline.new_unet()
+        unet.load_state_dict(safetensors.torch.load(weights))
+    recipe = Recipe(
+        seed=options.seed,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        begins_with=begins_with,
+        learns=learns,
+    )
+    return recipe, unet
 
 
 def export(options: argparse.Namespace) -> None:
@@ -254,7 +253,7 @@ def weights_of(work: Path) -> dict[str, Tensor]:
     if (work / STATE).exists():
         return _stored(work)["average"]
     if SHIPPED.exists():
-        return load_file(SHIPPED)
+        return safetensors.torch.load_file(SHIPPED)
     raise FileNotFoundError(
         f"{work / STATE} is not there: train with `python -m examples.emoji base`"
     )

@@ -136,7 +136,7 @@ def _best_dtype(device: torch.device, facts: ProcessorFacts) -> tuple[torch.dtyp
 def _why_float32(flags: frozenset[str]) -> str:
     """Why a CPU computes in float32; the numbers are in docs/bases.md."""
     if "amx_bf16" in flags:
-        return "exact; --dtype bfloat16 trains a quarter faster or more here, in half the memory"
+        return "exact; --dtype bfloat16 halves the weights, and was a quarter faster where tried"
     if flags:  # without a matrix unit, also where there are instructions for bfloat16
         return "faster on this processor than bfloat16"
     return "fast on every processor"

@@ -20,6 +20,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 
 from lorakit.core.files import cache_dir, write_atomic
 from lorakit.errors import InputError
+from lorakit.layers.attention import computed_in
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ RANKS = (8, 64)
 #: seconds for each of the timings; there are less than twenty
 _SECONDS = 0.3
 #: raised when what is measured changes
-_LAYOUT = 4
+_LAYOUT = 5
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,12 @@ def calibrate(
             x = made(rows, width)
             seconds = clock(lambda x=x, w=weight: F.linear(x, w))  # type: ignore[misc]
             gemm[f"{rows}x{width}"] = 2 * rows * width * width / seconds
-    x = made(1024, WIDTHS[0])
+    # as fused layers compute adapters and attention
+    precise = computed_in(torch.empty(0, device=device, dtype=dtype))
+    x = made(1024, WIDTHS[0], kind=precise)
     thin = {}
     for rank in RANKS:
-        A = made(rank, WIDTHS[0])
+        A = made(rank, WIDTHS[0], kind=precise)
         seconds = clock(lambda A=A: F.linear(x, A))  # type: ignore[misc]
         thin[str(rank)] = 2 * 1024 * WIDTHS[0] * rank / seconds
     a, b = made(1024, 2048), made(1024, 2048)
@@ -196,7 +200,7 @@ def calibrate(
         thin=thin,
         elementwise=moved / clock(lambda: F.silu(a).mul_(b)),
         softmax=logits.numel() / clock(lambda: torch.log_softmax(logits.float(), -1).exp_()),
-        attention=_attention_rate(made, clock),
+        attention=_attention_rate(partial(made, kind=precise), clock),
         optimizer=_optimizer_rate(device, clock),
         unpack=2 * packed.numel() / clock(lambda: _unpacked(packed, code)),
         fresh=(1 << 26) / clock(lambda: torch.zeros(1 << 24, device=device).add_(1)),

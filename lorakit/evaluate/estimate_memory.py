@@ -205,13 +205,20 @@ def plain_reason(model: ModelShape, adapter: AdapterShape) -> str | None:
 def _fused_kept(model: ModelShape, adapter: AdapterShape, setting: Setting) -> tuple[int, int]:
     """Numbers per token of one layer: behind the attention, and up to it."""
     d, q, kv, f = model.hidden, model.query, model.key_value, model.mlp
-    hidden = _ranks_per_layer(model, adapter)
-    rest = d + q + 2 * kv + 2 * q + hidden // 2
+    wide = _precise(setting)
+    hidden = _ranks_per_layer(model, adapter) * wide
+    rest = d + wide * (q + 2 * kv + 2 * q) + hidden // 2
+    rest += q if wide > 1 else 0  # the attention once more, as the linear behind it reads it
     rest += q + kv if model.qk_norm else 0
     behind = d + 2 * f + hidden - hidden // 2
     behind -= 2 * f if setting.recompute == "mlp" else 0
     behind += 2 * d if model.four_norms else 0
     return behind, rest
+
+
+def _precise(setting: Setting) -> int:
+    """How many times the base's precision is that of adapters and attention in fused layers."""
+    return 2 if setting.device == "cpu" and setting.itemsize == 2 else 1
 
 
 def _plain_kept(model: ModelShape, adapter: AdapterShape) -> int:
@@ -273,7 +280,8 @@ def _layer(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Par
     dense = 0
     if setting.quantize is not None:  # unpacked for the moment, with a copy on the way
         dense = 2 * max(one.d_in * one.d_out for one in model.linears) * setting.itemsize
-    return numbers * part.tokens * setting.itemsize + dense
+    precise = 1 if plain_reason(model, adapter) is not None else _precise(setting)
+    return numbers * part.tokens * setting.itemsize * precise + dense
 
 
 def _step(adapter: AdapterShape, setting: Setting) -> int:

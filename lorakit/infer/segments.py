@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.layers import prefix
-from lorakit.layers.attention import product
+from lorakit.layers.attention import computed_in, product
 
 #: the name under which both functions are registered with transformers
 NAME = "lorakit_packed"
@@ -205,6 +205,8 @@ def segment_attention(
     if key.shape[2] != query.shape[2]:
         raise NotImplementedError("attention to another sequence")
     lengths = list(attention_mask.lengths)
+    dtype, computed = query.dtype, computed_in(query, softcap)
+    query, key, value = query.to(computed), key.to(computed), value.to(computed)
     if fronts is None:
         fronts = fronts_of(prefix.stretches(module, lengths), len(lengths))
     parts = zip(
@@ -221,7 +223,7 @@ def segment_attention(
         if front is not None:
             k, v, mask = prefix.in_front(front, k, v, mask)
         done.append(one(q, k, v, mask, dropout, scaling).transpose(1, 2))
-    return torch.cat(done, dim=1), None
+    return torch.cat(done, dim=1).to(dtype), None
 
 
 def fronts_of(

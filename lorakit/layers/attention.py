@@ -15,6 +15,13 @@ from torch import Tensor
 Product = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float | None], Tensor]
 
 
+def computed_in(like: Tensor, softcap: float | None = None) -> torch.dtype:
+    """The dtype in which a whole text's attention is computed: on a CPU float32 instead of half
+    precision, in which PyTorch's kernel takes three to five times as long to go back."""
+    half = like.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and like.is_cpu and softcap is None else like.dtype
+
+
 def product(softcap: float | None) -> Product:
     """The function for one attention layer.
 
@@ -29,10 +36,6 @@ def fused(
 ) -> Tensor:
     """PyTorch's kernel; q [B, H, n, d], k and v [B, H_kv, m, d], mask broadcast to [B, H, n, m] or
     ``None`` for a causal one."""
-    if q.is_cpu and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16):
-        # on a CPU the kernel's backward takes three to five times as long in half precision
-        wide = fused(q.float(), k.float(), v.float(), mask, dropout, scaling)
-        return wide.to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
     mask = None if mask is None else mask.to(q.device)
     if grouped and mask is not None and q.is_cuda:

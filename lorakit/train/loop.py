@@ -61,8 +61,8 @@ from lorakit.train.run import Run
 #: tokens from which a measured forward tells more of its tokens than of what any forward needs
 _TELLING_TOKENS = 64
 
-#: a run enters untried where so many times what a token was found to need would fit: ranks, targets
-#: and what the layers keep may differ from those that were measured
+#: a run enters untried where so many times what a token was found to need would fit, as its ranks
+#: and targets may differ from those that were measured
 _BEYOND_DOUBT = 4
 
 T = TypeVar("T")
@@ -134,6 +134,8 @@ class Loop:
         """Tokens of the largest forward that went through."""
         self.bytes_per_token = 0.0
         """Of a forward and its backward, where it was measured."""
+        self._longest = 0
+        """Tokens of the longest example of those that were measured, in full."""
 
     # --- runs come and go ------------------------------------------------------------------
 
@@ -519,9 +521,12 @@ class Loop:
 
     def _surely_fits(self, run: Run) -> bool:
         """Whether it does by far, on a CPU, after what was measured of an earlier run."""
+        job = run.job
         if self._task.device.type != "cpu" or not self.bytes_per_token:
             return False
-        tokens = max(self._budget(self._apart), run.job.longest)
+        if self._task.whole is not None or job.longest > self._longest:
+            return False  # what a token needs may depend on how many there are, or on the text
+        tokens = max(self._budget(self._apart), job.most_tokens or math.inf)
         free = self._free(run)
         return free is not None and _BEYOND_DOUBT * self.bytes_per_token * tokens <= MARGIN * free
 
@@ -568,6 +573,7 @@ class Loop:
         needed = self._measured(small)
         if needed is not None and _tokens(small) >= _TELLING_TOKENS:
             self.bytes_per_token = max(self.bytes_per_token, needed / _tokens(small))
+            self._longest = max(self._longest, *(share.run.job.longest for share in shares))
         if free is None or needed is None or needed * tokens <= MARGIN * free * _tokens(small):
             return
         larger, constant = self._smaller(shares, 1 / 4), 0.0

@@ -66,7 +66,7 @@ def test_training_steps_are_measured_on_the_same_work(task):
     assert theirs == pytest.approx(ours, rel=1e-5)
 
 
-def test_a_stored_base_takes_the_same_steps_and_its_adapter_is_kept(task, tmp_path):
+def test_layers_made_again_take_the_same_steps_and_the_adapter_is_kept(task, tmp_path):
     ours = losses("lorakit_loop", task)
     stored = {**task, "adapters": str(tmp_path)}
     assert losses("stored_loop:float32+layers", stored) == pytest.approx(ours, rel=1e-5)

@@ -113,8 +113,10 @@ def test_recomputation_and_narrow_numbers_keep_less(shape, adapter):
     assert layers == 3 * 32 * PART.tokens * 4
     plain = dataclasses.replace(adapter, plain_reason="DoRA")
     assert kept_bytes(shape, plain, Setting(), PART) > none
-    half = kept_bytes(shape, adapter, Setting(itemsize=2), PART)
+    half = kept_bytes(shape, adapter, Setting(itemsize=2, device="cuda"), PART)
     assert 0.5 * none <= half < 0.55 * none  # the attention's sums stay float32
+    mixed = kept_bytes(shape, adapter, Setting(itemsize=2), PART)
+    assert half < mixed < none  # on a CPU adapters and attention do too
 
 
 class _Kept:
@@ -150,11 +152,12 @@ class _Kept:
             self.graph(following)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layers"])
 @pytest.mark.parametrize("make", [llama, qwen])
-def test_activations_are_what_the_fused_layers_hold(make, recompute):
+def test_activations_are_what_the_fused_layers_hold(make, recompute, dtype):
     """The count of tensors, against the storages that the graph of a real forward reaches."""
-    model = make("cpu")
+    model = make("cpu").to(dtype)
     handle = attach(model, LoRASpec(rank=8), "a", trainable=True)
     packed = PackedModel(model, handle, recompute=recompute)
     assert packed.fused is not None
@@ -179,10 +182,10 @@ def test_activations_are_what_the_fused_layers_hold(make, recompute):
     mine = kept_bytes(
         shape,
         adapter,
-        Setting(recompute=recompute),
+        Setting(recompute=recompute, itemsize=dtype.itemsize),
         Part(sum(lengths), len(rows), sum(n * n for n in lengths), len(lengths)),
     )
-    final = len(rows) * shape.hidden * 4  # the final norm's input belongs to no layer
+    final = len(rows) * shape.hidden * 4  # the final norm's float32 input belongs to no layer
     # positions, indices and the norms' sums are left out of the count
     assert mine + final == pytest.approx(held, rel=0.05)
 

@@ -3,6 +3,7 @@ its pipeline, and what judges its pictures."""
 
 from __future__ import annotations
 
+import argparse
 import base64
 import copy
 import dataclasses
@@ -10,12 +11,14 @@ import hashlib
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("resvg_py")
@@ -117,7 +120,7 @@ def test_an_inked_picture_has_lines_where_colours_change():
     assert (outlined[:, 29] == BLUE).all()
 
 
-def test_inked_sets_are_made_of_the_emoji_that_their_own_has_and_no_judge_learns_from_them():
+def test_inked_sets_are_of_the_emoji_that_their_own_has_and_no_judge_learns_them(monkeypatch):
     sets = {**_sets(40), "fluent-flat": {"chars": {"1f401": "red-apple"}, "metadata": {}}}
     emoji = [data.with_inked(one) for one in captions.emoji_of(sets)]
     assert [one.key for one in emoji if data.INKED.keys() & one.names.keys()] == ["1f401"]
@@ -128,6 +131,14 @@ def test_inked_sets_are_made_of_the_emoji_that_their_own_has_and_no_judge_learns
     assert set(drawn) == {"fluent-flat", *data.INKED}
     pictures = data.Pictures([dataclasses.replace(one, names=names)], drawn)
     assert set(pictures.by_hand) == {"fluent-flat"}
+
+    def seen(pictures, emoji, sets, least):
+        assert tuple(sets) == pictures.by_hand
+        raise StopIteration
+
+    monkeypatch.setattr(judge, "_seen", seen)
+    with pytest.raises(StopIteration):
+        judge.train_features(torch.nn.Identity(), pictures, [], steps=1, seed=0)
 
 
 # --- the split -----------------------------------------------------------------------------------
@@ -250,9 +261,12 @@ def test_the_weights_are_small_enough_to_ship():
     assert 2 * sum(p.numel() for p in unet.parameters()) <= 15 * 2**20
 
 
+_new_tiny_unet = partial(pipeline.new_unet, (8, 8, 16))
+
+
 def _tiny_unet() -> torch.nn.Module:
     torch.manual_seed(1)
-    return pipeline.new_unet((8, 8, 16))
+    return _new_tiny_unet()
 
 
 def _examples(recipe: base.Recipe) -> base.Examples:
@@ -290,11 +304,32 @@ def test_a_training_that_was_stopped_gives_the_weights_of_one_that_was_not(tmp_p
     other = base.Training(base.Recipe(batch_size=5), "cpu", _tiny_unet())
     with pytest.raises(ValueError, match="'batch_size': 4"):
         other.load(tmp_path / base.STATE)
-    other = base.Training(RECIPE, "cpu", _tiny_unet(), learns=examples.digest())
-    with pytest.raises(ValueError, match="other pictures"):
-        other.load(tmp_path / base.STATE)
-    examples.pixels[0] += 1
-    assert examples.digest() != other.learns
+
+
+def test_the_recipe_tells_the_pictures_and_the_weights_that_it_begins_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "new_unet", _new_tiny_unet)
+    options = argparse.Namespace(seed=0, batch_size=4, lr=1e-3, begin_with=None)
+    pictures = _pictures()
+    recipe, unet = base._recipe(options, pictures)
+    assert unet is None
+    begun = _tiny_unet()
+    with torch.no_grad():
+        begun.conv_in.bias.fill_(7)
+    save_file(begun.state_dict(), tmp_path / "weights.safetensors")
+    options.begin_with = tmp_path / "weights.safetensors"
+    other, unet = base._recipe(options, pictures)
+    assert (unet.conv_in.bias == 7).all()
+    assert other.learns == recipe.learns
+    assert other.begins_with
+    pictures._drawn["noto"][0, 0, 0] += 1
+    changed, _ = base._recipe(options, pictures)
+    assert changed.learns != other.learns
+
+    base.Training(other, "cpu", unet).save(tmp_path / "state.pt")
+    base.Training(other, "cpu", _tiny_unet()).load(tmp_path / "state.pt")
+    for wrong, named in ((recipe, "begins_with"), (changed, "learns")):
+        with pytest.raises(ValueError, match=named):
+            base.Training(wrong, "cpu", _tiny_unet()).load(tmp_path / "state.pt")
 
 
 def test_batches_mix_noise_in_as_diffusers_does_and_see_every_picture_once_an_epoch():

@@ -277,6 +277,25 @@ def test_smaller_dtypes_stay_close(tiny):
     assert gradient(handle, rough).dtype == torch.float32
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2-biases", "gemma2-window-softcap"])
+def test_in_half_precision_layers_made_again_and_new_adapters_change_no_bit(family, tiny):
+    model = tiny(family).bfloat16()
+    packed = fused(model, handle := adapted(model, LoRASpec(rank=3)))
+    batch = batch_of(LENGTHS)
+    found = []
+    for how in ("none", "mlp", "layers"):
+        packed.fused.recompute = how
+        loss, _ = packed.supervised_loss(batch, Routing.uniform("a"))
+        found.append(torch.cat([loss.detach()[None], gradient(handle, loss)]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    handle.add(LoRASpec(rank=2), "new")
+    base = packed.position_losses(batch, Routing.uniform(None))
+    assert torch.equal(packed.position_losses(batch, Routing.uniform("new")), base)
+    with torch.no_grad():
+        assert torch.equal(packed.position_losses(batch, Routing.uniform("new")), base)
+
+
 def test_a_second_backward_says_what_to_do(tiny):
     model = tiny("llama")
     handle = adapted(model, LoRASpec(rank=2))

@@ -206,6 +206,10 @@ def test_a_run_that_joins_is_not_tried_where_others_tell_that_it_fits_by_far(mon
     assert entered(10**12, "a", "b", "c") == 1
     assert entered(2 * 1000 * 2048, "a", "b") == 2  # it fits, but not by far
     assert entered(10**12, "d") == 1  # another loop knows nothing
+    lengths: dict[int, int] = {}
+    longer = property(lambda job: lengths.setdefault(id(job), 100 + len(lengths)))
+    monkeypatch.setattr(Job, "longest", longer)
+    assert entered(10**12, "e", "f", "g") == 3  # texts longer than those that were measured
 
 
 def test_recomputing_changes_nothing(shop):

@@ -27,6 +27,7 @@ from lorakit.infer.fused.family import Anatomy
 from lorakit.infer.fused.linear import Group
 from lorakit.infer.fused.rope import rotate_, rotate_back_
 from lorakit.infer.segments import Segments, fronts_of, segment_attention
+from lorakit.layers.attention import computed_in
 from lorakit.layers.prefix import Stretches
 
 #: what of a layer is not kept for its backward but made again: nothing, gate and up, or all
@@ -75,7 +76,7 @@ class _Kept:
     """What the backward needs."""
 
     heads: tuple[Tensor, Tensor, Tensor]
-    """q, k, v, as the attention reads them, [1, H, N, d_h], leaves of a small graph."""
+    """q, k, v, as the attention computes with them, [1, H, N, d_h], leaves of a small graph."""
     unnormed: tuple[Tensor, Tensor] | None
     """q and k before their norms, [N, H, d_h]."""
     fronts: list[Tensor]
@@ -135,7 +136,7 @@ def _forward(x: Tensor, call: Call, *, keep: bool) -> tuple[Tensor, _Kept | None
     rotate_(k, call.cos, call.sin)
     heads = tuple(t.transpose(0, 1)[None] for t in (q, k, v))
     attended, heads, fronts = _attend(heads, call, keep=keep)
-    o_input = attended.detach().reshape(len(x), -1)
+    o_input = attended.detach().reshape(len(x), -1).to(x.dtype)
     residual = x
     if call.rows is not None:
         o_input, residual = o_input.index_select(0, call.rows), x.index_select(0, call.rows)
@@ -218,7 +219,11 @@ def _backward(
 
 
 def _attend(heads: Any, call: Call, *, keep: bool) -> tuple[Tensor, Any, list[Tensor]]:
-    """The attention [1, N, H, d_h] and its inputs, as leaves of a graph if it is to be kept."""
+    """The attention [1, N, H, d_h] and its inputs, as leaves of a graph if it is to be kept.
+
+    They have the dtype in which it is computed, so that there is one copy of them.
+    """
+    heads = tuple(t.to(computed_in(t, call.anatomy.softcap)) for t in heads)
     fronts = [tensor.detach() for tensor in call.fronts]
     if keep:
         heads = tuple(t.detach().requires_grad_() for t in heads)
@@ -248,12 +253,13 @@ def _attention_backward(
     d_all = torch.autograd.grad(
         kept.attended,
         (*kept.heads, *trained),
-        d_attended.view(kept.attended.shape),
+        d_attended.view(kept.attended.shape).to(kept.attended.dtype),
         retain_graph=False,
     )
     d_heads, d_fronts = d_all[:3], iter(d_all[3:])
     for_fronts = [next(d_fronts) if tensor.requires_grad else None for tensor in kept.fronts]
-    dq, dk, dv = (d[0].transpose(0, 1).contiguous() for d in d_heads)
+    dtype, packed = d_attended.dtype, torch.contiguous_format
+    dq, dk, dv = (d[0].transpose(0, 1).to(dtype, memory_format=packed) for d in d_heads)
     rotate_back_(dq, call.cos, call.sin)
     rotate_back_(dk, call.cos, call.sin)
     if kept.unnormed is not None and parts.q_norm is not None and parts.k_norm is not None:

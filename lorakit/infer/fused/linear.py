@@ -162,28 +162,28 @@ class Group:
             x: [N, d_in].
             onto: [N, d_out], what the first output is added to; a new tensor is made.
         """
-        dtype, computed = x.dtype, self._computed(x)
-        outputs: list[Tensor] = []
-        for linear in self.linears:
+        computed = self._computed(x)
+        hidden = [F.linear(self._input(x, run, computed), run.a(computed)) for run in self.runs]
+        parts: list[list[tuple[_Run, Part, Tensor]]] = [[] for _ in self.linears]
+        for run, h in zip(self.runs, hidden, strict=True):
+            for (which, part), own in zip(run.members, run.columns(h), strict=True):
+                parts[which].append((run, part, own))
+        outputs = []
+        for linear, adapting in zip(self.linears, parts, strict=True):
             if onto is None:
                 y = F.linear(x, linear.weight(), linear.bias)
-            elif computed == dtype:
+            else:
                 y = torch.addmm(onto, x, linear.weight().t())
                 y = y if linear.bias is None else y.add_(linear.bias)
-            else:
-                y = F.linear(x, linear.weight(), linear.bias).to(computed).add_(onto)
-            outputs.append(_in(y, computed))
-        hidden = []
-        x = _in(x, computed)
-        for run in self.runs:
-            h = F.linear(self._input(x, run), run.a(computed))
-            hidden.append(h)
-            for (which, part), own in zip(run.members, run.columns(h), strict=True):
-                y = outputs[which][run.rows]
-                y.addmm_(own, _in(part.B, computed).t(), alpha=part.factor)
+            if adapting:  # what changes nothing leaves it as it is, whatever it is computed in
+                y = _in(y, computed)
+            for run, part, own in adapting:
+                rows = y[run.rows]
+                rows.addmm_(own, _in(part.B, computed).t(), alpha=part.factor)
                 if part.bias is not None:
-                    y.add_(_in(part.bias, computed), alpha=part.factor)
-        return [_in(y, dtype) for y in outputs], hidden
+                    rows.add_(_in(part.bias, computed), alpha=part.factor)
+            outputs.append(_in(y, x.dtype))
+        return outputs, hidden
 
     def backward(
         self,
@@ -201,20 +201,21 @@ class Group:
             hidden: from the forward.
             need_input: whether anything below wants the input's gradient.
         """
-        dtype, computed = x.dtype, self._computed(x)
+        computed = self._computed(x)
         dx: Tensor | None = None
         if need_input:
             for dy, linear in zip(douts, self.linears, strict=True):
                 weight = linear.weight()
                 if dx is None:
                     dx = _in(dy @ weight, computed)
+                elif computed == x.dtype:
+                    dx.addmm_(dy, weight)
                 else:
-                    dx = dx.addmm_(dy, weight) if computed == dtype else dx.add_(dy @ weight)
+                    dx.add_(dy @ weight)
         gradients: list[Tensor | None] = []
-        x, douts = _in(x, computed), [_in(dy, computed) for dy in douts]
         for run, h in zip(self.runs, hidden, strict=True):
             gradients += self._run_backward(run, h, douts, x, dx)
-        return None if dx is None else _in(dx, dtype), gradients
+        return None if dx is None else _in(dx, x.dtype), gradients
 
     def _computed(self, x: Tensor) -> torch.dtype:
         """What the low-rank products are computed in."""
@@ -224,33 +225,34 @@ class Group:
     def _run_backward(
         self, run: _Run, h: Tensor, douts: Sequence[Tensor], x: Tensor, dx: Tensor | None
     ) -> list[Tensor | None]:
+        computed = h.dtype
         dh = torch.empty_like(h)
         gradients: list[Tensor | None] = []
         columns = zip(run.members, run.columns(h), run.columns(dh), strict=True)
         for (which, part), own, into in columns:
-            dy = douts[which][run.rows]
-            torch.addmm(into, dy, _in(part.B, x.dtype), beta=0, alpha=part.factor, out=into)
+            dy = _in(douts[which][run.rows], computed)
+            torch.addmm(into, dy, _in(part.B, computed), beta=0, alpha=part.factor, out=into)
             if not run.trained:
                 continue
             gradients.append(gradient_product(part.B, dy, own, part.factor))
             if part.bias is not None:
                 gradients.append(gradient_sum(part.bias, dy.sum(0).mul_(part.factor)))
         if run.trained:
-            first = gradient_products(run.factors, dh, self._input(x, run))
+            first = gradient_products(run.factors, dh, self._input(x, run, computed))
             gradients = [gradient for gradient in (*first, *gradients) if gradient is not None]
         else:
             gradients = [None] * len(run.homeless)
         if dx is not None:
-            A = run.a(x.dtype)
+            A = run.a(computed)
             if run.dropout and self.keys is not None:
                 dx[run.rows] += self._dropped(dh @ A, run)
             else:
                 dx[run.rows].addmm_(dh, A)
         return gradients
 
-    def _input(self, x: Tensor, run: _Run) -> Tensor:
+    def _input(self, x: Tensor, run: _Run, computed: torch.dtype) -> Tensor:
         """What the A's of a run read: its rows of x, dropped."""
-        return self._dropped(x[run.rows], run)
+        return self._dropped(_in(x[run.rows], computed), run)
 
     def _dropped(self, x: Tensor, run: _Run) -> Tensor:
         """Dropout with the run's mask; it is linear, so the backward applies it too."""
