@@ -73,6 +73,12 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--enlarge", action="store_true", help="scale small pictures up")
     group.add_argument(
+        "--flip",
+        action="store_true",
+        help="learn each picture mirrored, left to right, too (not where a side matters: writing, "
+        "hands, partings)",
+    )
+    group.add_argument(
         "--bad-pictures",
         choices=("error", "skip"),
         default="error",
@@ -158,7 +164,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         type=positive_float,
         metavar="X",
-        help="passes over the examples: the pictures, their repetitions, and --prior-data",
+        help="passes over the examples: the pictures, mirrored and repeated ones, and --prior-data",
     )
     group.add_argument(
         "--batch-size", type=positive_int, metavar="N", help="pictures per step; default 4"

@@ -239,6 +239,7 @@ def _plan(options: argparse.Namespace, folder: str, *, valid: bool = False) -> P
         prior,
         square=options.square,
         enlarge=options.enlarge,
+        flip=options.flip and not valid,
         cache=None if options.cache is None else str(Path(options.cache).expanduser().resolve()),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from lorakit.errors import SpecError
 from lorakit.images.pictures import Picture
@@ -29,11 +29,18 @@ class Placed:
     left: int
     original: tuple[int, int]
     """(height, width) of the file."""
+    flipped: bool = field(default=False, repr=False)
+    """Whether the scaled picture is mirrored, left to right, before it is cropped."""
 
     @property
     def size(self) -> str:
         """For people."""
         return f"{self.width} × {self.height}"
+
+    def mirrored(self) -> Placed:
+        """The same part of the picture, left to right."""
+        left = self.scaled[1] - self.width - self.left
+        return replace(self, left=left, flipped=not self.flipped)
 
 
 def bucket_sizes(resolution: int, step: int, *, square: bool = False) -> list[tuple[int, int]]:

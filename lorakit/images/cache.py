@@ -148,8 +148,8 @@ class Cache:
     # --- names -----------------------------------------------------------------------------
 
     def _latent_path(self, picture: Picture, placed: Placed) -> Path:
-        size = placed.height, placed.width
-        return self._path("latents", [self._vae, picture.digest, *size, picture.masked])
+        parts = [self._vae, picture.digest, placed.height, placed.width, picture.masked]
+        return self._path("latents", [*parts, "flipped"] if placed.flipped else parts)
 
     def _text_path(self, caption: str) -> Path:
         return self._path("text", [self._text, caption])
@@ -242,10 +242,13 @@ def pixels_of(picture: Picture, placed: Placed) -> tuple[Tensor, Any]:
 
 
 def _fitted(read: Any, placed: Placed, how: Any) -> Any:
-    """A PIL picture scaled and cropped to its place."""
+    """A PIL picture scaled, mirrored and cropped to its place."""
+    ops = require("PIL.ImageOps", extra="images", purpose="reading pictures")
     height, width = placed.scaled
     if read.size != (width, height):
         read = read.resize((width, height), how)
+    if placed.flipped:
+        read = ops.mirror(read)
     box = (placed.left, placed.top, placed.left + placed.width, placed.top + placed.height)
     return read.crop(box)
 

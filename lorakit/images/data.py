@@ -225,7 +225,8 @@ class PictureData(Sequence[PictureExample]):
         """sha256 (hex) of pictures, places, captions, and what is minimised."""
         digest = hashlib.sha256(repr(self.settings).encode())
         for picture, placed in [*self._own, *self._prior]:
-            told = f"{picture.digest} {picture.masked} {placed} {picture.caption!r}\n"
+            flipped = " flipped" if placed.flipped else ""
+            told = f"{picture.digest} {picture.masked} {placed}{flipped} {picture.caption!r}\n"
             digest.update(told.encode())
         digest.update(f"{len(self._own)} {len(self._prior)}".encode())
         return digest.hexdigest()
@@ -276,6 +277,8 @@ class PicturesPlan:
     """Whether all become squares."""
     enlarge: bool = False
     """Whether pictures that are too small are scaled up."""
+    flip: bool = False
+    """Whether each picture is learnt mirrored, left to right, too; those that are to stay as well."""
     least: int = 1
     """Pictures that a step takes; fewer of them are repeated, each time with other noise."""
     cache: str | None = None
@@ -340,6 +343,10 @@ def load_pictures(plan: PicturesPlan, base: PictureBase, read: Read = NOTHING) -
             f"prior_weight is {settings.prior_weight:g}, but there are no pictures of a class to "
             "keep; give --prior-data"
         )
+    if plan.flip:
+        own, prior = _and_mirrored(own), _and_mirrored(prior)
+        note = "each picture is learnt mirrored, left to right, too"
+        report = replace(report, notes=(*report.notes, note))
     captions = list(dict.fromkeys(picture.caption for picture, _ in own))
     report = replace(report, notes=(*report.notes, *base.cut_captions(captions)))
     repeats = math.ceil(plan.least / (len(own) + len(prior)))
@@ -376,6 +383,10 @@ def _placed(
     )
     check_usable(report, spec.bad)
     return pairs, report
+
+
+def _and_mirrored(pairs: list[tuple[Picture, Placed]]) -> list[tuple[Picture, Placed]]:
+    return [*pairs, *((picture, placed.mirrored()) for picture, placed in pairs)]
 
 
 def cache_of(base: PictureBase, folder: str | None) -> Cache:

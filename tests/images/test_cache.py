@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 
 import torch
+from PIL import Image
 
+from lorakit.images.buckets import Placed
 from lorakit.images.cache import encoded_caption, encoded_picture, pixels_of
 from lorakit.images.data import PictureSettings, PicturesPlan, load_pictures
 from lorakit.images.drawing import decoded
@@ -55,6 +57,33 @@ def test_a_vae_that_says_the_mean_and_spread_of_its_latents(tmp_path):
     torch.testing.assert_close(found["std"], spread.std[0] * 0.5 / std)
     expected = (vae.decode(spread.mean).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(decoded(base, found["mean"][None]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mirrored_picture_is_the_same_part_of_it(tmp_path):
+    """Of a picture that is cropped, and of its mask; in a file of its own."""
+    base, folder = loaded("sd"), tiny.pictures(tmp_path / "data", 4)
+    Image.new("L", (36, 24)).save(folder / "03.mask.png")
+    with Image.open(folder / "03.mask.png") as mask:
+        mask.paste(255, (0, 0, 12, 24))
+        mask.save(folder / "03.mask.png")
+    plan = PicturesPlan(PicturesSpec(str(folder), masks=True), 16, square=True, flip=True)
+    data = load_pictures(plan, base)
+    assert len(data) == 8
+    for i in range(4):
+        one, other = data[i], data[i + 4]
+        assert other.placed.flipped
+        pixels = pixels_of(one.picture, one.placed)[0]
+        assert torch.equal(pixels_of(other.picture, other.placed)[0], pixels.flip(-1))
+        assert not torch.equal(other.latent()["mean"], one.latent()["mean"])
+    assert torch.equal(data[7].latent()["mask"], data[3].latent()["mask"].flip(-1))
+    assert not torch.equal(data[7].latent()["mask"], data[3].latent()["mask"])
+
+
+def test_an_odd_crop_is_mirrored_too():
+    """The denoisers that are told where a picture is cropped are told it of the mirrored one."""
+    placed = Placed(16, 16, (16, 21), 0, 2, (32, 42))
+    assert placed.mirrored().left == 3
+    assert placed.mirrored().mirrored() == placed
 
 
 def test_an_empty_caption_is_what_guidance_compares_with():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from lorakit.core.safetensors_io import read_safetensors_header
 from lorakit.errors import TrainingError
 from lorakit.images import drawing
 from lorakit.train import RunResult
+from lorakit.train.folder import RunFolder
 from tests.images import tiny
 
 
@@ -36,9 +38,12 @@ QUICK = [
 def test_train_sample_and_convert(folder, tmp_path, capsys):
     out = str(tmp_path / "run")
     flags = [*QUICK, "--trigger", "sks style", "--targets", "cross-attention", "--json"]
+    flags += ["--flip", "--valid", str(folder)]
     assert main(["images", "train", *base(), "--data", str(folder), "--out", out, *flags]) == 0
     told, notes = capsys.readouterr()
     assert json.loads(told)["steps"] == 2
+    settings = RunFolder(Path(out)).read_settings()
+    assert (settings["data"]["flip"], settings["validation"]["flip"]) == (True, False)
     assert "lr is 0.0001: usual for adapters of picture models" in notes
     assert main(["images", "train", "--resume", out, "--quiet"]) == 0  # it is finished
     pictures = tmp_path / "pictures"

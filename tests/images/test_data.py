@@ -40,6 +40,18 @@ def test_small_pictures_are_among_those_that_cannot_be_used(base, tmp_path):
         load_pictures(PicturesPlan(spec, 64), base)
 
 
+def test_mirrored_pictures_are_other_data_but_no_more_pictures(base, tmp_path):
+    """A picture and its mirror image are on the same side of a split."""
+    spec = PicturesSpec(str(tiny.pictures(tmp_path / "data", 5)))
+    plain = load_pictures(PicturesPlan(spec, 16), base)
+    both = load_pictures(PicturesPlan(spec, 16, flip=True), base)
+    assert (len(both), both.num_pictures, both.report.pictures.used) == (10, 5, 5)
+    assert [both.prompt_key(i) for i in range(5)] == [both.prompt_key(i) for i in range(5, 10)]
+    assert both.digest != plain.digest
+    assert any("mirrored" in line for line in both.report.lines())
+    assert PicturesPlan.from_dict(both.spec.to_dict()) == both.spec
+
+
 def trainer_of(base, tmp_path, own, prior=0, batch_size=4, fraction=None):
     """A trainer on ``own`` different pictures, and ``prior`` of a class."""
     folders = [tiny.pictures(tmp_path / name, n) for name, n in (("own", own), ("class", prior))]
