@@ -278,7 +278,7 @@ class PicturesPlan:
     enlarge: bool = False
     """Whether pictures that are too small are scaled up."""
     flip: bool = False
-    """Whether each picture is learnt mirrored, left to right, too; those that are to stay as well."""
+    """Whether each picture, and each that is to stay, is learnt mirrored, left to right, too."""
     least: int = 1
     """Pictures that a step takes; fewer of them are repeated, each time with other noise."""
     cache: str | None = None
