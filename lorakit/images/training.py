@@ -36,9 +36,9 @@ from lorakit.layers.handle import handle_of
 from lorakit.train import Callback, Origin, RunInfo, RunResult, StepMetrics, Trainer, TrainSettings
 from lorakit.train.folder import RunFolder
 from lorakit.train.report import write_report
+from lorakit.train.result import finished_run
 from lorakit.train.settings import LEAST_TO_HOLD_OUT
 from lorakit.train.together import aligned, train_together
-from lorakit.train.trainer import finished_run
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ weights of the base, to compare.
     train_together([Trainer(…), Trainer(…)])    # each as if alone, in shared forwards
     Trainer(base, Full(), data, settings, "runs/full").run()    # the base itself
 
-Read in this order: ``settings`` (how a run trains), ``trained`` (what learns: an adapter, or with
-``full`` the base itself), ``job`` (all else that belongs to one training), ``run`` (a job with its
-folder), ``loop`` (forwards of the runs on one model), ``trainer`` (from the first check to the
-result), ``together`` (who joins, who leaves, and when all are saved); then ``checkpoint`` and
-``folder`` (what is on disk), ``callbacks`` (who is told).
+Read in this order: ``settings`` (how a run trains), ``beginning`` and ``choices`` (what is decided
+before the first step), ``trained`` (what learns: an adapter, or with ``full`` the base itself),
+``job`` (all else that belongs to one training), ``run`` (a job with its folder), ``loop`` (forwards
+of the runs on one model), ``trainer`` (from the first check to the result), ``together`` (who
+joins, who leaves, and when all are saved); then ``checkpoint`` and ``folder`` (what is on disk),
+``result`` and ``samples`` (what is left at the end), ``callbacks`` (who is told).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _HOME = {
     "StepMetrics": "callbacks",
     "TrainSettings": "settings",
     "Trainer": "trainer",
-    "finished_run": "trainer",
+    "finished_run": "result",
     "train_together": "together",
     "write_report": "report",
 }
@@ -58,9 +59,10 @@ if TYPE_CHECKING:
     from lorakit.train.full import Full
     from lorakit.train.origin import Origin
     from lorakit.train.report import write_report
+    from lorakit.train.result import finished_run
     from lorakit.train.settings import TrainSettings
     from lorakit.train.together import train_together
-    from lorakit.train.trainer import Trainer, finished_run
+    from lorakit.train.trainer import Trainer
 
 
 def __getattr__(name: str) -> Any:

@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lorakit.bases import Base, check_base, context_length
+from lorakit.bases import Base, check_base
 from lorakit.core.adapter import Adapter
 from lorakit.core.spec import LoRASpec
-from lorakit.data import Example, indices_at, order, split
-from lorakit.errors import (
-    BaseError,
-    DataError,
-    InputError,
-    Interrupted,
-    SpecError,
-    collected,
-)
+from lorakit.errors import BaseError, InputError, Interrupted, SpecError
 from lorakit.formats import load_adapter, save_adapter
-from lorakit.layers import Handle
-from lorakit.layers.initial import DRAWN, NEEDS, Initial, initial
-from lorakit.layers.past import numbers_per_token
-from lorakit.layers.targets import norm_modules, resolve_targets, whole_modules
+from lorakit.layers.initial import Initial
 from lorakit.tasks.causal import CAUSAL
 from lorakit.tasks.registry import kind_of, named
 from lorakit.tasks.task import Examples, Kind
+from lorakit.train.beginning import Beginning, Calibrate
 from lorakit.train.callbacks import Callback, CallbackList, Ending, RunInfo, RunResult
 from lorakit.train.checkpoint import Checkpoint, latest_checkpoint
+from lorakit.train.choices import choose
 from lorakit.train.distributed import PeerLost, World, current_world, shard_
 from lorakit.train.folder import MetricsFile, RunFolder
-from lorakit.train.full import Full, check_full, full_notes, reidentify, save_model
+from lorakit.train.full import Full, check_full, reidentify, save_model
 from lorakit.train.host import Host
 from lorakit.train.job import Job
 from lorakit.train.loop import check_first_forward
@@ -55,20 +42,16 @@ from lorakit.train.provenance import provenance
 from lorakit.train.randomness import seed_all
 from lorakit.train.record import environment
 from lorakit.train.report import write_report
+from lorakit.train.result import finished_run, result_of, result_to_dict
 from lorakit.train.run import Run
-from lorakit.train.settings import LEAST_TO_HOLD_OUT, Facts, TrainSettings
+from lorakit.train.samples import Samples
+from lorakit.train.settings import TrainSettings
 from lorakit.train.trained import TrainedAdapter
 
 logger = logging.getLogger(__name__)
 
 #: the adapter's name on the model while it trains
 NAME = "default"
-
-#: training examples that an initialisation looks at, where nobody said how many
-INIT_EXAMPLES = 64
-
-#: makes the values that a new adapter begins with, from its spec and some examples
-Calibrate = Callable[[LoRASpec, Sequence[Example]], Initial]
 
 
 class Trainer:
@@ -124,11 +107,10 @@ class Trainer:
         task: Kind = CAUSAL,
     ) -> None:
         self._kind = task
-        self._calibrate = calibrate
         world = world or current_world()
         self._world = world.sharing() if shard else world
         self._base = base
-        self._what = what
+        self._beginning = Beginning(base, what, calibrate)
         self._data = data
         self._validation_data = validation
         self._callbacks = list(callbacks) if self._world.first else []
@@ -148,11 +130,23 @@ class Trainer:
         """Choices that were made, each with its reason."""
         if isinstance(what, Adapter):
             self.notes += check_base(what, base.identity, allow_other=allow_other_base)
-        if isinstance(what, Full):
+        if self.is_full:
             self._check_full()
-        self._choose(settings or TrainSettings())
+        wanted = settings or TrainSettings()
+        chosen = choose(
+            base,
+            self._beginning,
+            data,
+            validation,
+            wanted,
+            processes=self._world.size,
+            out=self.out,
+        )
+        self._settings, self._training = chosen.settings, chosen.training
+        self._validation = chosen.validation
+        self.notes += chosen.notes
         if not self._folder.settings.exists():  # a run that goes on was checked when it began
-            self._check_init(settings or TrainSettings())
+            self._beginning.check(wanted)
 
     @property
     def settings(self) -> TrainSettings:
@@ -164,41 +158,10 @@ class Trainer:
         """The data that is evaluated on, and which of it; ``None`` if there is none."""
         return self._validation
 
-    # --- choices ---------------------------------------------------------------------------
-
-    @property
-    def _init(self) -> str:
-        """How the adapter begins; ``"kaiming"`` where it was there before, or there is none."""
-        if isinstance(self._what, Adapter | Full):
-            return "kaiming"
-        return (self._what.adapter.spec if isinstance(self._what, Initial) else self._what).init
-
-    @property
-    def _num_virtual_tokens(self) -> int:
-        """Positions that a prefix takes in front of each text."""
-        if isinstance(self._what, LoRASpec):
-            return self._what.prefix
-        adapter = self._what.adapter if isinstance(self._what, Initial) else self._what
-        return adapter.num_virtual_tokens if isinstance(adapter, Adapter) else 0
-
-    def _check_room(self) -> None:
-        """A text and the prefix in front of it share the positions of the base's context."""
-        taken, room = self._num_virtual_tokens, context_length(self._base.model)
-        if not taken or room is None:
-            return
-        for data in (self._data, self._validation_data):
-            longest = 0 if data is None or not len(data) else int(data.lengths.max())
-            if longest + taken > room:
-                raise SpecError(
-                    f"a prefix of {taken} virtual tokens leaves {room - taken} of the {room} "
-                    f"positions of this base, and the longest example has {longest} tokens. Give "
-                    f"--max-length {max(room - taken, 1)}, or a shorter prefix"
-                )
-
     @property
     def is_full(self) -> bool:
         """Whether it trains the base itself."""
-        return isinstance(self._what, Full)
+        return self._beginning.is_full
 
     def _check_full(self) -> None:
         if self._world.sharded:
@@ -207,120 +170,6 @@ class Trainer:
                 "them out: without --shard each process holds all weights and shares each batch"
             )
         check_full(self._base)
-
-    def _check_init(self, settings: TrainSettings) -> None:
-        """Refuse settings that the initialisation does not use, and one that lacks its means."""
-        made = not isinstance(self._what, LoRASpec)
-        problems = []
-        if settings.init_examples is not None and (self._init not in ("eva", "lora-ga") or made):
-            problems.append(
-                f"init_examples is {settings.init_examples}, but nothing looks at examples here"
-            )
-        if settings.eva_rho != 1 and (self._init != "eva" or made):
-            problems.append(f"eva_rho is {settings.eva_rho:g}, but no ranks are shared out here")
-        if self._init in NEEDS and not made and self._calibrate is None:
-            problems.append(
-                f"init {self._init!r} needs {NEEDS[self._init]}; give calibrate=partial("
-                "lorakit.workflows.calibrate.calibrate, base)"
-            )
-        if problems:
-            raise SpecError(collected("This run cannot begin so", problems))
-
-    def _begin(self) -> LoRASpec | Adapter | Initial | Full:
-        """What is attached: the values of the beginning, where more than a seed makes them."""
-        if isinstance(self._what, Initial):
-            made = self._what
-        elif not isinstance(self._what, LoRASpec) or (
-            self._what.init in DRAWN and not self._what.prefix
-        ):
-            return self._what
-        elif self._what.init not in NEEDS:
-            made = initial(self._base.model, self._what, self._settings.seed)
-        else:
-            assert self._calibrate is not None
-            made = self._calibrate(self._what, self._looked_at())
-        # in the order in which a file gives them back: it is that of the optimizer's state
-        ordered = dict(sorted(made.adapter.sites.items()))
-        return Initial(made.adapter.with_(sites=ordered))
-
-    def _looked_at(self) -> list[Example]:
-        """The training examples of the first steps, each once."""
-        count = min(self._settings.init_examples or INIT_EXAMPLES, len(self._training))
-        places = indices_at(len(self._training), self._settings.seed, 0, count)
-        return [self._data[int(index)] for index in self._training[places]]
-
-    def _choose(self, settings: TrainSettings) -> None:
-        """Split the data and resolve the settings."""
-        if not len(self._data):
-            raise DataError("there is no example to train on; see lorakit preview")
-        training, held = self._split(settings)
-        config = getattr(self._base.model, "config", None)
-        facts = Facts(
-            num_examples=len(training),
-            num_validation=len(held),
-            hidden_size=getattr(config, "hidden_size", None),
-            device=self._base.placement.device.type,
-            init=self._init,
-            full=self.is_full,
-            prefix=self._num_virtual_tokens > 0,
-        )
-        if self._validation_data is None:
-            fraction = settings.held_out(len(self._data))
-            settings = dataclasses.replace(settings, validation_fraction=fraction)
-        else:
-            settings = dataclasses.replace(settings, validation_fraction=0.0)
-        self._check_room()
-        self._settings, notes = settings.resolve(facts)
-        if self._settings.batch_size < self._world.size:
-            raise SpecError(
-                f"batch_size is {self._settings.batch_size} and there are {self._world.size} "
-                "processes; a batch is shared among them, so some would have nothing to do. Start "
-                "fewer, or raise --batch-size"
-            )
-        self.notes += notes
-        if self.is_full:
-            self.notes += full_notes(self._base, self.out, self._settings)
-        self._training = training
-        evaluated = _pick(held, self._settings.eval_rows, settings.seed)
-        source = self._data if self._validation_data is None else self._validation_data
-        self._validation = (source, evaluated) if evaluated else None
-
-    def _split(self, settings: TrainSettings) -> tuple[np.ndarray, np.ndarray]:
-        """Indices to train on (of the data) and to evaluate on (of the validation's source)."""
-        everything, none = np.arange(len(self._data)), np.arange(0)
-        if self._validation_data is not None:
-            if settings.validation_fraction:
-                raise InputError(
-                    f"validation_fraction is {settings.validation_fraction:g}, but there is "
-                    "validation data; give one of them"
-                )
-            if not len(self._validation_data):
-                raise DataError("the validation data holds no example that can be used")
-            return everything, np.arange(len(self._validation_data))
-        fraction = settings.held_out(len(everything))
-        if not fraction:
-            kept = f"so the {'model' if self.is_full else 'adapter'} kept is that of the last step"
-            if settings.validation_fraction == 0:
-                self.notes.append(f"there is no validation, {kept}")
-            else:
-                self.notes.append(
-                    f"there is no validation (some rows are held out from {LEAST_TO_HOLD_OUT} on, "
-                    f"and there are {len(everything)}), {kept}. Give --valid F, or hold some out "
-                    "anyway with --validation-fraction 0.2"
-                )
-            return everything, none
-        training, held = split(self._data, fraction, settings.seed)
-        if not len(held):
-            self.notes.append(
-                "there is no validation (all rows share one prompt), so what is kept is from the "
-                "last step"
-            )
-        else:
-            self.notes.append(
-                f"{len(held)} of {len(everything)} rows are held out for validation, in whole "
-                "prompts (no validation data was given)"
-            )
-        return training, held
 
     # --- running ---------------------------------------------------------------------------
 
@@ -379,29 +228,7 @@ class Trainer:
 
     def num_parameters(self) -> int:
         """About how many parameters it trains."""
-        if isinstance(self._what, Full):
-            return sum(parameter.numel() for parameter in self._base.model.parameters())
-        if not isinstance(self._what, LoRASpec):
-            adapter = self._what.adapter if isinstance(self._what, Initial) else self._what
-            sites = adapter.sites.values()
-            return sum(t.numel() for site in sites for t in site.tensors().values())
-        model = self._base.model
-        shapes = [
-            shape
-            for target in resolve_targets(model, self._what)
-            for shape in (target.shape.a(target.rank), target.shape.b(target.rank))
-        ]
-        shapes += [
-            tuple(parameter.shape)
-            for path in {
-                **whole_modules(model, self._what.train_modules),
-                **(norm_modules(model) if self._what.norms else {}),
-            }
-            for parameter in model.get_submodule(path).parameters()
-        ]
-        if self._what.prefix:
-            shapes.append((self._what.prefix, numbers_per_token(model)))
-        return sum(math.prod(shape) for shape in shapes)
+        return self._beginning.num_parameters()
 
     def enter(self, host: Host, closing: contextlib.ExitStack) -> Run:
         """Put what is trained on the model, and make or open the run folder.
@@ -422,8 +249,8 @@ class Trainer:
         if self._world.sharded:
             # nobody may keep what the handle would otherwise switch on again at the end
             self._base.model.requires_grad_(False)
-        self._beginning = self._begin()
-        trained = host.put(self._beginning, NAME, self._settings.seed)
+        begun = self._beginning.make(self._settings, self._data, self._training)
+        trained = host.put(begun, NAME, self._settings.seed)
         closing.callback(host.remove, trained)
         job = Job(trained, self._data, self._training, self._settings, world=self._world)
         closing.callback(self._leave_base, job)
@@ -436,8 +263,9 @@ class Trainer:
             self._world.share(lambda: self._create(job))
             self._check_seen()
         closing.enter_context(self._owned())
-        if self.is_full:
-            self._sample_base()
+        samples = self._samples()
+        if samples is not None and self.is_full:
+            samples.of_base()
         checkpoint, damaged = self._world.share(
             lambda: latest_checkpoint(self._folder.checkpoints, until=self.until)
         )
@@ -446,8 +274,7 @@ class Trainer:
             job,
             task=task,
             kind=self._kind,
-            continued=isinstance(self._what, Adapter)
-            or (isinstance(self._beginning, Initial) and not self._beginning.is_base),
+            continued=not self._beginning.is_base,
             validation=self._validation,
             events=events,
             folder=self._folder,
@@ -566,7 +393,7 @@ class Trainer:
         run.save()
         if job.best is None or job.best.step == 0:
             self._keep(job)
-        result = self._result(run, ending)
+        result = result_of(run, self._folder, ending)
         run.events.on_end(result)
         return result
 
@@ -584,14 +411,18 @@ class Trainer:
             run.note(host.layers)
         run.restore_best()
         self._keep(job)
-        self._sample(host.handle, job)
+        samples = self._samples()
+        if samples is not None and self.is_full:
+            samples.of_full(job.trained.name)
+        elif samples is not None:
+            samples.of_adapter(host.handle, job.trained.name)
         if self._world.first:
             try:
                 write_report(self._folder.path)
             except Exception as error:  # the adapter is there; a page on it is not worth the run
                 logger.debug("the report failed", exc_info=True)
                 run.note(f"report.html could not be written: {type(error).__name__}: {error}")
-        result = self._result(run, "early stop" if job.stopped_early else "finished")
+        result = result_of(run, self._folder, "early stop" if job.stopped_early else "finished")
         if self._world.first:
             self._folder.write_result(result_to_dict(result))
         self._world.wait()
@@ -599,14 +430,8 @@ class Trainer:
         return result
 
     def _create(self, job: Job) -> None:
-        start = self._what if isinstance(self._what, Adapter) else None
-        began = self._beginning.adapter if isinstance(self._beginning, Initial) else None
-        spec: LoRASpec | None = None
-        if began is not None:
-            spec = began.spec
-        elif isinstance(self._what, LoRASpec):
-            spec = self._what
-        elif isinstance(job.trained, TrainedAdapter):
+        spec = self._beginning.spec
+        if spec is None and isinstance(job.trained, TrainedAdapter):
             spec = job.trained.spec
         sections = {
             **self._origin.to_dict(self._base),
@@ -623,7 +448,9 @@ class Trainer:
             ),
             **environment(),
         }
-        self._folder.create(sections, start, self.notes, initial=began)
+        self._folder.create(
+            sections, self._beginning.continued, self.notes, initial=self._beginning.values
+        )
 
     def _tell_start(self, job: Job, events: Callback) -> None:
         events.on_start(
@@ -644,16 +471,11 @@ class Trainer:
         """Save the adapter, or the model, as it is now."""
         if not self._world.first or self._kept == job.weights_step:
             return
-        began = self._beginning.adapter.spec if isinstance(self._beginning, Initial) else None
-        history = provenance(
-            job,
-            self._data,
-            self._validation_data,
-            self._what if isinstance(self._what, Adapter) else None,
-        )
+        history = provenance(job, self._data, self._validation_data, self._beginning.continued)
         if self._kind is not CAUSAL:
             history["task"] = plain(named(self._kind))
-        if began is not None:
+        if self._beginning.values is not None:
+            began = self._beginning.values.spec
             history["init"] = {"method": began.init, "rank": began.rank}
         adapter = job.snapshot()
         if adapter is None:
@@ -668,60 +490,15 @@ class Trainer:
             )
         self._kept = job.weights_step
 
-    def _sample(self, handle: Handle | None, job: Job) -> None:
-        """Answers to a few validation items, the base's and those of what was trained."""
-        if not self._samples_wanted():
-            return
-        if self.is_full:  # the base's are there since the beginning
-            samples = self._folder.read_samples()
-        else:
-            samples = self._asked()
-            self._answer(samples, handle, None, "base")
-        self._answer(samples, handle, job.trained.name, "full" if self.is_full else "adapter")
-        if samples and self._world.first:
-            self._folder.write_samples(samples)
-
-    def _sample_base(self) -> None:
-        """The base's answers while it is the base."""
-        if self._samples_wanted() and not self._folder.samples.is_file():
-            samples = self._asked()
-            self._answer(samples, None, None, "base")
-            if samples:
-                self._folder.write_samples(samples)
-
-    def _samples_wanted(self) -> bool:
+    def _samples(self) -> Samples | None:
+        """The answers of the report, if any are wanted, where the model can give them."""
+        first = self._world.first
         if self._validation is None or not self._settings.samples:
-            return False
-        return self._world.first or self._world.sharded
-
-    def _asked(self) -> list[dict[str, Any]]:
-        assert self._validation is not None
-        return self._kind.questions(self._base, *self._validation, self._settings.samples)
-
-    def _answer(
-        self, samples: list[dict[str, Any]], handle: Handle | None, name: str | None, key: str
-    ) -> None:
-        """Add an answer to each sample."""
-        assert self._validation is not None
-        answers = self._kind.answers(
-            self._base, handle, name, *self._validation, len(samples), self._settings.sample_tokens
-        )
-        for sample, answer in zip(samples, answers, strict=True):
-            sample[key] = answer
-
-    def _result(self, run: Run, ending: Ending) -> RunResult:
-        job = run.job
-        return RunResult(
-            out=self._folder.path,
-            adapter=self._folder.adapter if self._folder.adapter.is_dir() else None,
-            model=self._folder.model if self._folder.model.is_dir() else None,
-            steps=job.step,
-            ending=ending,
-            last_loss=job.last_loss,
-            base_loss=job.base_loss,
-            best_loss=None if job.best is None else job.best.loss,
-            best_step=None if job.best is None else job.best.step,
-            seconds=run.seconds,
+            return None
+        if not first and not self._world.sharded:
+            return None
+        return Samples(
+            self._base, self._kind, self._validation, self._settings, self._folder, writes=first
         )
 
     # --- resuming --------------------------------------------------------------------------
@@ -828,37 +605,3 @@ class Trainer:
         check_content(content, trainer._content)
         trainer._resuming = True
         return trainer
-
-
-def _pick(indices: np.ndarray, rows: int | None, seed: int) -> list[int]:
-    """``rows`` of ``indices``, always the same ones, in their own order; all if 0."""
-    if rows and rows < len(indices):
-        indices = indices[np.sort(order(len(indices), seed, 0)[:rows])]
-    return [int(index) for index in indices]
-
-
-def finished_run(out: str | os.PathLike[str]) -> RunResult | None:
-    """The result of a run that has ended; ``None`` while it can go on.
-
-    Raises:
-        InputError: there is no run, or it is damaged.
-    """
-    folder = RunFolder(Path(out))
-    is_full = folder.read_settings()["lora"] is None
-    stored = folder.read_result()
-    if stored is None:
-        return None
-    kept = folder.model if is_full else folder.adapter
-    if not (kept / ("config.json" if is_full else "adapter_config.json")).is_file():
-        raise InputError(
-            f"{folder.path} has ended, but its {kept.name} is missing. Delete {folder.result} and "
-            "resume the run: it is saved again from the last checkpoint."
-        )
-    found = {"adapter": None if is_full else kept, "model": kept if is_full else None}
-    return RunResult(**{**stored, "out": folder.path, **found})
-
-
-def result_to_dict(result: RunResult) -> dict[str, Any]:
-    """Plain data, with paths as text."""
-    values: dict[str, Any] = plain(dataclasses.asdict(result))
-    return values

@@ -28,6 +28,7 @@ from lorakit.data import TokenData
 from lorakit.errors import Interrupted, SpecError
 from lorakit.layers.targets import resolve_targets
 from lorakit.train import Origin, Trainer, TrainSettings, train_together
+from lorakit.train.beginning import Calibrate
 from lorakit.train.origin import (
     check_content,
     content_hashes,
@@ -35,7 +36,6 @@ from lorakit.train.origin import (
     spec_from_dict,
     spec_to_dict,
 )
-from lorakit.train.trainer import Calibrate
 from lorakit.workflows.tune_choice import Choice, choose
 from lorakit.workflows.tune_field import Field, Means, Watcher, prompts_of
 from lorakit.workflows.tune_folder import TuneFolder

@@ -31,8 +31,8 @@ from lorakit.train import (
     Trainer,
     TrainSettings,
 )
+from lorakit.train.beginning import Calibrate
 from lorakit.train.interrupt import StopRequest
-from lorakit.train.trainer import Calibrate
 from lorakit.workflows.tune_folder import TuneFolder, from_row, to_row
 from lorakit.workflows.tune_space import assign
 from lorakit.workflows.tune_table import Candidate, End, Losses
