@@ -73,7 +73,7 @@ class _Task:
 
     def __init__(self, options: argparse.Namespace) -> None:
         from lorakit.bases import load_base
-        from lorakit.cli.common import column_map
+        from lorakit.cli.rows import column_map
         from lorakit.data import DataSpec
         from lorakit.train import Origin
 

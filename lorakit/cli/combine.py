@@ -16,17 +16,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
-    ADAPTER_HELP,
-    adapter_argument,
-    add_json_argument,
-    emit_json,
-    load_adapters,
-    positive_int,
-    probability,
-    say,
-    seed,
-)
+from lorakit.cli.adapters import ADAPTER_HELP, adapter_argument, load_adapters
+from lorakit.cli.flags import positive_int, probability, seed
+from lorakit.cli.output import add_json_argument, emit_json, say
 
 if TYPE_CHECKING:
     from lorakit.core.adapter import Adapter

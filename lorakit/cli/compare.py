@@ -16,16 +16,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
-    ADAPTER_HELP,
-    adapter_name,
-    adapter_path,
-    add_json_argument,
-    console,
-    emit_json,
-    printable_stdout,
-    say,
-)
+from lorakit.cli.adapters import ADAPTER_HELP, adapter_name, adapter_path
+from lorakit.cli.output import add_json_argument, console, emit_json, printable_stdout, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

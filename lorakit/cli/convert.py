@@ -16,15 +16,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
-    adapter_path,
-    add_json_argument,
-    emit_json,
-    finite_float,
-    plural,
-    positive_int,
-    say,
-)
+from lorakit.cli.adapters import adapter_path
+from lorakit.cli.flags import finite_float, positive_int
+from lorakit.cli.output import add_json_argument, emit_json, plural, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -20,14 +20,9 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
-    add_base_arguments,
-    add_data_arguments,
-    add_json_argument,
-    data_spec,
-    emit_json,
-    printable_stdout,
-)
+from lorakit.cli.bases import add_base_arguments
+from lorakit.cli.output import add_json_argument, emit_json, printable_stdout
+from lorakit.cli.rows import add_data_arguments, data_spec
 from lorakit.cli.train_arguments import add_adapter_arguments, add_training_arguments
 from lorakit.cli.training import given_of
 from lorakit.errors import SpecError, collected

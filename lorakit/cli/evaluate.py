@@ -33,28 +33,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
+from lorakit.cli.adapters import (
     BASE_NAME,
     adapter_path,
     add_adapter_arguments,
-    add_base_arguments,
-    add_data_arguments,
-    add_json_argument,
-    as_learnt,
     attach_adapters,
     check_names,
-    comma_list,
-    count,
-    data_spec,
-    emit_json,
     load_adapters,
-    load_base_from,
     mixes_of,
-    plain,
-    positive_int,
-    say,
     use_tokenizer,
 )
+from lorakit.cli.bases import add_base_arguments, load_base_from
+from lorakit.cli.flags import comma_list, count, positive_int
 from lorakit.cli.full_models import (
     FullModel,
     check_lengths,
@@ -65,6 +55,8 @@ from lorakit.cli.full_models import (
     refuse_models,
 )
 from lorakit.cli.judged import Judged, print_judged
+from lorakit.cli.output import add_json_argument, emit_json, plain, say
+from lorakit.cli.rows import add_data_arguments, as_learnt, data_spec
 from lorakit.cli.training import note_defaults
 from lorakit.errors import InputError
 

@@ -16,16 +16,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorakit.cli.common import (
-    add_json_argument,
-    console,
-    count,
-    emit_json,
-    positive_int,
-    printable_stdout,
-    probability,
-    say,
-)
+from lorakit.cli.flags import count, positive_int, probability
+from lorakit.cli.output import add_json_argument, console, emit_json, printable_stdout, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

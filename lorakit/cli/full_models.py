@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import AdapterArgument, adapter_argument, adapter_path, plural, say
+from lorakit.cli.adapters import AdapterArgument, adapter_argument, adapter_path
+from lorakit.cli.output import plural, say
 from lorakit.errors import BaseError, InputError, collected
 
 if TYPE_CHECKING:

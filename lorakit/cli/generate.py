@@ -21,27 +21,19 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
+from lorakit.cli.adapters import (
     BASE_NAME,
     add_adapter_arguments,
-    add_base_arguments,
-    add_json_argument,
     attach_adapters,
     check_names,
-    check_text,
-    console,
-    emit_json,
     load_adapters,
-    load_base_from,
     mixes_of,
-    non_negative_float,
-    positive_int,
-    printable_stdout,
-    probability,
-    say,
-    seed,
     use_tokenizer,
 )
+from lorakit.cli.bases import add_base_arguments, load_base_from
+from lorakit.cli.flags import non_negative_float, positive_int, probability, seed
+from lorakit.cli.output import add_json_argument, console, emit_json, printable_stdout, say
+from lorakit.cli.rows import check_text
 from lorakit.cli.training import note_defaults
 from lorakit.errors import DataError, InputError, collected
 

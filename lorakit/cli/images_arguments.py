@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from lorakit.cli.common import (
-    ADAPTER_HELP,
-    add_json_argument,
-    count,
-    fraction,
-    non_negative_float,
-    positive_float,
-    positive_int,
-)
+from lorakit.cli.adapters import ADAPTER_HELP
+from lorakit.cli.flags import count, fraction, non_negative_float, positive_float, positive_int
 from lorakit.cli.images_sample import add_pipeline_arguments
+from lorakit.cli.output import add_json_argument
 from lorakit.cli.training import (
     add_evaluation_arguments,
     add_low_rank_arguments,

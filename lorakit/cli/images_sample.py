@@ -24,19 +24,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
-    add_adapter_arguments,
-    add_json_argument,
-    check_names,
-    check_text,
-    emit_json,
-    finite_float,
-    load_adapters,
-    non_negative_float,
-    plural,
-    positive_int,
-    say,
-)
+from lorakit.cli.adapters import add_adapter_arguments, check_names, load_adapters
+from lorakit.cli.flags import finite_float, non_negative_float, positive_int
+from lorakit.cli.output import add_json_argument, emit_json, plural, say
+from lorakit.cli.rows import check_text
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -234,7 +225,7 @@ def _as_learnt(
 def _attach(
     options: argparse.Namespace, base: PictureBase, adapters: dict[str, Any]
 ) -> Handle | None:
-    from lorakit.cli.common import attach_adapters
+    from lorakit.cli.adapters import attach_adapters
 
     return attach_adapters(base, adapters, allow_other=options.allow_other_base)
 

@@ -28,19 +28,15 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorakit.cli.common import (
-    adapter_path,
-    check_text,
-    emit_json,
-    missing,
-    plural,
-    say,
-)
+from lorakit.cli.adapters import adapter_path
+from lorakit.cli.flags import missing
 from lorakit.cli.images_arguments import LEAST_STEPS, MOST_STEPS, PASSES, configure
 from lorakit.cli.images_sample import (
     load_pipeline_from,
     pipeline_options,
 )
+from lorakit.cli.output import emit_json, plural, say
+from lorakit.cli.rows import check_text
 from lorakit.cli.training import check_nothing_changes, interruptible
 from lorakit.errors import DataError, InputError, LorakitError, SpecError, collected
 

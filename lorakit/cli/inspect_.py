@@ -17,16 +17,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
-    ADAPTER_HELP,
-    adapter_path,
-    add_json_argument,
-    console,
-    emit_json,
-    plain,
-    printable_stdout,
-    say,
-)
+from lorakit.cli.adapters import ADAPTER_HELP, adapter_path
+from lorakit.cli.output import add_json_argument, console, emit_json, plain, printable_stdout, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

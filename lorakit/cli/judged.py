@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import console, plural, printable_stdout
+from lorakit.cli.output import console, plural, printable_stdout
 
 if TYPE_CHECKING:
     from lorakit.data import PromptItem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import console, printable_stdout
+from lorakit.cli.output import console, printable_stdout
 
 if TYPE_CHECKING:
     from lorakit.core.adapter import Adapter

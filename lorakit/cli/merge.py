@@ -18,18 +18,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
-    add_adapter_arguments,
-    add_base_arguments,
-    add_data_arguments,
-    add_json_argument,
-    data_spec,
-    emit_json,
-    load_adapters,
-    plural,
-    printable_stdout,
-    say,
-)
+from lorakit.cli.adapters import add_adapter_arguments, load_adapters
+from lorakit.cli.bases import add_base_arguments
+from lorakit.cli.output import add_json_argument, emit_json, plural, printable_stdout, say
+from lorakit.cli.rows import add_data_arguments, data_spec
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:

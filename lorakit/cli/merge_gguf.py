@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import say
+from lorakit.cli.output import say
 from lorakit.errors import BaseError, InputError, collected
 
 if TYPE_CHECKING:

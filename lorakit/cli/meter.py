@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from lorakit.cli.common import console, say
+from lorakit.cli.output import console, say
 from lorakit.errors import MissingDependencyError
 
 #: seconds between two lines where there is no terminal

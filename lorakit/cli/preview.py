@@ -16,16 +16,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
-    add_base_arguments,
-    add_data_arguments,
-    add_json_argument,
-    console,
-    count,
-    data_spec,
-    emit_json,
-    say,
-)
+from lorakit.cli.bases import add_base_arguments
+from lorakit.cli.flags import count
+from lorakit.cli.output import add_json_argument, console, emit_json, say
+from lorakit.cli.rows import add_data_arguments, data_spec
 from lorakit.cli.training import note_defaults
 
 if TYPE_CHECKING:

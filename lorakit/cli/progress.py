@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lorakit.cli.common import plural
+from lorakit.cli.output import plural
 from lorakit.train.callbacks import Callback, EvalMetrics, RunInfo, RunResult, StepMetrics
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 
-from lorakit.cli.common import adapter_path, add_json_argument, emit_json, say
+from lorakit.cli.adapters import adapter_path
+from lorakit.cli.output import add_json_argument, emit_json, say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -13,20 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
-    BASE_NAME,
-    adapter_path,
-    attach_adapters,
-    console,
-    emit_json,
-    load_base_from,
-    mixes_of,
-    plain,
-    plural,
-    printable_stdout,
-    say,
-    use_tokenizer,
-)
+from lorakit.cli.adapters import BASE_NAME, adapter_path, attach_adapters, mixes_of, use_tokenizer
+from lorakit.cli.bases import load_base_from
+from lorakit.cli.output import console, emit_json, plain, plural, printable_stdout, say
 from lorakit.errors import BaseError, DataError, InputError, SpecError, collected
 
 if TYPE_CHECKING:

@@ -40,11 +40,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
-    adapter_path,
-    missing,
-    plural,
-)
+from lorakit.cli.adapters import adapter_path
+from lorakit.cli.flags import missing
+from lorakit.cli.output import plural
 from lorakit.cli.train_arguments import configure
 from lorakit.cli.training import check_nothing_changes, given_of, interruptible
 from lorakit.errors import InputError, SpecError, collected
@@ -257,7 +255,7 @@ def what_of(options: argparse.Namespace) -> LoRASpec | Full:
 def load_shared_base(options: argparse.Namespace, *, quiet: bool) -> Base:
     """The base of these flags."""
     from lorakit.bases import load_base
-    from lorakit.cli.common import load_base_from
+    from lorakit.cli.bases import load_base_from
 
     return load_base(**base_options(options)) if quiet else load_base_from(options)
 
@@ -279,7 +277,7 @@ def trainer_on(
     from functools import partial
 
     from lorakit.bases import load_base
-    from lorakit.cli.common import data_spec
+    from lorakit.cli.rows import data_spec
     from lorakit.formats import load_adapter
     from lorakit.train import Origin, Trainer
     from lorakit.workflows.calibrate import calibrate
@@ -397,7 +395,7 @@ def _callbacks(options: argparse.Namespace, report_to: Any) -> list[Callback]:
 
 
 def _say(options: argparse.Namespace, *lines: str) -> None:
-    from lorakit.cli.common import say
+    from lorakit.cli.output import say
 
     if not options.quiet:
         for line in lines:
@@ -405,7 +403,7 @@ def _say(options: argparse.Namespace, *lines: str) -> None:
 
 
 def _print_result(options: argparse.Namespace, result: RunResult) -> None:
-    from lorakit.cli.common import emit_json
+    from lorakit.cli.output import emit_json
 
     if options.json:
         emit_json(result)

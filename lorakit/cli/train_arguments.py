@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from lorakit.cli.common import (
-    ADAPTER_HELP,
-    add_base_arguments,
-    add_data_arguments,
-    add_json_argument,
-    count,
-    fraction,
-    positive_float,
-    positive_int,
-)
+from lorakit.cli.adapters import ADAPTER_HELP
+from lorakit.cli.bases import add_base_arguments
+from lorakit.cli.flags import count, fraction, positive_float, positive_int
+from lorakit.cli.output import add_json_argument
+from lorakit.cli.rows import add_data_arguments
 from lorakit.cli.training import (
     add_evaluation_arguments,
     add_low_rank_arguments,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lorakit.cli.common import missing, plural, say
+from lorakit.cli.flags import missing
+from lorakit.cli.output import plural, say
 from lorakit.errors import InputError, Interrupted, LorakitError, TrainingError, collected
 
 if TYPE_CHECKING:
@@ -492,7 +493,7 @@ def _ended(job: Job, outcome: Any, progress: Any) -> None:
 
 
 def _conclude(plan: Plan, options: argparse.Namespace, seconds: float) -> int:
-    from lorakit.cli.common import emit_json
+    from lorakit.cli.output import emit_json
     from lorakit.core.files import write_atomic
 
     rows = [summary_row(job) for job in plan.jobs]

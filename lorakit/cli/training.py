@@ -10,14 +10,7 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from lorakit.cli.common import (
-    count,
-    finite_float,
-    fraction,
-    non_negative_float,
-    positive_int,
-    seed,
-)
+from lorakit.cli.flags import count, finite_float, fraction, non_negative_float, positive_int, seed
 from lorakit.errors import InputError
 
 

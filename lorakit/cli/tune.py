@@ -27,19 +27,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.common import (
-    add_base_arguments,
-    add_data_arguments,
-    add_json_argument,
-    count,
-    emit_json,
-    fraction,
-    missing,
-    plural,
-    positive_int,
-    printable_stdout,
-    say,
-)
+from lorakit.cli.bases import add_base_arguments
+from lorakit.cli.flags import count, fraction, missing, positive_int
+from lorakit.cli.output import add_json_argument, emit_json, plural, printable_stdout, say
+from lorakit.cli.rows import add_data_arguments
 from lorakit.cli.train import base_options
 from lorakit.cli.train_arguments import add_adapter_arguments, add_training_arguments
 from lorakit.cli.training import given_of, note_defaults
@@ -195,7 +186,8 @@ def search_for(
     Args:
         resume: go on with a search that the same flags began, if one is there.
     """
-    from lorakit.cli.common import data_spec, load_base_from
+    from lorakit.cli.bases import load_base_from
+    from lorakit.cli.rows import data_spec
     from lorakit.train import Origin
     from lorakit.workflows.tune import Plan, tune
 

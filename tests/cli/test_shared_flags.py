@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.cli import common
+from lorakit.cli import adapters, bases, flags, output, rows
 from lorakit.errors import InputError
 
 JSON = st.recursive(
@@ -23,7 +23,7 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_everything_that_json_can_hold_is_printed_as_valid_json(value):
-    text = json.dumps(common.plain(value), allow_nan=False)
+    text = json.dumps(output.plain(value), allow_nan=False)
 
     def without_infinite(x):
         if isinstance(x, float):
@@ -45,9 +45,9 @@ def test_foreign_values_become_plain_data():
         "scalar": np.float32(0.5),
         "tensor": torch.tensor(3),
         "set": {"b", "a"},
-        "argument": common.AdapterArgument("runs/x", "x"),
+        "argument": adapters.AdapterArgument("runs/x", "x"),
     }
-    assert common.plain(value) == {
+    assert output.plain(value) == {
         "dtype": "torch.float32",
         "path": "a/b",
         "array": [1.0, None],
@@ -60,14 +60,14 @@ def test_foreign_values_become_plain_data():
 
 @given(st.floats(-1e6, 1e6))
 def test_weight_of_an_adapter(weight):
-    assert common.parse_adapter(f"some/where={weight!r}") == ("some/where", weight)
-    assert common.parse_adapter("some/where") == ("some/where", None)
+    assert adapters.parse_adapter(f"some/where={weight!r}") == ("some/where", weight)
+    assert adapters.parse_adapter("some/where") == ("some/where", None)
 
 
 @pytest.mark.parametrize("text", ["a=", "a=b", "a=nan", "a=inf", "=0.5"])
 def test_bad_weight_is_refused(text):
     with pytest.raises(InputError, match="finite number"):
-        common.parse_adapter(text)
+        adapters.parse_adapter(text)
 
 
 @pytest.mark.parametrize(
@@ -85,35 +85,35 @@ def test_bad_weight_is_refused(text):
     ],
 )
 def test_adapter_argument(text, ref, name, weight):
-    assert common.adapter_argument(text) == common.AdapterArgument(ref, name, weight)
+    assert adapters.adapter_argument(text) == adapters.AdapterArgument(ref, name, weight)
 
 
 def test_an_existing_path_is_taken_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("lr=0.5", "two:words", "lr=1"):
         Path(folder).mkdir()
-    assert common.adapter_argument("lr=0.5") == common.AdapterArgument("lr=0.5", "lr=0.5")
-    assert common.adapter_argument("two:words=2").ref == "two:words"
-    assert common.adapter_argument("it:lr=1") == common.AdapterArgument("lr=1", "it")
+    assert adapters.adapter_argument("lr=0.5") == adapters.AdapterArgument("lr=0.5", "lr=0.5")
+    assert adapters.adapter_argument("two:words=2").ref == "two:words"
+    assert adapters.adapter_argument("it:lr=1") == adapters.AdapterArgument("lr=1", "it")
 
 
 def test_names_that_clash_are_refused_and_the_way_out_is_named():
-    two = [common.adapter_argument(t) for t in ("a/sql", "b/sql", "c/base")]
+    two = [adapters.adapter_argument(t) for t in ("a/sql", "b/sql", "c/base")]
     with pytest.raises(InputError) as caught:
-        common.check_names(two)
+        adapters.check_names(two)
     assert "--adapter other:b/sql" in str(caught.value)
     assert "--adapter mine:c/base" in str(caught.value)
-    common.check_names([common.adapter_argument(t) for t in ("a/sql", "other:b/sql")])
+    adapters.check_names([adapters.adapter_argument(t) for t in ("a/sql", "other:b/sql")])
 
 
 def parser():
     made = argparse.ArgumentParser(prog="lorakit eval")
-    common.add_base_arguments(made)
-    common.add_adapter_arguments(made)
-    common.add_data_arguments(made)
-    common.add_json_argument(made)
-    made.add_argument("--limit", type=common.positive_int)
-    made.add_argument("--metrics", type=common.comma_list("bleu", "chrf"))
+    bases.add_base_arguments(made)
+    adapters.add_adapter_arguments(made)
+    rows.add_data_arguments(made)
+    output.add_json_argument(made)
+    made.add_argument("--limit", type=flags.positive_int)
+    made.add_argument("--metrics", type=flags.comma_list("bleu", "chrf"))
     return made
 
 
@@ -152,26 +152,26 @@ def test_number_types(whole, real):
         return True
 
     finite = math.isfinite(real)
-    assert accepted(common.positive_int, whole) == (whole >= 1)
-    assert accepted(common.count, whole) == (whole >= 0)
-    assert accepted(common.seed, whole) == (0 <= whole < 2**63)
-    assert accepted(common.positive_float, real) == (finite and real > 0)
-    assert accepted(common.non_negative_float, real) == (finite and real >= 0)
-    assert accepted(common.probability, real) == (finite and 0 < real <= 1)
-    assert accepted(common.fraction, real) == (finite and 0 <= real < 1)
+    assert accepted(flags.positive_int, whole) == (whole >= 1)
+    assert accepted(flags.count, whole) == (whole >= 0)
+    assert accepted(flags.seed, whole) == (0 <= whole < 2**63)
+    assert accepted(flags.positive_float, real) == (finite and real > 0)
+    assert accepted(flags.non_negative_float, real) == (finite and real >= 0)
+    assert accepted(flags.probability, real) == (finite and 0 < real <= 1)
+    assert accepted(flags.fraction, real) == (finite and 0 <= real < 1)
 
 
 def test_a_run_folder_stands_for_its_adapter(tmp_path):
     inner = tmp_path / "adapter"
     inner.mkdir()
     (inner / "adapter_config.json").write_text("{}")
-    assert common.adapter_path(str(tmp_path)) == str(inner)
-    assert common.adapter_path(str(inner)) == str(inner)
+    assert adapters.adapter_path(str(tmp_path)) == str(inner)
+    assert adapters.adapter_path(str(inner)) == str(inner)
 
 
 def test_json_is_printed_alone_on_stdout(capsys):
-    common.say("progress")
-    common.emit_json({"a": math.nan})
+    output.say("progress")
+    output.emit_json({"a": math.nan})
     out = capsys.readouterr()
     assert json.loads(out.out) == {"a": None}
     assert out.err == "progress\n"
