@@ -142,11 +142,10 @@ def check_names(adapters: Sequence[AdapterArgument]) -> None:
 
 def adapter_path(ref: str) -> str:
     """The adapter inside a run folder, where the run folder itself was given."""
-    inner = os.path.join(ref, "adapter")
-    outer_config, inner_config = (os.path.join(p, "adapter_config.json") for p in (ref, inner))
-    if not os.path.exists(outer_config) and os.path.exists(inner_config):
-        return inner
-    return ref
+    from lorakit.formats.folder import adapter_in
+
+    found = adapter_in(Path(ref))
+    return ref if found == Path(ref) else str(found)  # as it was written, for messages
 
 
 def load_adapters(adapters: Sequence[AdapterArgument]) -> dict[str, Adapter]:

@@ -1,7 +1,8 @@
 """Forwards of a base with adapters: losses of packed batches, and generated text.
 
-``packed`` computes losses and their gradients (training and evaluation both stand on it);
-``generation`` continues prompts, each with its own adapter.
+``packed`` computes losses and their gradients (training and evaluation both stand on it), of
+``inputs`` and in the way that ``probing`` found right; ``generation`` continues prompts, each with
+its own adapter.
 """
 
 from lorakit.infer.generation import Answer, answers, generate, stream

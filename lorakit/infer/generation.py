@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lorakit.bases import context_length
 from lorakit.errors import InputError, collected
-from lorakit.infer.packed import accepted, close, evaluating, probe_sequences
+from lorakit.infer.probing import accepted, close, evaluating, probe_sequences
 from lorakit.infer.sampling import Sampling, source
 from lorakit.infer.text import GrowingText
 from lorakit.layers import Handle

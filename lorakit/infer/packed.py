@@ -15,27 +15,33 @@ Legend: ``N`` tokens of a batch, ``E`` examples, ``S`` supervised positions, ``d
 from __future__ import annotations
 
 import contextlib
-import inspect
-import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.bases.stored import packed_weight
 from lorakit.errors import BaseError, RoutingError
 from lorakit.infer import segments
 from lorakit.infer.chunked_loss import Head, chunk_rows, group_losses, position_losses
 from lorakit.infer.fused.family import DoesNotFit
 from lorakit.infer.fused.layer import Recompute
 from lorakit.infer.fused.running import FusedBody
+from lorakit.infer.inputs import Input, PackedBatch, example_of
+from lorakit.infer.probing import (
+    accepted,
+    close,
+    evaluating,
+    forget_longest,
+    int8_linears,
+    probe_sequences,
+    rope_kinds,
+    unpacked_int8,
+)
 from lorakit.layers import Handle, Routing
 from lorakit.layers.site import SiteForward
 
@@ -43,37 +49,9 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["packed", "padded", "single"]
 
-#: largest difference of logits, relative to the largest logit, that rounding explains; tokens
-#: that see a neighbour they should not differ by far more
-_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
-_ROUNDING_HALF = 3e-2
 
 #: position encodings whose frequencies depend on the longest position of a forward
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
-
-
-class PackedBatch(Protocol):
-    """What is read of a ``lorakit.data.Batch``."""
-
-    @property
-    def input_ids(self) -> Tensor:
-        """[1, N], the examples one behind the other."""
-
-    @property
-    def position_ids(self) -> Tensor:
-        """[1, N], from 0 in each example."""
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each example, [E]."""
-
-    @property
-    def supervised(self) -> Tensor:
-        """[S], positions in the row whose next token is supervised, ascending."""
-
-    @property
-    def labels(self) -> Tensor:
-        """[S], those next tokens."""
 
 
 class PackedModel:
@@ -126,9 +104,9 @@ class PackedModel:
         self._finish: Head | None = None
         self.fused: FusedBody | None = None
         """The fused layers, if they are used."""
-        int8 = fused and bool(_int8_linears(model))
+        int8 = fused and bool(int8_linears(model))
         with evaluating(model), torch.no_grad():
-            with _unpacked_int8(model) if int8 else contextlib.nullcontext():
+            with unpacked_int8(model) if int8 else contextlib.nullcontext():
                 alone = self._probe(fixed=mode is not None)
                 if fused and self.mode == "packed" and self._finish is not None:
                     self._try_fused(alone, recompute)
@@ -177,7 +155,7 @@ class PackedModel:
         found = [torch.zeros(len(groups), device=self.device)]
         for part in self._forwards(batch):
             mine = group_of[part.example : part.example + len(part.lengths)]
-            counts = torch.bincount(mine[_example_of(part)], minlength=len(groups)).tolist()
+            counts = torch.bincount(mine[example_of(part)], minlength=len(groups)).tolist()
             sums = self._with_head(part, routing, partial(self._summed, groups=counts))
             found.append(sums)
         return found[-1] if len(found) == 2 else torch.stack(found).sum(0)
@@ -193,7 +171,7 @@ class PackedModel:
     ) -> tuple[Tensor, Tensor]:
         """Per example, [E]: the summed negative log-likelihood (float64), and its tokens."""
         losses = self.position_losses(batch, routing).double()
-        where = _example_of(batch).to(losses.device)
+        where = example_of(batch).to(losses.device)
         sums = losses.new_zeros(len(batch.lengths)).index_add_(0, where, losses)
         counts = torch.bincount(where, minlength=len(batch.lengths))
         return sums, counts
@@ -213,11 +191,11 @@ class PackedModel:
 
     # --- forwards --------------------------------------------------------------------------
 
-    def _forwards(self, batch: PackedBatch) -> list[_Input]:
+    def _forwards(self, batch: PackedBatch) -> list[Input]:
         """The batch as inputs of one forward each: one, or one an example in single mode."""
         if not len(batch.labels):
             return []
-        plain = _Input(
+        plain = Input(
             batch.input_ids.to(self.device),
             batch.position_ids.to(self.device),
             tuple(batch.lengths),
@@ -230,7 +208,7 @@ class PackedModel:
 
     def _with_head(
         self,
-        part: _Input,
+        part: Input,
         routing: Routing | None,
         consume: Callable[[Tensor, Tensor, Head], Tensor],
     ) -> Tensor:
@@ -239,7 +217,7 @@ class PackedModel:
             routing = self._arranged_routing(part, routing or self.handle.active)
         finish, head = self._finish, self._head
         front = self.handle.virtual_tokens(routing) if self.handle and routing else 0
-        _forget_longest(self.model, max(part.lengths) + front)
+        forget_longest(self.model, max(part.lengths) + front)
         with self._scope(routing):
             if finish is None:
                 # the logits are there already; the head that remains does nothing
@@ -255,14 +233,14 @@ class PackedModel:
             return contextlib.nullcontext()
         return self.handle.forward_scope(routing)
 
-    def _states(self, part: _Input) -> tuple[Tensor, Tensor]:
+    def _states(self, part: Input) -> tuple[Tensor, Tensor]:
         """Last hidden states [B, T, d], and the supervised positions in [B·T]."""
         inputs, rows = self._arranged(part, shift=True)
         with self._attention(part), self._layers():
             states = self._body(**inputs, **accepted(self._body, use_cache=False))[0]
         return states, rows
 
-    def _hidden(self, part: _Input, routing: Routing | None = None) -> Tensor:
+    def _hidden(self, part: Input, routing: Routing | None = None) -> Tensor:
         """Last hidden states at the supervised positions, [S, d]."""
         behind = [m for m in self._body.children() if not isinstance(m, nn.ModuleList)]
         wanted = any(_needs_all_tokens(one, routing) for m in behind for one in m.modules())
@@ -275,13 +253,13 @@ class PackedModel:
         states, rows = self._states(part)
         return states.flatten(0, 1).index_select(0, rows.to(states.device))
 
-    def _full_head(self, part: _Input) -> Tensor:
+    def _full_head(self, part: Input) -> Tensor:
         """What the head makes of every token, then the supervised positions, [S, V]."""
         states, rows = self._states(part)
         logits: Tensor = self._head(states)
         return logits.flatten(0, 1).index_select(0, rows.to(states.device))
 
-    def _own_logits(self, part: _Input) -> Tensor:
+    def _own_logits(self, part: Input) -> Tensor:
         """Logits at the supervised positions from the model's own forward, [S, V]."""
         inputs, rows = self._arranged(part)
         width = inputs["input_ids"].shape[1]
@@ -293,7 +271,7 @@ class PackedModel:
             rows = rows // width * len(columns) + inverse
         return logits.flatten(0, 1).index_select(0, rows.to(logits.device))
 
-    def _arranged(self, part: _Input, *, shift: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+    def _arranged(self, part: Input, *, shift: bool = False) -> tuple[dict[str, Tensor], Tensor]:
         """The model's inputs [B, T], and where the supervised positions are in [B·T].
 
         Args:
@@ -309,7 +287,7 @@ class PackedModel:
             del inputs["position_ids"]
         return inputs, rows
 
-    def _arranged_routing(self, part: _Input, routing: Routing) -> Routing:
+    def _arranged_routing(self, part: Input, routing: Routing) -> Routing:
         """The routing of a packed row, for the way in which this forward arranges it.
 
         Raises:
@@ -332,7 +310,7 @@ class PackedModel:
             routing = routing.with_dropout_keys(part.spread(keys.to(self.device)))
         return routing
 
-    def _attention(self, part: _Input) -> AbstractContextManager[None]:
+    def _attention(self, part: Input) -> AbstractContextManager[None]:
         if self.mode == "packed":
             return segments.running(self.model, part.lengths, self.device)
         return contextlib.nullcontext()
@@ -372,7 +350,7 @@ class PackedModel:
         except DoesNotFit as reason:
             self.notes.append(f"layers are not fused: {reason}")
             return
-        whole = _Input.of(probe_sequences(self.model, self.device))
+        whole = Input.of(probe_sequences(self.model, self.device))
         problem = self._disagrees(whole, alone)
         if problem is not None:
             self.fused = None
@@ -392,7 +370,7 @@ class PackedModel:
         sequences = probe_sequences(self.model, self.device)
         with self._bare():
             alone = torch.cat([self._logits_alone(ids) for ids in sequences])
-        kinds = _rope_kinds(self.model).intersection(_LENGTH_DEPENDENT)
+        kinds = rope_kinds(self.model).intersection(_LENGTH_DEPENDENT)
         if not fixed and kinds:  # which the short sequences of this trial cannot show
             self.mode = "single"
             self.notes.append(
@@ -405,7 +383,7 @@ class PackedModel:
 
     def _choose_mode(self, first: Mode, alone: Tensor, *, fixed: bool = False) -> None:
         """The first mode, from ``first`` on, that gives the logits of each sequence alone."""
-        whole = _Input.of(probe_sequences(self.model, self.device))
+        whole = Input.of(probe_sequences(self.model, self.device))
         modes: list[Mode] = ["packed", "padded", "single"]
         for mode in [first] if fixed else modes[modes.index(first) :]:
             self.mode = mode
@@ -444,7 +422,7 @@ class PackedModel:
             "it computes its logits by more than its output head"
         )
 
-    def _disagrees(self, whole: _Input, alone: Tensor) -> str | None:
+    def _disagrees(self, whole: Input, alone: Tensor) -> str | None:
         """Why logits of a shared forward are not those of each sequence alone."""
         try:
             if self.mode == "packed":
@@ -458,7 +436,7 @@ class PackedModel:
         worst = float((logits - alone).abs().max() / alone.abs().max())
         return f"logits differ by {worst:.1e} from those of each example alone"
 
-    def _probe_logits(self, part: _Input) -> Tensor:
+    def _probe_logits(self, part: Input) -> Tensor:
         """Logits at every position of a forward of the bare base, [N, V]."""
         with self._bare_scope():
             if self._finish is None:
@@ -486,80 +464,6 @@ class PackedModel:
         return self.handle.forward_scope(Routing.uniform(None))
 
 
-@dataclass(frozen=True, eq=False)
-class _Input:
-    """A packed row on the model's device, or a stretch of one; see :class:`PackedBatch`."""
-
-    ids: Tensor
-    positions: Tensor
-    lengths: tuple[int, ...]
-    supervised: Tensor
-    labels: Tensor
-    first: int = 0
-    """Where the stretch begins in the batch."""
-    example: int = 0
-    """Its first example, counted in the batch."""
-
-    @classmethod
-    def of(cls, sequences: Sequence[Tensor]) -> _Input:
-        """Sequences [n] of ids, with every position supervised."""
-        ids = torch.cat(list(sequences))
-        positions = torch.cat([torch.arange(len(s), device=s.device) for s in sequences])
-        everywhere = torch.arange(len(ids), device=ids.device)
-        lengths = tuple(len(s) for s in sequences)
-        return cls(ids[None], positions[None], lengths, everywhere, ids)
-
-    def spans(self) -> list[tuple[int, int]]:
-        """First token, counted in the whole batch, and length of each example."""
-        starts = itertools.accumulate(self.lengths, initial=self.first)
-        return list(zip(starts, self.lengths, strict=False))
-
-    def examples(self) -> list[_Input]:
-        """Each example as an input of its own."""
-        parts = []
-        for number, (begin, length) in enumerate(self.spans()):
-            start, end = begin - self.first, begin - self.first + length
-            mine = (self.supervised >= start) & (self.supervised < end)
-            parts.append(
-                _Input(
-                    self.ids[:, start:end],
-                    self.positions[:, start:end],
-                    (length,),
-                    self.supervised[mine] - start,
-                    self.labels[mine],
-                    begin,
-                    self.example + number,
-                )
-            )
-        return parts
-
-    def _real(self) -> Tensor:
-        """Which places of the padded batch hold a token, bool [E, T]."""
-        lengths = torch.tensor(self.lengths, device=self.ids.device)
-        return torch.arange(max(self.lengths), device=self.ids.device) < lengths[:, None]
-
-    def spread(self, values: Tensor) -> Tensor:
-        """One value a token, [N], laid out as the padded batch, [E, T], with zeros between."""
-        real = self._real()
-        out = values.new_zeros(real.shape)
-        out[real] = values
-        return out
-
-    def padded(self) -> tuple[dict[str, Tensor], Tensor]:
-        """One example a row, padded on the right where no token can see it.
-
-        Returns:
-            The model's inputs, [E, T] each, and the supervised positions in [E·T].
-        """
-        real = self._real()
-        inputs = {
-            "input_ids": self.spread(self.ids[0]),
-            "attention_mask": real.long(),
-            "position_ids": self.spread(self.positions[0]),
-        }
-        return inputs, real.flatten().nonzero()[:, 0][self.supervised]
-
-
 def _identity(logits: Tensor) -> Tensor:
     return logits
 
@@ -579,12 +483,6 @@ def _needs_all_tokens(head: Any, routing: Routing | None) -> bool:
     )
     keyed = routing.dropout_keys is not None
     return bool(mine) and (routing.axis != "uniform" or (dropped and keyed))
-
-
-def _example_of(batch: PackedBatch | _Input) -> Tensor:
-    """The example, counted from 0, that each supervised position belongs to; [S]."""
-    ends = torch.tensor(batch.lengths).cumsum(0)
-    return torch.bucketize(batch.supervised.cpu(), ends, right=True)
 
 
 def _split(model: nn.Module) -> tuple[Any, Any]:
@@ -617,98 +515,6 @@ def _finishes(config: Any) -> list[Head]:
     if isinstance(divisor, (int, float)):
         found.append(lambda logits: logits / divisor)
     return found
-
-
-def accepted(module: Any, **options: Any) -> dict[str, Any]:
-    """The options that a module's forward names."""
-    names = inspect.signature(module.forward).parameters
-    return {name: value for name, value in options.items() if name in names}
-
-
-def close(mine: Tensor, reference: Tensor) -> bool:
-    scale = reference.abs().max().clamp_min(1e-30)
-    limit = _ROUNDING.get(reference.dtype, _ROUNDING_HALF)
-    return bool((mine - reference).abs().max() <= limit * scale)
-
-
-def probe_sequences(model: nn.Module, device: torch.device) -> list[Tensor]:
-    """Two sequences of different length and content, the same for every call."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    vocabulary = embedding.weight.shape[0] if embedding is not None else 2
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randint(0, vocabulary, (length,), generator=generator).to(device) for length in (7, 4)
-    ]
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), then each module as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _rope_kinds(model: nn.Module) -> set[str]:
-    """Kinds of rotary position encoding that the configs name, for all layers or some."""
-    kinds = set()
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    names = ("rope_parameters", "rope_scaling")
-    found = [getattr(config, name, None) for config in configs for name in names]
-    while found:
-        settings = found.pop()
-        if isinstance(settings, dict):
-            kinds |= {str(settings[name]) for name in ("rope_type", "type") if name in settings}
-            found += settings.values()
-    return kinds
-
-
-def _forget_longest(model: nn.Module, length: int) -> None:
-    """Let the next forward, of ``length`` tokens, take the frequencies of its own length.
-
-    A dynamic encoding keeps those of the longest sequence so far for shorter ones. It compares
-    with what is set here: below its original length it goes back, otherwise it computes anew.
-    """
-    for module in model.modules():
-        original = getattr(module, "original_max_seq_len", None)
-        if original is not None and "dynamic" in str(getattr(module, "rope_type", "")):
-            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-                setattr(module, name, math.inf if length < original else 0)
-
-
-def _int8_linears(model: nn.Module) -> list[nn.Module]:
-    return [
-        module
-        for module in model.modules()
-        if isinstance(weight := getattr(module, "weight", None), Tensor)
-        and weight.dtype == torch.int8
-    ]
-
-
-@contextlib.contextmanager
-def _unpacked_int8(model: nn.Module) -> Iterator[None]:
-    """LLM.int8 linears multiply by their unpacked weights, as fused layers do.
-
-    Their own kernel rounds the activations too, and by columns that depend on all rows of a
-    forward, so it is no measure for other ways of computing the same.
-    """
-
-    def product(module: nn.Module, inputs: tuple[Any, ...], _: Any) -> Tensor:
-        packed = packed_weight(module)
-        assert packed is not None
-        x, bias = inputs[0], getattr(module, "bias", None)
-        return F.linear(x, packed.dense(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    hooks = [module.register_forward_hook(product) for module in _int8_linears(model)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _recomputes(model: nn.Module) -> bool:

@@ -165,9 +165,9 @@ def test_activations_are_what_the_fused_layers_hold(make, recompute, dtype):
     ids = torch.arange(sum(lengths)) % 90
     rows = torch.arange(sum(lengths) - 1)
     hidden = {}
-    from lorakit.infer.packed import _Input
+    from lorakit.infer.inputs import Input
 
-    part = _Input(
+    part = Input(
         ids[None], torch.cat([torch.arange(n) for n in lengths])[None], lengths, rows, ids[1:]
     )
     with handle.forward_scope(handle.active):

@@ -224,17 +224,17 @@ def test_an_example_does_not_see_the_length_of_another(kind, tiny, all_double):
 
 
 def test_kinds_of_encodings_of_some_layers_are_found():
-    from lorakit.infer.packed import _rope_kinds
+    from lorakit.infer.probing import rope_kinds
 
     model = torch.nn.Linear(1, 1)
     model.config = type("Config", (), {})()
-    assert _rope_kinds(model) == set()
+    assert rope_kinds(model) == set()
     model.config.rope_scaling = {"type": "linear", "factor": 2.0}
     model.config.rope_parameters = {
         "full_attention": {"rope_type": "longrope"},
         "sliding_attention": {"rope_type": "default"},
     }
-    assert _rope_kinds(model) == {"linear", "longrope", "default"}
+    assert rope_kinds(model) == {"linear", "longrope", "default"}
 
 
 def test_a_batch_without_supervised_tokens_costs_nothing(tiny):
