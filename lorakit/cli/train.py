@@ -49,7 +49,7 @@ from lorakit.errors import InputError, SpecError, collected
 
 if TYPE_CHECKING:
     from lorakit.bases import Base
-    from lorakit.cli.train_many import Plan
+    from lorakit.cli.jobs import Plan
     from lorakit.core.adapter import Adapter
     from lorakit.core.spec import LoRASpec
     from lorakit.train import Callback, RunResult, Trainer, TrainSettings
@@ -101,19 +101,19 @@ def run(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> Plan | None:
     """What is to be done with many adapters; ``None`` where there is one."""
-    from lorakit.cli import train_many
+    from lorakit.cli import jobs
 
     ways = [name for name in ("jobs", "each", "resume") if getattr(options, name) is not None]
     if len(ways) > 1:
         told = " and ".join("a file of jobs" if w == "jobs" else f"--{w}" for w in ways)
         raise InputError(f"{told} are given; give one of them")
     if options.jobs is not None:
-        return train_many.plan_of_file(Path(options.jobs), options)
+        return jobs.plan_of_file(Path(options.jobs), options)
     if options.each is not None:
-        return train_many.plan_of_folder(options)
-    if options.resume is not None and (Path(options.resume) / train_many.JOBS_FILE).is_file():
+        return jobs.plan_of_folder(options)
+    if options.resume is not None and (Path(options.resume) / jobs.JOBS_FILE).is_file():
         _check_nothing_changes(options, _MANY)
-        return train_many.plan_of_runs(Path(options.resume), options)
+        return jobs.plan_of_runs(Path(options.resume), options)
     idle = [f"--{n.replace('_', '-')}" for n in _MANY if getattr(options, n) is not None]
     if idle:
         raise SpecError(

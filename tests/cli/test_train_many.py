@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorakit.cli import many_progress, train_many
+from lorakit.cli import jobs, many_progress, train_many
 from lorakit.cli.main import main
 from lorakit.formats import load_adapter
 from lorakit.train.callbacks import Callback, RunInfo, RunResult, StepMetrics
@@ -177,7 +177,7 @@ def test_a_folder_of_files_with_broken_ones(files, capfd):
 
 def test_whatever_is_wrong_with_a_job_ends_no_other():
     view = many_progress.ManyProgress(1, quiet=True)
-    job = train_many.Job("a", {}, argparse.Namespace(), Path("a"))
+    job = jobs.Job("a", {}, argparse.Namespace(), Path("a"))
     with train_many._told(job, view):
         raise KeyError("nobody foresaw it")
     assert train_many.summary_row(job)["error"] == "KeyError: 'nobody foresaw it'"
