@@ -144,8 +144,8 @@ def adapter_path(ref: str) -> str:
     """The adapter inside a run folder, where the run folder itself was given."""
     from lorakit.formats.folder import adapter_in
 
-    found = adapter_in(Path(ref))
-    return ref if found == Path(ref) else str(found)  # as it was written, for messages
+    inside = adapter_in(Path(ref)) != Path(ref)
+    return os.path.join(ref, "adapter") if inside else ref  # as it was written, for messages
 
 
 def load_adapters(adapters: Sequence[AdapterArgument]) -> dict[str, Adapter]:

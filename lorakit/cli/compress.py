@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.cli.adapters import ADAPTER_HELP, adapter_path, use_tokenizer
 from lorakit.cli.bases import add_base_arguments, load_base_from
 from lorakit.cli.flags import positive_int, probability
-from lorakit.cli.output import add_json_argument, emit_json, say
+from lorakit.cli.output import add_json_argument, console, emit_json, say
 from lorakit.cli.rows import add_data_arguments, as_learnt, data_spec
 from lorakit.errors import InputError
 
@@ -193,8 +193,6 @@ def _print(options: argparse.Namespace, adapter: Adapter, smaller: Adapter) -> N
 
 def _print_search(search: Search) -> None:
     from rich.table import Table
-
-    from lorakit.cli.output import console
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("parameters", "error", "loss", "", "loss, confirming", ""):

@@ -1,4 +1,4 @@
-"""Types of flags that several commands share: numbers, and lists of names."""
+"""What flags of several commands may hold: numbers, lists of names, text; and which are missing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from lorakit.errors import InputError
 
 
 def _number(
@@ -55,3 +57,23 @@ def comma_list(*allowed: str) -> Callable[[str], tuple[str, ...]]:
         return tuple(dict.fromkeys(names))
 
     return parse
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse what came in as bytes that are no text.
+
+    Args:
+        where: the start of the message: ``"--system"``.
+
+    Raises:
+        InputError: it is not UTF-8, or holds zero bytes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 15) : error.start]
+        raise InputError(
+            f"{where}: character {error.start + 1}, after {near!r}, is not UTF-8; write it as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise InputError(f"{where}: it holds zero bytes, so it is no text; give UTF-8 text")

@@ -31,9 +31,8 @@ from lorakit.cli.adapters import (
     use_tokenizer,
 )
 from lorakit.cli.bases import add_base_arguments, load_base_from
-from lorakit.cli.flags import non_negative_float, positive_int, probability, seed
+from lorakit.cli.flags import check_text, non_negative_float, positive_int, probability, seed
 from lorakit.cli.output import add_json_argument, console, emit_json, printable_stdout, say
-from lorakit.cli.rows import check_text
 from lorakit.cli.training import note_defaults
 from lorakit.errors import DataError, InputError, collected
 

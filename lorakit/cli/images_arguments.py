@@ -69,8 +69,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--flip",
         action="store_true",
-        help="learn each picture mirrored, left to right, too (not where a side matters: writing, "
-        "hands, partings)",
+        help="mirror pictures, left to right, in half of the steps that see them (not where a side "
+        "matters: writing, hands, captions that say left)",
     )
     group.add_argument(
         "--bad-pictures",
@@ -158,7 +158,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         type=positive_float,
         metavar="X",
-        help="passes over the examples: the pictures, mirrored and repeated ones, and --prior-data",
+        help="passes over the examples: the pictures, their repetitions, and --prior-data",
     )
     group.add_argument(
         "--batch-size", type=positive_int, metavar="N", help="pictures per step; default 4"

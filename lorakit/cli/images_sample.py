@@ -24,10 +24,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.adapters import add_adapter_arguments, check_names, load_adapters
-from lorakit.cli.flags import finite_float, non_negative_float, positive_int
+from lorakit.cli.adapters import add_adapter_arguments, attach_adapters, check_names, load_adapters
+from lorakit.cli.flags import check_text, finite_float, non_negative_float, positive_int
 from lorakit.cli.output import add_json_argument, emit_json, plural, say
-from lorakit.cli.rows import check_text
 from lorakit.errors import InputError
 
 if TYPE_CHECKING:
@@ -225,8 +224,6 @@ def _as_learnt(
 def _attach(
     options: argparse.Namespace, base: PictureBase, adapters: dict[str, Any]
 ) -> Handle | None:
-    from lorakit.cli.adapters import attach_adapters
-
     return attach_adapters(base, adapters, allow_other=options.allow_other_base)
 
 

@@ -29,14 +29,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.cli.adapters import adapter_path
-from lorakit.cli.flags import missing
+from lorakit.cli.flags import check_text, missing
 from lorakit.cli.images_arguments import LEAST_STEPS, MOST_STEPS, PASSES, configure
 from lorakit.cli.images_sample import (
     load_pipeline_from,
     pipeline_options,
 )
 from lorakit.cli.output import emit_json, plural, say
-from lorakit.cli.rows import check_text
 from lorakit.cli.training import check_nothing_changes, interruptible
 from lorakit.errors import DataError, InputError, LorakitError, SpecError, collected
 
@@ -223,6 +222,7 @@ def _plan(options: argparse.Namespace, folder: str, *, valid: bool = False) -> P
         "noise_offset": options.noise_offset,
         "caption_dropout": options.caption_dropout,
         "prior_weight": None if valid else options.prior_weight,
+        "flip": options.flip and not valid,
     }
     settings = PictureSettings(
         train_text=options.text_encoder_lr is not None or _adapts_text(options),
@@ -235,7 +235,6 @@ def _plan(options: argparse.Namespace, folder: str, *, valid: bool = False) -> P
         prior,
         square=options.square,
         enlarge=options.enlarge,
-        flip=options.flip and not valid,
         cache=None if options.cache is None else str(Path(options.cache).expanduser().resolve()),
     )
 

@@ -7,14 +7,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from lorakit.cli.flags import missing
 from lorakit.cli.output import say
 from lorakit.errors import InputError, collected
-
-if TYPE_CHECKING:
-    pass
 
 #: what the jobs of one file share: the base, and how they go through it
 SHARED = (
@@ -171,7 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read_runs(path: Path) -> dict[str, Any]:
-    """What :func:`_make_folder` wrote: the base, and each job whole, with its name and folder.
+    """What is in ``runs.yaml``: the base, and each job whole, with its name and folder.
 
     Raises:
         InputError: somebody else wrote it; what it says beside that would have no effect.

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.flags import positive_int
+from lorakit.cli.flags import check_text, positive_int
 from lorakit.cli.output import say
 from lorakit.errors import InputError
 
@@ -159,23 +159,3 @@ def as_learnt(
         system = f" with the system message {chosen['system']!r}" if "system" in chosen else ""
         say(f"Rows are written {how}{system}, as {', '.join(facts)} learnt")
     return dataclasses.replace(spec, **chosen)
-
-
-def check_text(text: str, where: str) -> None:
-    """Refuse what came in as bytes that are no text.
-
-    Args:
-        where: the start of the message: ``"--system"``.
-
-    Raises:
-        InputError: it is not UTF-8, or holds zero bytes.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        near = text[max(0, error.start - 15) : error.start]
-        raise InputError(
-            f"{where}: character {error.start + 1}, after {near!r}, is not UTF-8; write it as UTF-8"
-        ) from None
-    if "\0" in text:
-        raise InputError(f"{where}: it holds zero bytes, so it is no text; give UTF-8 text")

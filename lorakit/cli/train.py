@@ -41,8 +41,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.adapters import adapter_path
+from lorakit.cli.bases import load_base_from
 from lorakit.cli.flags import missing
-from lorakit.cli.output import plural
+from lorakit.cli.output import emit_json, plural, say
+from lorakit.cli.rows import data_spec
 from lorakit.cli.train_arguments import configure
 from lorakit.cli.training import check_nothing_changes, given_of, interruptible
 from lorakit.errors import InputError, SpecError, collected
@@ -255,7 +257,6 @@ def what_of(options: argparse.Namespace) -> LoRASpec | Full:
 def load_shared_base(options: argparse.Namespace, *, quiet: bool) -> Base:
     """The base of these flags."""
     from lorakit.bases import load_base
-    from lorakit.cli.bases import load_base_from
 
     return load_base(**base_options(options)) if quiet else load_base_from(options)
 
@@ -277,7 +278,6 @@ def trainer_on(
     from functools import partial
 
     from lorakit.bases import load_base
-    from lorakit.cli.rows import data_spec
     from lorakit.formats import load_adapter
     from lorakit.train import Origin, Trainer
     from lorakit.workflows.calibrate import calibrate
@@ -395,16 +395,12 @@ def _callbacks(options: argparse.Namespace, report_to: Any) -> list[Callback]:
 
 
 def _say(options: argparse.Namespace, *lines: str) -> None:
-    from lorakit.cli.output import say
-
     if not options.quiet:
         for line in lines:
             say(line)
 
 
 def _print_result(options: argparse.Namespace, result: RunResult) -> None:
-    from lorakit.cli.output import emit_json
-
     if options.json:
         emit_json(result)
     else:

@@ -9,14 +9,13 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.output import plural, say
+from lorakit.cli.jobs import JOBS_FILE, Job, Plan, read_runs
+from lorakit.cli.output import emit_json, plural, say
 from lorakit.errors import InputError, Interrupted, LorakitError, TrainingError, collected
 
 if TYPE_CHECKING:
     from lorakit.bases import Base
     from lorakit.train import Callback, Trainer
-
-from lorakit.cli.jobs import JOBS_FILE, Job, Plan, read_runs
 
 
 def run(plan: Plan, options: argparse.Namespace) -> int:
@@ -135,7 +134,6 @@ def _ended(job: Job, outcome: Any, progress: Any) -> None:
 
 
 def _conclude(plan: Plan, options: argparse.Namespace, seconds: float) -> int:
-    from lorakit.cli.output import emit_json
     from lorakit.core.files import write_atomic
 
     rows = [summary_row(job) for job in plan.jobs]

@@ -27,10 +27,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.bases import add_base_arguments
+from lorakit.cli.bases import add_base_arguments, load_base_from
 from lorakit.cli.flags import count, fraction, missing, positive_int
 from lorakit.cli.output import add_json_argument, emit_json, plural, printable_stdout, say
-from lorakit.cli.rows import add_data_arguments
+from lorakit.cli.rows import add_data_arguments, data_spec
 from lorakit.cli.train import base_options
 from lorakit.cli.train_arguments import add_adapter_arguments, add_training_arguments
 from lorakit.cli.training import given_of, note_defaults
@@ -186,8 +186,6 @@ def search_for(
     Args:
         resume: go on with a search that the same flags began, if one is there.
     """
-    from lorakit.cli.bases import load_base_from
-    from lorakit.cli.rows import data_spec
     from lorakit.train import Origin
     from lorakit.workflows.tune import Plan, tune
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from lorakit.errors import DataError
-from lorakit.infer.probing import evaluating
+from lorakit.infer.mode import evaluating
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.tasks.causal import CAUSAL

@@ -29,7 +29,7 @@ class Placed:
     left: int
     original: tuple[int, int]
     """(height, width) of the file."""
-    flipped: bool = field(default=False, repr=False)
+    flipped: bool = field(default=False, repr=False)  # digests of data are of its repr
     """Whether the scaled picture is mirrored, left to right, before it is cropped."""
 
     @property

@@ -1,9 +1,9 @@
 """What is computed once: a picture's latent, and a caption's embedding, kept on the disk.
 
 Each is a file of its own, named after all that decides its content (the picture's bytes, its size
-here, the caption, the weights of what encodes it), so that runs share them, a changed picture or
-another base never gets an old one, and a kill leaves whole files or none: what is there is not
-computed again. A file that is damaged is made anew.
+here, its sides, the caption, the weights of what encodes it), so that runs share them, a changed
+picture or another base never gets an old one, and a kill leaves whole files or none: what is there
+is not computed again. A file that is damaged is made anew.
 
 ::
 

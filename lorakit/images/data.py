@@ -57,6 +57,8 @@ class PictureSettings:
     """Factor on the loss of pictures of the class that is to stay."""
     train_text: bool = False
     """Whether text encoders are adapted, so that captions are encoded in every step."""
+    flip: bool = field(default=False, repr=False)  # digests of earlier runs' data are of the repr
+    """Whether a picture is mirrored, left to right, in half of the steps that see it."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -104,6 +106,10 @@ class PictureExample:
     def shape(self) -> tuple[int, int]:
         """(height, width): those that are equal share a forward."""
         return self.placed.height, self.placed.width
+
+    def mirrored(self) -> PictureExample:
+        """The same, left to right."""
+        return replace(self, placed=self.placed.mirrored())
 
     def latent(self) -> dict[str, Tensor]:
         """See :meth:`Cache.latent`."""
@@ -223,10 +229,10 @@ class PictureData(Sequence[PictureExample]):
     @property
     def digest(self) -> str:
         """sha256 (hex) of pictures, places, captions, and what is minimised."""
-        digest = hashlib.sha256(repr(self.settings).encode())
+        flip = " flip" if self.settings.flip else ""
+        digest = hashlib.sha256(f"{self.settings}{flip}".encode())
         for picture, placed in [*self._own, *self._prior]:
-            flipped = " flipped" if placed.flipped else ""
-            told = f"{picture.digest} {picture.masked} {placed}{flipped} {picture.caption!r}\n"
+            told = f"{picture.digest} {picture.masked} {placed} {picture.caption!r}\n"
             digest.update(told.encode())
         digest.update(f"{len(self._own)} {len(self._prior)}".encode())
         return digest.hexdigest()
@@ -256,6 +262,8 @@ class PictureData(Sequence[PictureExample]):
         """Encode what was not encoded before; gives how many that were."""
         pairs = [*self._own, *self._prior]
         captions: Iterable[str] = [picture.caption for picture, _ in pairs]
+        if self.settings.flip:
+            pairs += [(picture, placed.mirrored()) for picture, placed in pairs]
         if self.settings.caption_dropout:
             captions = [*captions, ""]
         texts = () if self.settings.train_text else captions
@@ -277,8 +285,6 @@ class PicturesPlan:
     """Whether all become squares."""
     enlarge: bool = False
     """Whether pictures that are too small are scaled up."""
-    flip: bool = False
-    """Whether each picture, and each that is to stay, is learnt mirrored, left to right, too."""
     least: int = 1
     """Pictures that a step takes; fewer of them are repeated, each time with other noise."""
     cache: str | None = None
@@ -343,10 +349,6 @@ def load_pictures(plan: PicturesPlan, base: PictureBase, read: Read = NOTHING) -
             f"prior_weight is {settings.prior_weight:g}, but there are no pictures of a class to "
             "keep; give --prior-data"
         )
-    if plan.flip:
-        own, prior = _and_mirrored(own), _and_mirrored(prior)
-        note = "each picture is learnt mirrored, left to right, too"
-        report = replace(report, notes=(*report.notes, note))
     captions = list(dict.fromkeys(picture.caption for picture, _ in own))
     report = replace(report, notes=(*report.notes, *base.cut_captions(captions)))
     repeats = math.ceil(plan.least / (len(own) + len(prior)))
@@ -383,10 +385,6 @@ def _placed(
     )
     check_usable(report, spec.bad)
     return pairs, report
-
-
-def _and_mirrored(pairs: list[tuple[Picture, Placed]]) -> list[tuple[Picture, Placed]]:
-    return [*pairs, *((picture, placed.mirrored()) for picture, placed in pairs)]
 
 
 def cache_of(base: PictureBase, folder: str | None) -> Cache:

@@ -1,9 +1,9 @@
 """Pictures as a task: examples with their noise, in forwards of one size, and their losses.
 
 A picture's loss is the mean squared error over its latent, and each picture counts once. What is
-random of it (noise, time, the VAE's draw, an empty caption) is a function of the run's seed, the
-step and the example, so that neither the cut of a batch, nor who shares a forward, nor a resume
-changes it. An evaluation looks at the same noise at the same four times, always.
+random of it (noise, time, the VAE's draw, an empty caption, its sides) is a function of the run's
+seed, the step and the example, so that neither the cut of a batch, nor who shares a forward, nor a
+resume changes it. An evaluation looks at the same noise at the same four times, always.
 
 Legend: ``B`` pictures of a forward, ``C, h, w`` of a latent, ``G`` stretches.
 """
@@ -129,6 +129,8 @@ class PictureTask:
         settings = example.settings
         # always drawn, so that nothing else depends on whether there is such a setting
         dropped = float(torch.rand(1, generator=generator)) < settings.caption_dropout
+        if settings.flip and float(torch.rand(1, generator=generator_of("flip", key))) < 0.5:
+            example = example.mirrored()
         stored = example.latent()
         latent = stored["mean"]
         draw = torch.randn(latent.shape, generator=generator)

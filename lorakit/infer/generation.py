@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from lorakit.bases import context_length
 from lorakit.errors import InputError, collected
-from lorakit.infer.probing import accepted, close, evaluating, probe_sequences
+from lorakit.infer.mode import accepted, evaluating
+from lorakit.infer.probing import close, probe_sequences
 from lorakit.infer.sampling import Sampling, source
 from lorakit.infer.text import GrowingText
 from lorakit.layers import Handle

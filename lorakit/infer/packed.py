@@ -32,16 +32,8 @@ from lorakit.infer.fused.family import DoesNotFit
 from lorakit.infer.fused.layer import Recompute
 from lorakit.infer.fused.running import FusedBody
 from lorakit.infer.inputs import Input, PackedBatch, example_of
-from lorakit.infer.probing import (
-    accepted,
-    close,
-    evaluating,
-    forget_longest,
-    int8_linears,
-    probe_sequences,
-    rope_kinds,
-    unpacked_int8,
-)
+from lorakit.infer.mode import accepted, evaluating, forget_longest
+from lorakit.infer.probing import close, int8_linears, probe_sequences, rope_kinds, unpacked_int8
 from lorakit.layers import Handle, Routing
 from lorakit.layers.site import SiteForward
 

@@ -1,14 +1,12 @@
 """Two ways to compute the same, tried on short sequences, and what would make them differ.
 
-A model in evaluation mode, an encoding of positions that depends on the longest sequence so far,
-and int8 linears whose own kernel rounds what it multiplies.
+Such are encodings of positions that depend on a sequence's length, and int8 linears whose own
+kernel rounds what it multiplies.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,24 +39,6 @@ def close(mine: Tensor, reference: Tensor) -> bool:
     return bool((mine - reference).abs().max() <= limit * scale)
 
 
-def accepted(module: Any, **options: Any) -> dict[str, Any]:
-    """The options that a module's forward names."""
-    names = inspect.signature(module.forward).parameters
-    return {name: value for name, value in options.items() if name in names}
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), then each module as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def rope_kinds(model: nn.Module) -> set[str]:
     """Kinds of rotary position encoding that the configs name, for all layers or some."""
     kinds = set()
@@ -73,20 +53,8 @@ def rope_kinds(model: nn.Module) -> set[str]:
     return kinds
 
 
-def forget_longest(model: nn.Module, length: int) -> None:
-    """Let the next forward, of ``length`` tokens, take the frequencies of its own length.
-
-    A dynamic encoding keeps those of the longest sequence so far for shorter ones. It compares
-    with what is set here: below its original length it goes back, otherwise it computes anew.
-    """
-    for module in model.modules():
-        original = getattr(module, "original_max_seq_len", None)
-        if original is not None and "dynamic" in str(getattr(module, "rope_type", "")):
-            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-                setattr(module, name, math.inf if length < original else 0)
-
-
 def int8_linears(model: nn.Module) -> list[nn.Module]:
+    """Modules whose weight is stored in int8."""
     return [
         module
         for module in model.modules()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.core.adapter import Adapter
 from lorakit.errors import BaseError
-from lorakit.infer.probing import evaluating
+from lorakit.infer.mode import evaluating
 from lorakit.layers import Handle, Routing
 from lorakit.layers.routing import MixLike
 from lorakit.tasks.mixing import has_int8, lone_expert

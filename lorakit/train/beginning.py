@@ -58,12 +58,12 @@ class Beginning:
 
     @property
     def values(self) -> Adapter | None:
-        """Of a new adapter whose values come from more than a seed: these."""
+        """Of a new adapter whose values come from more than a seed: these, once they are made."""
         return self.made.adapter if isinstance(self.made, Initial) else None
 
     @property
     def is_base(self) -> bool:
-        """Whether the model computes at first what the base does."""
+        """Whether the model computes at first what the base does; once the values are made."""
         if isinstance(self.made, Initial):
             return self.made.is_base
         return not isinstance(self._what, Adapter)

@@ -30,7 +30,7 @@ from lorakit.core.spec import LoRASpec
 from lorakit.data import Example, pack
 from lorakit.errors import SpecError, TargetError, collected
 from lorakit.infer import PackedModel
-from lorakit.infer.probing import evaluating
+from lorakit.infer.mode import evaluating
 from lorakit.inits import Factors, InputDirections, eva, loftq, lora_ga, redistributed
 from lorakit.layers.handle import Handle
 from lorakit.layers.initial import NEEDS, Initial, initial, new_targets, weight_rows

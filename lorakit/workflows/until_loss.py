@@ -26,7 +26,7 @@ from lorakit.core.adapter import Adapter
 from lorakit.data import TokenData, pack, split
 from lorakit.errors import DataError, InputError
 from lorakit.infer import PackedModel
-from lorakit.infer.probing import evaluating
+from lorakit.infer.mode import evaluating
 from lorakit.layers import Routing, attach
 
 logger = logging.getLogger(__name__)

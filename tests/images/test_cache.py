@@ -35,6 +35,7 @@ def test_what_decides_a_file(tmp_path):
     assert filled(base, folder, resolution=20) == 5
     assert filled(base, folder, caption_dropout=0.1) == 1  # the empty one
     assert filled(base, folder, train_text=True) == 0
+    assert filled(base, folder, flip=True) == 5
     with torch.no_grad():
         base.pipe.text_encoder.get_input_embeddings().weight[5] += 1e-3
     assert filled(load_again(base), folder) == 4
@@ -66,17 +67,14 @@ def test_a_mirrored_picture_is_the_same_part_of_it(tmp_path):
     with Image.open(folder / "03.mask.png") as mask:
         mask.paste(255, (0, 0, 12, 24))
         mask.save(folder / "03.mask.png")
-    plan = PicturesPlan(PicturesSpec(str(folder), masks=True), 16, square=True, flip=True)
-    data = load_pictures(plan, base)
-    assert len(data) == 8
-    for i in range(4):
-        one, other = data[i], data[i + 4]
-        assert other.placed.flipped
+    plan = PicturesPlan(PicturesSpec(str(folder), masks=True), 16, square=True)
+    for one in load_pictures(plan, base):
+        other = one.mirrored()
         pixels = pixels_of(one.picture, one.placed)[0]
         assert torch.equal(pixels_of(other.picture, other.placed)[0], pixels.flip(-1))
         assert not torch.equal(other.latent()["mean"], one.latent()["mean"])
-    assert torch.equal(data[7].latent()["mask"], data[3].latent()["mask"].flip(-1))
-    assert not torch.equal(data[7].latent()["mask"], data[3].latent()["mask"])
+    assert torch.equal(other.latent()["mask"], one.latent()["mask"].flip(-1))
+    assert not torch.equal(other.latent()["mask"], one.latent()["mask"])
 
 
 def test_an_odd_crop_is_mirrored_too():

@@ -43,7 +43,8 @@ def test_train_sample_and_convert(folder, tmp_path, capsys):
     told, notes = capsys.readouterr()
     assert json.loads(told)["steps"] == 2
     settings = RunFolder(Path(out)).read_settings()
-    assert (settings["data"]["flip"], settings["validation"]["flip"]) == (True, False)
+    flips = [settings[section]["settings"]["flip"] for section in ("data", "validation")]
+    assert flips == [True, False]
     assert "lr is 0.0001: usual for adapters of picture models" in notes
     assert main(["images", "train", "--resume", out, "--quiet"]) == 0  # it is finished
     pictures = tmp_path / "pictures"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import DataError
-from lorakit.images.data import PicturesPlan, load_pictures
+from lorakit.images.data import PictureSettings, PicturesPlan, load_pictures
 from lorakit.images.pictures import PicturesSpec
 from lorakit.images.targets import picture_targets
 from lorakit.images.training import picture_trainer
@@ -40,16 +40,17 @@ def test_small_pictures_are_among_those_that_cannot_be_used(base, tmp_path):
         load_pictures(PicturesPlan(spec, 64), base)
 
 
-def test_mirrored_pictures_are_other_data_but_no_more_pictures(base, tmp_path):
-    """A picture and its mirror image are on the same side of a split."""
-    spec = PicturesSpec(str(tiny.pictures(tmp_path / "data", 5)))
-    plain = load_pictures(PicturesPlan(spec, 16), base)
-    both = load_pictures(PicturesPlan(spec, 16, flip=True), base)
-    assert (len(both), both.num_pictures, both.report.pictures.used) == (10, 5, 5)
-    assert [both.prompt_key(i) for i in range(5)] == [both.prompt_key(i) for i in range(5, 10)]
+def test_pictures_that_may_be_mirrored_are_other_data(base, tmp_path):
+    """And those that may not are the data that they were before there was such a setting."""
+    spec = PicturesSpec(str(tiny.pictures(tmp_path / "data", 2)))
+    plans = [PicturesPlan(spec, 16, PictureSettings(flip=flip)) for flip in (False, True)]
+    plain, both = (load_pictures(plan, base) for plan in plans)
     assert both.digest != plain.digest
-    assert any("mirrored" in line for line in both.report.lines())
     assert PicturesPlan.from_dict(both.spec.to_dict()) == both.spec
+    assert "flip" not in f"{plain.settings} {plain[0].placed}"
+    section = plain.spec.to_dict()
+    del section["settings"]["flip"]
+    assert PicturesPlan.from_dict(section) == plain.spec
 
 
 def trainer_of(base, tmp_path, own, prior=0, batch_size=4, fraction=None):

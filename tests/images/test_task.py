@@ -213,6 +213,21 @@ def test_captions_are_dropped_in_their_share(base, folder, attached):
     assert 60 < captions.count("") < 120  # 90, σ = 8
 
 
+def test_pictures_are_mirrored_in_half_of_their_steps(base, folder, attached):
+    """With the noise that they have unmirrored; an evaluation never looks at them so."""
+    _, task = attached(names=("a",))
+    plain, flipped = data_of(base, folder), data_of(base, folder, flip=True)
+    rows = [task._drawn(flipped[0], "a", key) for key in range(300)]
+    mirrored = [key for key, row in enumerate(rows) if row.example.placed.flipped]
+    assert 120 < len(mirrored) < 180  # 150, σ = 9
+    for key in (mirrored[0], next(key for key in range(300) if key not in mirrored)):
+        noise = rows[key].noised
+        assert noise.time == task._drawn(plain[0], "a", key).noised.time
+        same = torch.equal(noise.input, task._drawn(plain[0], "a", key).noised.input)
+        assert same == (key not in mirrored)
+    assert task.measured([flipped[0]], "a").sums == task.measured([plain[0]], "a").sums
+
+
 def test_settings_that_cannot_act(folder):
     flow = loaded("sd3")
     with pytest.raises(SpecError, match=r"min_snr: this base learns flows(.|\n)*noise_offset"):
