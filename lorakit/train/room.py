@@ -1,9 +1,4 @@
-"""What fits the memory: errors of allocators, what is free, and the largest forward of a run.
-
-A GPU's allocator raises where it has no more, so the largest forward is simply tried. On a CPU
-the kernel ends the process instead; there the need is measured on an eighth of it and compared
-with what is free.
-"""
+"""What fits the memory: errors of allocators, what is free, and how much a block takes."""
 
 from __future__ import annotations
 

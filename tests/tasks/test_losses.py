@@ -275,5 +275,5 @@ def test_a_process_without_rows_to_validate_takes_part(benches, monkeypatch):
         kind=bench.kind,
     )  # fmt: skip
     run = SimpleNamespace(validation=(data, [0, 1]), job=SimpleNamespace(most_tokens=None))
-    loop._loss_of(run, None)
+    loop._validation._loss_of(run, None)
     assert summed == [((2, 2), 0.0), ((2, 3), 0.0)]

@@ -143,10 +143,10 @@ def both_ways(world: Any, base: Path, data: Path, folder: Path) -> dict[str, Any
 
 def stopped(world: Any, base: Path, data: Path, out: Path, who: int, step: int) -> None:
     """A run of which one process is asked to stop after a step."""
-    from lorakit.train import loop
+    from lorakit.train.loop import Loop
 
     hit = Hit(step)
-    round_once = loop.Loop.round
+    round_once = Loop.round
 
     def then_hit(self: Any) -> Any:
         failed = round_once(self)
@@ -154,23 +154,23 @@ def stopped(world: Any, base: Path, data: Path, out: Path, who: int, step: int) 
             hit(self.runs[0].job.step)
         return failed
 
-    loop.Loop.round = then_hit
+    Loop.round = then_hit
     trainer(base, data, out).run()
 
 
 def one_fails(world: Any, base: Path, data: Path, out: Path, who: int) -> None:
     """A run of which one process fails in the middle of its fifth step."""
     from lorakit.errors import TrainingError
-    from lorakit.train import loop
+    from lorakit.train.loop.forwards import Forwards
 
-    backward = loop.Loop._backward
+    backward = Forwards.backward
 
-    def fail(self: Any, *arguments: Any) -> Any:
-        if world.rank == who and self.runs[0].job.step == 4:
+    def fail(self: Any, shares: Any) -> Any:
+        if world.rank == who and shares[0].run.job.step == 4:
             raise TrainingError("this process cannot go on")
-        return backward(self, *arguments)
+        return backward(self, shares)
 
-    loop.Loop._backward = fail
+    Forwards.backward = fail
     trainer(base, data, out).run()
 
 

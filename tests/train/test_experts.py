@@ -15,7 +15,7 @@ from lorakit.formats import load_adapter
 from lorakit.layers import attach
 from lorakit.tasks.mixing import why_not_mixed
 from lorakit.train import train_together
-from lorakit.train.loop import Loop
+from lorakit.train.loop.forwards import Forwards
 from tests import moe_models
 from tests.train import tiny
 from tests.train.conftest import open_shop
@@ -59,13 +59,13 @@ def test_jobs_that_share_forwards_come_out_as_alone(shop, monkeypatch):
     for name in JOBS:
         trainer(shop, base, name, "alone").run()
     forwards = []
-    backward = Loop._backward
+    backward = Forwards.backward
 
     def counted(self, shares):
         forwards.append(len(shares))
         return backward(self, shares)
 
-    monkeypatch.setattr(Loop, "_backward", counted)
+    monkeypatch.setattr(Forwards, "backward", counted)
     results = train_together([trainer(shop, base, name, "joint") for name in JOBS])
     assert [result.ending for result in results] == ["finished"] * 3
     assert max(forwards) == 3, "experts of several runs in one forward"

@@ -129,7 +129,7 @@ def test_who_failed_or_has_ended_decides_nothing(shop, monkeypatch):
     base, seen, ended, own = shop.base(), [], [], Loop.round
 
     def watched(self):
-        seen.append(self._task.packed.fused.recompute)
+        seen.append(self._forwards.task.packed.fused.recompute)
         return own(self)
 
     monkeypatch.setattr(Loop, "round", watched)

@@ -106,7 +106,7 @@ def test_interrupted_again_and_again(shop, expected):
 @pytest.mark.parametrize("evaluation", [1, 2, 5])
 def test_an_interrupt_during_an_evaluation(shop, expected, evaluation, monkeypatch):
     """It ends with the forward, and the resumed run makes the evaluation again."""
-    from lorakit.train import loop
+    from lorakit.train.loop import validation
 
     begun = []
 
@@ -116,8 +116,8 @@ def test_an_interrupt_during_an_evaluation(shop, expected, evaluation, monkeypat
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, on_batch=on_batch, **kwargs)
 
-    original = loop.example_losses
-    monkeypatch.setattr(loop, "example_losses", interrupted_losses)
+    original = validation.example_losses
+    monkeypatch.setattr(validation, "example_losses", interrupted_losses)
     step = 5 * (evaluation - 1)
     with pytest.raises(Interrupted, match=f"by SIGTERM after step {step} of 20"):
         shop.trainer(**LONG).run()

@@ -13,9 +13,10 @@ from lorakit.errors import BaseError, Interrupted, TrainingError
 from lorakit.infer import PackedModel
 from lorakit.tasks.causal import shortened
 from lorakit.train import RunResult, Trainer, train_together
-from lorakit.train import loop as loop_module
 from lorakit.train.job import Job
-from lorakit.train.loop import Loop
+from lorakit.train.loop import trial as trial_module
+from lorakit.train.loop.forwards import tokens_of
+from lorakit.train.loop.trial import Trial
 from lorakit.train.room import PeakMemory, available_bytes, is_memory_error, num_tokens
 from tests.train.test_resume import Signal
 
@@ -148,9 +149,9 @@ def test_the_largest_forward_is_tried_first_on_a_gpu(shop, small, monkeypatch):
 
     def compare(self, shares):  # what a GPU does instead
         told.append(sum(num_tokens(share.examples) for share in shares))
-        assert self._with_room(shares) is not None
+        assert self._forwards.with_room(shares) is not None
 
-    monkeypatch.setattr(Loop, "_compare_with_free", compare)
+    monkeypatch.setattr(Trial, "_compare_with_free", compare)
     seen = small(10**9, ERRORS["cuda"])
     tried = shop.trainer("tried", batch_size=6)
     tried.run()
@@ -169,9 +170,9 @@ def test_a_cpu_run_is_cut_to_what_is_free_or_refused(shop, monkeypatch):
     def need(self, shares):
         return 1000 + 300 * sum(num_tokens(share.examples) for share in shares)
 
-    monkeypatch.setattr(Loop, "_measured", need)
+    monkeypatch.setattr(Trial, "_measured", need)
     room = {"bytes": int((1000 + 300 * 45) / 0.9) + 1}
-    monkeypatch.setattr(loop_module, "available_bytes", lambda: room["bytes"] + averages)
+    monkeypatch.setattr(trial_module, "available_bytes", lambda: room["bytes"] + averages)
     cut = shop.trainer("cut", batch_size=6, base=precise(shop))
     cut.run()
     (note,) = [r for r in rows(cut) if r["kind"] == "note" and "micro_batch_tokens" in r]
@@ -188,16 +189,16 @@ def test_a_cpu_run_is_cut_to_what_is_free_or_refused(shop, monkeypatch):
 
 def test_a_run_that_joins_is_not_tried_where_others_tell_that_it_fits_by_far(monkeypatch, shop):
     tried = []
-    measured = Loop._compare_with_free
+    measured = Trial._compare_with_free
     monkeypatch.setattr(
-        Loop, "_compare_with_free", lambda self, shares: tried.append(1) or measured(self, shares)
+        Trial, "_compare_with_free", lambda self, shares: tried.append(1) or measured(self, shares)
     )
-    monkeypatch.setattr(Loop, "_measured", lambda self, shares: 1000 * loop_module._tokens(shares))
-    monkeypatch.setattr(loop_module, "_TELLING_TOKENS", 1)
+    monkeypatch.setattr(Trial, "_measured", lambda _, shares: 1000 * tokens_of(shares))
+    monkeypatch.setattr(trial_module, "_TELLING_TOKENS", 1)
     base = precise(shop)
 
     def entered(free: int, *names: str) -> int:
-        monkeypatch.setattr(loop_module, "available_bytes", lambda: free)
+        monkeypatch.setattr(trial_module, "available_bytes", lambda: free)
         trainers = [shop.trainer(f"{free}-{name}", batch_size=6, base=base) for name in names]
         before = len(tried)
         assert all(isinstance(r, RunResult) for r in train_together(trainers))

@@ -21,6 +21,7 @@ from lorakit.infer import PackedModel
 from lorakit.train import Callback, Trainer, TrainSettings, finished_run, train_together
 from lorakit.train.checkpoint import latest_checkpoint, list_checkpoints, read_checkpoint
 from lorakit.train.loop import Loop
+from lorakit.train.loop.forwards import Forwards
 from lorakit.train.together import aligned
 from tests.train import child, tiny
 from tests.train.conftest import open_shop
@@ -189,9 +190,9 @@ def test_each_of_five_comes_out_as_alone(shop, base, optimizer, steps, monkeypat
         forwards.append([share.run.folder.path.name for share in shares])
         return backward(self, shares)
 
-    own, backward = Loop.round, Loop._backward
+    own, backward = Loop.round, Forwards.backward
     monkeypatch.setattr(Loop, "round", watched)
-    monkeypatch.setattr(Loop, "_backward", counted)
+    monkeypatch.setattr(Forwards, "backward", counted)
 
     def drawn():
         yield from [made["a"], made["b"], made["c"], made["d"]]
@@ -226,15 +227,15 @@ def reopened(shop, base, name, out):
 
 def test_the_fused_layers_serve_several_adapters(shop, base, monkeypatch):
     counts = []
-    own = Loop._backward
+    own = Forwards.backward
 
     def counted(self, shares):
-        before = self._task.packed.fused.counts["fused"]
+        before = self.task.packed.fused.counts["fused"]
         result = own(self, shares)
-        counts.append((len(shares), self._task.packed.fused.counts["fused"] - before))
+        counts.append((len(shares), self.task.packed.fused.counts["fused"] - before))
         return result
 
-    monkeypatch.setattr(Loop, "_backward", counted)
+    monkeypatch.setattr(Forwards, "backward", counted)
     train_together([make(shop, base, n, "joint", steps=3) for n in ("a", "b", "c")])
     assert (3, 2) in counts, "three adapters, both layers"
     assert {layers for _, layers in counts} == {2}
