@@ -23,8 +23,12 @@ from examples.emoji.judge import Judges, Nearest
 
 #: mix of adapters, captions, what guidance pushes away from → pictures [N, 32, 32, 3] uint8
 Draw = Callable[..., np.ndarray]
-#: manner → the adapter's weight, and what it is multiplied by where guidance pushes away
-MANNERS = {"usual": (1.0, 1.0), "against": (0.5, -0.6)}
+#: manner → style → the adapter's weight, and what it is multiplied by where guidance pushes away;
+#: the second was chosen on the captions of ``known`` with other noise
+MANNERS = {
+    "usual": dict.fromkeys(data.STYLES, (1.0, 1.0)),
+    "against": {"twemoji": (0.4, -1.0), "openmoji": (0.4, -1.0), "high-contrast": (0.48, -1.0)},
+}
 PARTS: tuple[captions.Part, ...] = ("known", "new")
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
@@ -60,7 +64,8 @@ def judged(judges: Judges, pictures: data.Pictures, draw: Draw, *, each: int = 1
                 "real base art": seen(real_base),
                 "base": seen(by_base),
             }
-            for manner, (weight, against) in MANNERS.items():
+            for manner, chosen in MANNERS.items():
+                weight, against = chosen[style]
                 drawn = draw({style: weight}, told, against)
                 numbers[manner] = compared(seen(drawn), numbers["base"], numbers["real style"])
             found.setdefault(style, {})[part] = numbers
@@ -208,7 +213,7 @@ def beside_sheets(pictures: data.Pictures, draw: Draw, out: Path) -> None:
             "base": draw(None, told),
         }
         for style in data.STYLES:
-            weight, against = MANNERS["against"]
+            weight, against = MANNERS["against"][style]
             columns[f"{style}"] = draw({style: weight}, told, against)
             columns[f"{style}, real"] = [pictures.of(style, one) for one in emoji]
         rows = list(zip(*columns.values(), strict=True))

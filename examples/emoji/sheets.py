@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 20, 6.0
 _EDGE, _LINE = 4, 12
 
 

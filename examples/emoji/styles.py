@@ -19,7 +19,7 @@ TRAINING = {
     "--min-snr": "5",
     "--caption-dropout": "0.1",
     "--validation-fraction": "0",
-    "--sample-guidance": "4",
+    "--sample-guidance": "6",
     "--sample-every": "0",
 }
 
