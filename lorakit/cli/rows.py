@@ -90,6 +90,21 @@ def column_map(text: str) -> dict[str, str]:
     return found
 
 
+def merged_map(options: argparse.Namespace) -> dict[str, str]:
+    """Field → column of all ``--map`` together.
+
+    Raises:
+        InputError: two of them give a column for one field.
+    """
+    merged: dict[str, str] = {}
+    for part in options.map or []:
+        twice = sorted(merged.keys() & part.keys())
+        if twice:
+            raise InputError(f"--map: the field {twice[0]!r} is mapped twice; give it once")
+        merged.update(part)
+    return merged
+
+
 def data_spec(options: argparse.Namespace, path: Sequence[str] | None = None) -> DataSpec:
     """The data settings of these flags.
 
@@ -104,16 +119,10 @@ def data_spec(options: argparse.Namespace, path: Sequence[str] | None = None) ->
             chosen[name] = getattr(options, name)
     for name in ("template", "system"):
         check_text(chosen.get(name) or "", f"--{name}")
-    merged: dict[str, str] = {}
-    for part in options.map or []:
-        twice = sorted(merged.keys() & part.keys())
-        if twice:
-            raise InputError(f"--map: the field {twice[0]!r} is mapped twice; give it once")
-        merged.update(part)
     for name in ("format", "truncate", "bad_rows"):
         if getattr(options, name) is not None:
             chosen[name] = getattr(options, name)
-    return DataSpec(map=merged, **chosen)
+    return DataSpec(map=merged_map(options), **chosen)
 
 
 def as_learnt(

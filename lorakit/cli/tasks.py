@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.cli.adapters import BASE_NAME, adapter_path, attach_adapters, mixes_of, use_tokenizer
 from lorakit.cli.bases import load_base_from
 from lorakit.cli.output import console, emit_json, plain, plural, printable_stdout, say
+from lorakit.cli.rows import merged_map
 from lorakit.errors import BaseError, DataError, InputError, SpecError, collected
 
 if TYPE_CHECKING:
@@ -153,15 +154,9 @@ def row_spec(options: argparse.Namespace, path: Sequence[str] | None = None) -> 
     """The data settings of these flags."""
     from lorakit.tasks.rows import RowSpec
 
-    merged: dict[str, str] = {}
-    for part in options.map or []:
-        twice = sorted(merged.keys() & part.keys())
-        if twice:
-            raise InputError(f"--map: the field {twice[0]!r} is mapped twice; give it once")
-        merged.update(part)
     return RowSpec(
         tuple(options.data if path is None else path),
-        map=merged,
+        map=merged_map(options),
         template=options.template,
         max_length=options.max_length,
         truncate=options.truncate,
