@@ -7,9 +7,8 @@ experts are ``E`` matrices ``[m, n]``, read as one, ``[E·m, n]``.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -221,24 +220,6 @@ def _add_experts_(rows: Tensor, term: Term, begin: int) -> None:
         first, last = max(begin, expert * height), min(end, (expert + 1) * height)
         left = term.left[expert, first - expert * height : last - expert * height]
         rows[first - begin : last - begin].addmm_(left, term.right[expert], alpha=term.factor)
-
-
-@contextlib.contextmanager
-def exact_products(device_types: Iterable[str]) -> Iterator[None]:
-    """Let float32 products be float32: no TF32, no bfloat16, no autocast."""
-    before = torch.get_float32_matmul_precision()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for device_type in device_types:
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        if before == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
 
 
 def check_rows(

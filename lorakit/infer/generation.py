@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.bases import context_length
+from lorakit.core.products import exact_products
 from lorakit.errors import InputError, collected
 from lorakit.infer.mode import accepted, evaluating
 from lorakit.infer.probing import close, probe_sequences
@@ -491,14 +492,15 @@ class _Run:
         if kinds or getattr(self.model, "_is_stateful", False):
             return f"{name} keeps a state that is not one entry a token {sorted(kinds) or ''}"
         try:
-            with torch.no_grad(), self._using([None]):
-                expected = torch.cat(
-                    [
-                        self.model(ids[None]).logits[0, -3:]
-                        for ids in probe_sequences(self.model, self.device)
-                    ]
-                )
-            found = self._probe_slots()
+            with exact_products([self.device.type]):
+                with self._using([None]):
+                    expected = torch.cat(
+                        [
+                            self.model(ids[None]).logits[0, -3:]
+                            for ids in probe_sequences(self.model, self.device)
+                        ]
+                    )
+                found = self._probe_slots()
         except Exception as error:  # whatever a model's own code raises on a foreign cache
             return f"{name} does not take a cache of slots ({type(error).__name__}: {error})"
         if not close(found, expected):

@@ -35,10 +35,10 @@ from lorakit.core.merging import (
     Scratch,
     compute_dtype_for,
     doubtful,
-    exact_products,
     finish_,
     merge_,
 )
+from lorakit.core.products import exact_products
 from lorakit.core.safetensors_io import read_entry, read_safetensors_header, write_safetensors
 from lorakit.errors import InputError, LorakitError, collected
 from lorakit.layers.handle import handle_of

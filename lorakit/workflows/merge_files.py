@@ -29,7 +29,8 @@ from lorakit.bases.source import Source, find_source
 from lorakit.core.adapter import Adapter
 from lorakit.core.checkpoint import Checkpoint, Shard, open_checkpoint
 from lorakit.core.files import clear_disk_errors, new_folder, try_lock
-from lorakit.core.merging import Recipe, check_rows, compute_dtype_for, exact_products, merge_
+from lorakit.core.merging import Recipe, check_rows, compute_dtype_for, merge_
+from lorakit.core.products import exact_products
 from lorakit.core.safetensors_io import read_entry, read_rows, write_streamed
 from lorakit.errors import BaseError, FormatError, InputError, TrainingError, collected
 from lorakit.formats.tokenizer_files import is_tokenizer_file

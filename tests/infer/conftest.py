@@ -122,3 +122,26 @@ def all_double(monkeypatch):
     for name in ("float32", "float"):
         monkeypatch.setattr(torch, name, torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.fixture
+def reduced():
+    """float32 products may round their factors to bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def precisions():
+    """``precisions(model)``: a list of what each later forward of it found allowed."""
+
+    def watch(model) -> list[str]:
+        found: list[str] = []
+        model.get_input_embeddings().register_forward_pre_hook(
+            lambda *_: found.append(torch.get_float32_matmul_precision())
+        )
+        return found
+
+    return watch

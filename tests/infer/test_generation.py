@@ -108,6 +108,17 @@ def test_rows_with_their_own_adapters(base, all_double):
         assert generate(one, handle, [prompt], adapter=mix, max_new_tokens=8) == [text]
 
 
+def test_slots_are_tried_with_exact_products_and_used_as_the_process_has_it(
+    base, reduced, precisions
+):
+    one = base("llama")
+    one.model.float()
+    found = precisions(one.model)
+    answers(one, None, PROMPTS[:1], max_new_tokens=2)
+    assert found[0] == "highest"
+    assert found[-1] == "medium"
+
+
 @pytest.mark.parametrize("family", ["mamba-state", "llama"])
 def test_models_that_cannot_use_slots_go_through_generate(family, base, caplog, monkeypatch):
     one = base(family)

@@ -163,7 +163,8 @@ class Group:
             onto: [N, d_out], what the first output is added to; a new tensor is made.
         """
         computed = self._computed(x)
-        hidden = [F.linear(self._input(x, run, computed), run.a(computed)) for run in self.runs]
+        read = _in(x, computed) if self.runs else x
+        hidden = [F.linear(self._input(read, run), run.a(computed)) for run in self.runs]
         parts: list[list[tuple[_Run, Part, Tensor]]] = [[] for _ in self.linears]
         for run, h in zip(self.runs, hidden, strict=True):
             for (which, part), own in zip(run.members, run.columns(h), strict=True):
@@ -201,7 +202,7 @@ class Group:
             hidden: from the forward.
             need_input: whether anything below wants the input's gradient.
         """
-        computed = self._computed(x)
+        dtype, computed = x.dtype, self._computed(x)
         dx: Tensor | None = None
         if need_input:
             for dy, linear in zip(douts, self.linears, strict=True):
@@ -213,9 +214,11 @@ class Group:
                 else:
                     dx.add_(dy @ weight)
         gradients: list[Tensor | None] = []
+        if self.runs:  # cast once, not in each run's rows
+            douts, x = [_in(dy, computed) for dy in douts], _in(x, computed)
         for run, h in zip(self.runs, hidden, strict=True):
             gradients += self._run_backward(run, h, douts, x, dx)
-        return None if dx is None else _in(dx, x.dtype), gradients
+        return None if dx is None else _in(dx, dtype), gradients
 
     def _computed(self, x: Tensor) -> torch.dtype:
         """What the low-rank products are computed in."""
@@ -230,7 +233,7 @@ class Group:
         gradients: list[Tensor | None] = []
         columns = zip(run.members, run.columns(h), run.columns(dh), strict=True)
         for (which, part), own, into in columns:
-            dy = _in(douts[which][run.rows], computed)
+            dy = douts[which][run.rows]
             torch.addmm(into, dy, _in(part.B, computed), beta=0, alpha=part.factor, out=into)
             if not run.trained:
                 continue
@@ -238,7 +241,7 @@ class Group:
             if part.bias is not None:
                 gradients.append(gradient_sum(part.bias, dy.sum(0).mul_(part.factor)))
         if run.trained:
-            first = gradient_products(run.factors, dh, self._input(x, run, computed))
+            first = gradient_products(run.factors, dh, self._input(x, run))
             gradients = [gradient for gradient in (*first, *gradients) if gradient is not None]
         else:
             gradients = [None] * len(run.homeless)
@@ -250,9 +253,9 @@ class Group:
                 dx[run.rows].addmm_(dh, A)
         return gradients
 
-    def _input(self, x: Tensor, run: _Run, computed: torch.dtype) -> Tensor:
+    def _input(self, x: Tensor, run: _Run) -> Tensor:
         """What the A's of a run read: its rows of x, dropped."""
-        return self._dropped(_in(x[run.rows], computed), run)
+        return self._dropped(x[run.rows], run)
 
     def _dropped(self, x: Tensor, run: _Run) -> Tensor:
         """Dropout with the run's mask; it is linear, so the backward applies it too."""
