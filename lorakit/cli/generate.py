@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = _read_prompts(options)
     from lorakit.cli import tasks
     from lorakit.infer import answers, stream
-    from lorakit.infer.sampling import Sampling
+    from lorakit.infer.generation.sampling import Sampling
 
     Sampling(options.temperature, options.top_p, options.seed)  # raises before anything is loaded
     adapters = load_adapters(options.adapter)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import InputError, RoutingError
-from lorakit.infer import answers, generate, generation, slots, stream
-from lorakit.infer.sampling import Sampling, source
-from lorakit.infer.text import GrowingText
+from lorakit.infer import answers, generate, stream
+from lorakit.infer.generation import slots, slotted
+from lorakit.infer.generation.sampling import Sampling, source
+from lorakit.infer.generation.text import GrowingText
 from lorakit.layers import attach
 
 TOKENS = {"vocab_size": 259, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
@@ -307,8 +308,8 @@ def test_more_mistakes(base):
 def test_rows_are_bounded_by_the_memory_of_their_cache(base, monkeypatch, caplog):
     one = base()
     # 2 layers · keys and values · 2 heads of 4 · 8 bytes
-    assert generation._cache_bytes_per_token(one.model) == 256
-    monkeypatch.setattr(generation, "_CACHE_BYTES", 256 * (11 + 5) * 2)
+    assert slotted._cache_bytes_per_token(one.model) == 256
+    monkeypatch.setattr(slotted, "_CACHE_BYTES", 256 * (11 + 5) * 2)
     caplog.set_level("INFO", logger="lorakit")
     found = generate(one, None, PROMPTS, max_new_tokens=5, batch_size=6)
     assert "2 rows at a time instead of 6" in caplog.text
