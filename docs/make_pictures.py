@@ -20,7 +20,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from lorakit.cli.progress import drawing, duration, summary, view_of_rows
+from lorakit.cli.progress.drawing import drawing
+from lorakit.cli.progress.view import view_of_rows
+from lorakit.cli.progress.wording import duration, summary
 from lorakit.train.callbacks import RunInfo, RunResult
 from lorakit.train.record import Record, read_run
 from lorakit.train.report import write_report

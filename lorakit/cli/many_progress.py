@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from lorakit.cli.progress import PLAIN_SECONDS, count, duration, memory
+from lorakit.cli.progress.showing import PLAIN_SECONDS
+from lorakit.cli.progress.wording import count, duration, memory
 from lorakit.train.callbacks import Callback, EvalMetrics, RunInfo, RunResult, StepMetrics
 
 #: runs under way that have a line

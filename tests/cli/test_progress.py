@@ -15,18 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lorakit.cli.progress import (
-    LiveProgress,
-    PlainProgress,
-    Progress,
-    View,
-    braille,
-    curve,
-    drawing,
-    duration,
-    memory,
-    view_of_rows,
-)
+from lorakit.cli.progress import LiveProgress, PlainProgress, Progress
+from lorakit.cli.progress.drawing import braille, curve, drawing
+from lorakit.cli.progress.view import View, view_of_rows
+from lorakit.cli.progress.wording import duration, memory
 from lorakit.train.callbacks import (
     Callback,
     CallbackList,

@@ -1,0 +1,22 @@
+"""Commands on models other than causal language models: which task it is, and what is its own.
+
+``train``, ``eval``, ``generate`` and ``preview`` ask :func:`chosen_task` first, and hand over to
+this package where the answer is not ``"causal"``.
+"""
+
+from lorakit.cli.tasks.answering import generate
+from lorakit.cli.tasks.choosing import CAUSAL, TASKS, add_task_argument, chosen_task
+from lorakit.cli.tasks.judging import evaluate
+from lorakit.cli.tasks.previewing import preview
+from lorakit.cli.tasks.training import trainer_for
+
+__all__ = [
+    "CAUSAL",
+    "TASKS",
+    "add_task_argument",
+    "chosen_task",
+    "evaluate",
+    "generate",
+    "preview",
+    "trainer_for",
+]
