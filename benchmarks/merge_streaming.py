@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _measure(folder: Path, gigabytes: float, shard_gigabytes: float) -> dict[str, Any]:
-    from lorakit.workflows.merge_files import merge_files
+    from lorakit.workflows.merge.files import merge_files
 
     print("building …", file=sys.stderr, flush=True)
     base, adapter = _build(folder / "base", gigabytes, shard_gigabytes)

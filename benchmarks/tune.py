@@ -210,7 +210,7 @@ def _grid(options: argparse.Namespace, out: Path) -> int:
 def _search(options: argparse.Namespace, out: Path) -> int:
     """One search, or what is left of it."""
     from lorakit.workflows.tune import Plan, resume_tune, tune
-    from lorakit.workflows.tune_space import parse_search
+    from lorakit.workflows.tuning.space import parse_search
 
     task = _Task(options)
     folder = out / "search"
@@ -273,7 +273,7 @@ def _judged(out: Path) -> dict[str, dict[str, float]]:
 
 
 def _watcher() -> Any:
-    from lorakit.workflows.tune_field import Watcher
+    from lorakit.workflows.tuning.field import Watcher
 
     class Telling(Watcher):
         def on_note(self, text: str) -> None:

@@ -118,8 +118,8 @@ def _to_safetensors(
             "--quantize cannot act here; it is the type of a GGUF file (--to gguf). For another "
             "dtype give --dtype"
         )
-    from lorakit.workflows.merge_files import merge_files
-    from lorakit.workflows.merge_memory import merge_in_memory
+    from lorakit.workflows.merge.files import merge_files
+    from lorakit.workflows.merge.memory import merge_in_memory
 
     pairs = [(adapter, weights[name]) for name, adapter in named.items()]
     found: dict[str, Any] = {"text": None}
@@ -162,7 +162,7 @@ def _compare(options: argparse.Namespace, pairs: list[Any], folder: Path) -> Any
     from lorakit.bases import load_tokenizer
     from lorakit.data import load_data
     from lorakit.errors import BaseError
-    from lorakit.workflows.merge_check import TEXT, compare_merged, fitting_dtype
+    from lorakit.workflows.merge.check import TEXT, compare_merged, fitting_dtype
 
     dtype, why = fitting_dtype(folder)
     if why:

@@ -46,7 +46,7 @@ def write(
     if foreign:
         raise InputError(collected("These flags cannot act with --to gguf", foreign))
     from lorakit.cli.meter import meter
-    from lorakit.workflows.merge_gguf import merge_to_gguf
+    from lorakit.workflows.merge.gguf import merge_to_gguf
 
     pairs = [(adapter, weights[name]) for name, adapter in named.items()]
     found: dict[str, Any] = {"text": None}
@@ -88,7 +88,7 @@ def _on_text(
 
     from lorakit.bases.gguf_cache import write_model
     from lorakit.bases.gguf_file import read_header
-    from lorakit.workflows.merge_check import available_bytes
+    from lorakit.workflows.merge.check import available_bytes
 
     try:
         header = read_header(path)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lorakit.train import RunResult
     from lorakit.train.distributed import World
     from lorakit.workflows.tune import TuneResult
-    from lorakit.workflows.tune_field import Watcher
+    from lorakit.workflows.tuning.field import Watcher
 
 #: flags that act on a search that goes on; all others are in its tune.yaml
 _WITH_RESUME = {"resume", "json", "quiet", "debug", "command", "run"}
@@ -137,8 +137,8 @@ def run(options: argparse.Namespace) -> int:
 def _start(options: argparse.Namespace, watcher: Watcher) -> TuneResult:
     from lorakit.core.spec import LoRASpec
     from lorakit.train.settings import TrainSettings
-    from lorakit.workflows.tune_folder import TuneFolder
-    from lorakit.workflows.tune_space import parse_search
+    from lorakit.workflows.tuning.folder import TuneFolder
+    from lorakit.workflows.tuning.space import parse_search
 
     needed = {
         "base": "the model to adapt, such as smollm2",
@@ -307,7 +307,7 @@ def _calibrate(base: Any, base_options: Mapping[str, Any], rho: float) -> Any:
 
 def _resume(options: argparse.Namespace, watcher: Watcher) -> TuneResult:
     from lorakit.workflows.tune import resume_tune
-    from lorakit.workflows.tune_folder import TuneFolder
+    from lorakit.workflows.tuning.folder import TuneFolder
 
     given = [
         "--" + name.replace("_", "-")
@@ -335,13 +335,13 @@ def _resume(options: argparse.Namespace, watcher: Watcher) -> TuneResult:
 @contextmanager
 def watching(*, quiet: bool = False) -> Iterator[Watcher]:
     """Whoever tells on stderr how far a search is."""
-    from lorakit.workflows.tune_field import Watcher
+    from lorakit.workflows.tuning.field import Watcher
 
     if quiet:
         yield Watcher()
         return
     from lorakit.cli.meter import meter
-    from lorakit.workflows.tune_space import described
+    from lorakit.workflows.tuning.space import described
 
     with meter() as tell:
 
@@ -386,7 +386,7 @@ def watching(*, quiet: bool = False) -> Iterator[Watcher]:
 
 def print_result(result: TuneResult) -> None:
     """The table and the reasons, on stdout."""
-    from lorakit.workflows.tune_report import table
+    from lorakit.workflows.tuning.report import table
 
     printable_stdout()
     steps = sorted({step for c in result.candidates for step in c.losses})

@@ -4,8 +4,8 @@ The course of a search::
 
     1. the default settings, and candidates that fill the space evenly, to the first rung
     2. as many again, where TPE expects the most after these, to the first rung too
-    3. at each rung the better half goes on (``tune_halving`` says how it is kept fair)
-    4. of those that are trained out one is chosen, with reasons (``tune_choice``)
+    3. at each rung the better half goes on (``tuning.halving`` says how it is kept fair)
+    4. of those that are trained out one is chosen, with reasons (``tuning.choice``)
 
 Every decision follows from the candidates' losses, which are on disk, or is written down itself
 where it also depends on the clock. So a search that was killed goes on as if it had not been.
@@ -36,12 +36,12 @@ from lorakit.train.origin import (
     spec_from_dict,
     spec_to_dict,
 )
-from lorakit.workflows.tune_choice import Choice, choose
-from lorakit.workflows.tune_field import Field, Means, Watcher, prompts_of
-from lorakit.workflows.tune_folder import TuneFolder
-from lorakit.workflows.tune_halving import places, rungs, survivors
-from lorakit.workflows.tune_report import result_to_dict, write_pages
-from lorakit.workflows.tune_space import (
+from lorakit.workflows.tuning.choice import Choice, choose
+from lorakit.workflows.tuning.field import Field, Means, Watcher, prompts_of
+from lorakit.workflows.tuning.folder import TuneFolder
+from lorakit.workflows.tuning.halving import places, rungs, survivors
+from lorakit.workflows.tuning.report import result_to_dict, write_pages
+from lorakit.workflows.tuning.space import (
     Space,
     assign,
     check_space,
@@ -52,8 +52,8 @@ from lorakit.workflows.tune_space import (
     spread,
     values_of,
 )
-from lorakit.workflows.tune_study import Study, propose
-from lorakit.workflows.tune_table import Candidate
+from lorakit.workflows.tuning.study import Study, propose
+from lorakit.workflows.tuning.table import Candidate
 
 #: candidates where nobody said
 CANDIDATES, CANDIDATES_QUICK = 12, 7

@@ -67,8 +67,8 @@ def test_data_is_the_text(base, adapter, tmp_path, capfd):
 
 def test_the_comparison_can_fail(base, adapter, tmp_path):
     """Another merged model than base + adapter shows in the logits."""
-    from lorakit.workflows.merge_check import compare_merged
-    from lorakit.workflows.merge_files import merge_files
+    from lorakit.workflows.merge.check import compare_merged
+    from lorakit.workflows.merge.files import merge_files
 
     merge_files(base, (adapter, 0.5), tmp_path / "half")
     check = compare_merged(base, [(adapter, 1.0)], tmp_path / "half", [list(range(5, 60))],

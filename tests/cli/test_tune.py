@@ -12,7 +12,7 @@ from lorakit.cli.main import main
 from lorakit.cli.tune import duration
 from lorakit.errors import Interrupted
 from lorakit.formats import load_adapter
-from lorakit.workflows.tune_field import Field
+from lorakit.workflows.tuning.field import Field
 from tests.train import tiny
 
 

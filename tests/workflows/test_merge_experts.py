@@ -9,8 +9,8 @@ import transformers
 from lorakit import LoRASpec, attach, load_adapter, save_adapter
 from lorakit.cli.inspect_ import site_facts
 from lorakit.errors import FormatError
-from lorakit.workflows.merge_files import merge_files
-from lorakit.workflows.merge_memory import merge_in_memory
+from lorakit.workflows.merge.files import merge_files
+from lorakit.workflows.merge.memory import merge_in_memory
 from tests import models, moe_models
 from tests.bases import tiny
 

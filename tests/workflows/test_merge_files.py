@@ -20,9 +20,9 @@ from lorakit.core.checkpoint import open_checkpoint
 from lorakit.core.safetensors_io import read_safetensors, write_safetensors
 from lorakit.core.sites import LowRank, Replace
 from lorakit.errors import BaseError, FormatError, InputError, TrainingError
-from lorakit.workflows import merge_files as module
-from lorakit.workflows.merge_files import merge_files
-from lorakit.workflows.merge_memory import merge_in_memory
+from lorakit.workflows.merge import files as module
+from lorakit.workflows.merge.files import merge_files
+from lorakit.workflows.merge.memory import merge_in_memory
 from tests import models
 from tests.bases import tiny
 
@@ -233,7 +233,7 @@ def test_a_killed_process_leaves_no_model(tmp_path, exists):
     code = (
         "import sys, time\n"
         "from lorakit import load_adapter\n"
-        "from lorakit.workflows.merge_files import merge_files\n"
+        "from lorakit.workflows.merge.files import merge_files\n"
         "def wait(done, total):\n"
         "    if done > total // 2: print('half', flush=True); time.sleep(60)\n"
         "merge_files(sys.argv[1], load_adapter(sys.argv[2]), sys.argv[3], progress=wait)\n"

@@ -24,9 +24,9 @@ from lorakit.bases.identity import identify
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Replace
 from lorakit.errors import BaseError, FormatError, InputError, TrainingError
-from lorakit.workflows import merge_gguf
-from lorakit.workflows.merge_gguf import merge_to_gguf
-from lorakit.workflows.merge_gguf_check import step_of
+from lorakit.workflows.merge import gguf as merge_gguf
+from lorakit.workflows.merge.gguf import merge_to_gguf
+from lorakit.workflows.merge.gguf_check import step_of
 from tests.bases import tiny
 from tests.workflows import gguf_cases
 from tests.workflows.gguf_cases import CASES
@@ -266,7 +266,7 @@ _RUN = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 from pathlib import Path
-from lorakit.workflows.merge_gguf import merge_to_gguf
+from lorakit.workflows.merge.gguf import merge_to_gguf
 from tests.bases import tiny
 from tests.workflows import gguf_cases
 def slow(done, total):

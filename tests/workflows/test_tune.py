@@ -37,13 +37,13 @@ from lorakit.errors import (
 from lorakit.formats import load_adapter
 from lorakit.train import Callback, Origin, Trainer, TrainSettings
 from lorakit.train.callbacks import CallbackList
-from lorakit.workflows import tune_halving
 from lorakit.workflows.tune import Plan, _prepared, resume_tune, tune
-from lorakit.workflows.tune_choice import Choice, choose
-from lorakit.workflows.tune_field import Field, Means, Watcher
-from lorakit.workflows.tune_folder import TuneFolder, from_row, to_row
-from lorakit.workflows.tune_halving import places, rungs, survivors
-from lorakit.workflows.tune_space import (
+from lorakit.workflows.tuning import halving
+from lorakit.workflows.tuning.choice import Choice, choose
+from lorakit.workflows.tuning.field import Field, Means, Watcher
+from lorakit.workflows.tuning.folder import TuneFolder, from_row, to_row
+from lorakit.workflows.tuning.halving import places, rungs, survivors
+from lorakit.workflows.tuning.space import (
     Choices,
     Range,
     assign,
@@ -55,8 +55,8 @@ from lorakit.workflows.tune_space import (
     spread,
     values_of,
 )
-from lorakit.workflows.tune_study import Study, propose
-from lorakit.workflows.tune_table import Candidate, Losses, difference
+from lorakit.workflows.tuning.study import Study, propose
+from lorakit.workflows.tuning.table import Candidate, Losses, difference
 from tests.train import tiny
 from tests.train.child import context
 
@@ -175,7 +175,7 @@ def test_the_default_space_lies_around_the_usual_rate():
 @given(st.integers(1, 5000))
 def test_rungs(steps):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune_halving, "LEAST_STEPS", 20)  # as it is outside of these tests
+        patch.setattr(halving, "LEAST_STEPS", 20)  # as it is outside of these tests
         check_rungs(steps)
 
 
@@ -587,7 +587,7 @@ PLAN = Plan(candidates=6, search={"lr": Range(1e-4, 1.0), "rank": Choices((2, 8)
 @pytest.fixture(autouse=True)
 def _early_rungs(monkeypatch):
     """Rungs after 6, 12 and 24 steps."""
-    monkeypatch.setattr(tune_halving, "LEAST_STEPS", 6)
+    monkeypatch.setattr(halving, "LEAST_STEPS", 6)
 
 
 @pytest.fixture(scope="module")
@@ -632,7 +632,7 @@ class Heard(Watcher):
 def whole(shop, tmp_path_factory):
     """A search that nothing disturbed, and what was told of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune_halving, "LEAST_STEPS", 6)
+        patch.setattr(halving, "LEAST_STEPS", 6)
         heard = Heard()
         return shop.tune(tmp_path_factory.mktemp("whole") / "out", watcher=heard), heard.rungs
 
@@ -698,7 +698,7 @@ def test_a_search_from_end_to_end(shop, whole, tmp_path):
 
 
 def test_without_matplotlib_or_a_better_adapter_that_is_said(shop, tmp_path, monkeypatch):
-    import lorakit.workflows.tune_plot as plot
+    import lorakit.workflows.tuning.plot as plot
 
     def missing(*_, **__):
         raise MissingDependencyError("pip install 'lorakit[tune]'")
@@ -726,7 +726,7 @@ def _search(folder: Path, out: Path, marker: Path | None) -> None:
     import torch
 
     torch.set_num_threads(1)
-    tune_halving.LEAST_STEPS = 6
+    halving.LEAST_STEPS = 6
 
     class Waiting(Watcher):
         def on_step(self, number, metrics):

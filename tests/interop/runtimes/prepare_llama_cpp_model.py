@@ -16,7 +16,7 @@ import torch
 from lorakit.bases.gguf_cache import dequantised
 from lorakit.bases.source import find_source
 from lorakit.formats import load_adapter
-from lorakit.workflows.merge_gguf import merge_to_gguf
+from lorakit.workflows.merge.gguf import merge_to_gguf
 from tests.interop.runtimes.cases import Work
 from tests.workflows import gguf_cases
 

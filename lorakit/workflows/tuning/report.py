@@ -11,10 +11,10 @@ from lorakit.errors import MissingDependencyError
 from lorakit.train.origin import plain, spec_to_dict
 from lorakit.train.report.blocks import framed
 from lorakit.train.report.markup import Html, fill, join
-from lorakit.workflows.tune_folder import TuneFolder
-from lorakit.workflows.tune_plot import plot_search
-from lorakit.workflows.tune_space import Space, shown, space_to_dict
-from lorakit.workflows.tune_table import Candidate, difference
+from lorakit.workflows.tuning.folder import TuneFolder
+from lorakit.workflows.tuning.plot import plot_search
+from lorakit.workflows.tuning.space import Space, shown, space_to_dict
+from lorakit.workflows.tuning.table import Candidate, difference
 
 if TYPE_CHECKING:
     from lorakit.workflows.tune import TuneResult

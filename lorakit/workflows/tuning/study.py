@@ -15,8 +15,8 @@ from typing import Any
 
 from lorakit.errors import InputError
 from lorakit.optional import require
-from lorakit.workflows.tune_space import Choices, Range, Space, spread
-from lorakit.workflows.tune_table import Candidate
+from lorakit.workflows.tuning.space import Choices, Range, Space, spread
+from lorakit.workflows.tuning.table import Candidate
 
 #: the study's name in the file
 NAME = "lorakit tune"

@@ -34,7 +34,7 @@ from lorakit.core.files import (
 from lorakit.errors import InputError, collected
 from lorakit.optional import require
 from lorakit.train.origin import check_content, plain
-from lorakit.workflows.tune_table import Losses
+from lorakit.workflows.tuning.table import Losses
 
 _SECTIONS = ("base", "data", "validation", "lora", "train", "content", "search")
 

@@ -15,10 +15,8 @@ from lorakit.core.checkpoint import open_checkpoint
 from lorakit.layers.dense import to_dense_
 from lorakit.layers.merge import merge
 from lorakit.layers.merge_plan import MergeLike, weighted
-from lorakit.workflows.merge_files import (
-    MergedFiles,
-    Progress,
-    Say,
+from lorakit.workflows.merge.files import MergedFiles, Progress, Say
+from lorakit.workflows.merge.folder import (
     building,
     checked_out,
     copy_other_files,
@@ -41,7 +39,7 @@ def merge_in_memory(
     say: Say = lambda text: None,
     progress: Progress = lambda done, total: None,
 ) -> MergedFiles:
-    """As :func:`lorakit.workflows.merge_files.merge_files`, through the loaded model.
+    """As :func:`lorakit.workflows.merge.files.merge_files`, through the loaded model.
 
     A base that bitsandbytes quantised becomes dense. transformers saves the result, in its own
     layout. No rows are checked: what was written is what transformers made of the model.

@@ -8,8 +8,8 @@ from typing import Any
 
 from lorakit.core.files import atomic_file
 from lorakit.optional import require
-from lorakit.workflows.tune_space import shown
-from lorakit.workflows.tune_table import Candidate
+from lorakit.workflows.tuning.space import shown
+from lorakit.workflows.tuning.table import Candidate
 
 _COLOURS = ("#3b6fb6", "#d1603d", "#4c956c", "#8a5fb0", "#b88a1b", "#5a5a5a", "#c2477f")
 _MARKERS = ("o", "s", "D", "P", "X", "v")

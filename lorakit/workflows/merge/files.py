@@ -7,13 +7,12 @@ same bits as a model that was merged in memory.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lorakit
 from lorakit.bases.fetch import fetch
 from lorakit.bases.identity import check_base
 from lorakit.bases.load import Located, locate
 from lorakit.bases.source import Source, find_source
-from lorakit.core.adapter import Adapter
 from lorakit.core.checkpoint import Checkpoint, Shard, open_checkpoint
-from lorakit.core.files import clear_disk_errors, new_folder, try_lock
 from lorakit.core.merging import Recipe, check_rows, compute_dtype_for, merge_
 from lorakit.core.products import exact_products
 from lorakit.core.safetensors_io import read_entry, read_rows, write_streamed
 from lorakit.errors import BaseError, FormatError, InputError, TrainingError, collected
-from lorakit.formats.tokenizer_files import is_tokenizer_file
 from lorakit.layers.merge_plan import Change, MergeLike, Weighted, plan_merge, weighted
+from lorakit.workflows.merge.folder import (
+    building,
+    checked_out,
+    copy_other_files,
+    read_json,
+    write_record,
+)
 from lorakit.workflows.skeleton import identity_of, skeleton_of, stored_names
 
 Say = Callable[[str], None]
@@ -42,12 +44,6 @@ Progress = Callable[[int, int], None]
 
 #: rows of each changed tensor that are computed again in float64
 NUM_ROWS = 8
-#: what the merge was made of, beside the model
-RECORD = "lorakit_merge.json"
-_LOCK = ".merging"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
-#: beside tokenizer files and JSON
-_KEPT_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 
 
 @dataclass(frozen=True)
@@ -257,7 +253,7 @@ def _untie_(
 
 def _check_dense(checkpoint: Checkpoint) -> None:
     folder = checkpoint.path
-    config = _json(folder / "config.json") if folder.is_dir() else {}
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
     method = config.get("quantization_config")
     if method:
         name = method.get("quant_method", "quantised") if isinstance(method, dict) else method
@@ -268,58 +264,6 @@ def _check_dense(checkpoint: Checkpoint) -> None:
 
 
 # --- writing -----------------------------------------------------------------------------------
-
-
-def checked_out(path: Path) -> Path:
-    """The folder to write to.
-
-    Raises:
-        InputError: something is there.
-    """
-    path = path.expanduser().absolute()
-    if path.is_dir():
-        _clear_leftovers(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise InputError(
-            f"{path} exists and is not empty. Give --out a new folder; nothing is overwritten."
-        )
-    return path
-
-
-@contextlib.contextmanager
-def building(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``path`` when the block ends well.
-
-    A process that is killed outright leaves it behind; the next merge to the same place removes
-    what no process holds.
-    """
-    with clear_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(path)
-        try:
-            with new_folder(path, last="config.json") as temporary:
-                lock = open(temporary / _LOCK, "w")  # noqa: SIM115 - held as long as the block
-                try:
-                    try_lock(lock.fileno())
-                    yield temporary
-                finally:
-                    (temporary / _LOCK).unlink(missing_ok=True)
-                    lock.close()
-        except FileExistsError as error:
-            raise InputError(
-                f"{path} exists and is not empty. Give --out a new folder; nothing is overwritten."
-            ) from error
-
-
-def _clear_leftovers(path: Path) -> None:
-    """Remove what merges to ``path`` left that were killed: their lock is free."""
-    for folder in [*path.parent.glob(f".{path.name}.*.tmp"), path / ".new.tmp"]:
-        lock = folder / _LOCK
-        if not lock.is_file():
-            continue
-        with open(lock) as file:
-            if try_lock(file.fileno()):
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _new_dtype(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
@@ -382,7 +326,7 @@ def _write_shards(
 
 
 def _write_index(index: Path, folder: Path, shards: Mapping[str, list[str]], size: int) -> None:
-    data = _json(index)
+    data = read_json(index)
     data.setdefault("metadata", {})["total_size"] = size
     where = {name: file for file, names in shards.items() for name in names}
     data["weight_map"] = dict(sorted(where.items()))
@@ -411,96 +355,6 @@ def _made(
             "--dtype float32 or bfloat16, or lower the weight."
         )
     return tensor
-
-
-def copy_other_files(
-    source: Path,
-    folder: Path,
-    adapters: Sequence[Weighted],
-    untied: bool,
-    dtype: torch.dtype | None,
-) -> None:
-    """Config, tokenizer and generation files; an adapter's tokenizer goes over the base's."""
-    if source.is_dir() and source != folder:
-        files = [*source.glob("*"), *source.glob("additional_chat_templates/*")]
-        for file in sorted(files):
-            name = file.relative_to(source).as_posix()
-            if file.is_file() and _is_kept(name):
-                target = folder / name
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
-    for name, content in _tokenizer_files(adapters).items():
-        target = folder / name
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(content)
-    path = folder / "config.json"
-    if path.exists() and (untied or dtype is not None):
-        config = _json(path)
-        for part in [config, *(v for v in config.values() if isinstance(v, dict))]:
-            if untied and (part is config or "tie_word_embeddings" in part):
-                part["tie_word_embeddings"] = False
-            for key in ("dtype", "torch_dtype"):
-                if dtype is not None and key in part:
-                    part[key] = str(dtype).removeprefix("torch.")
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _is_kept(name: str) -> bool:
-    if is_tokenizer_file(name) or name.startswith(_KEPT_NAMES):
-        return True
-    if name.endswith((*_WEIGHT_SUFFIXES, ".index.json")) or name.startswith(
-        ("adapter_", "lorakit")
-    ):
-        return False
-    return name.endswith((".json", ".py", ".jinja", ".model", ".txt"))
-
-
-def _tokenizer_files(adapters: Sequence[Weighted]) -> dict[str, bytes]:
-    """
-    Raises:
-        InputError: two adapters bring different ones.
-    """
-    found: dict[str, bytes] = {}
-    for adapter, _ in adapters:
-        for name, content in adapter.tokenizer_files.items():
-            if found.setdefault(name, content) != content:
-                raise InputError(
-                    f"two of the adapters bring different tokenizer files ({name}), so the merged "
-                    "model could read text in one way only; merge one of them"
-                )
-    return found
-
-
-def write_record(
-    folder: Path, base: str, adapters: Sequence[Weighted], notes: Sequence[str]
-) -> None:
-    """Beside the model, what it was made of."""
-    record = {
-        "lorakit": lorakit.__version__,
-        "base": base,
-        "adapters": [
-            {
-                "weight": weight,
-                "sha256": _digest(adapter),
-                "base": None if adapter.base is None else adapter.base.name,
-                "parameters": adapter.num_parameters,
-            }
-            for adapter, weight in adapters
-        ],
-        "notes": list(notes),
-    }
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _digest(adapter: Adapter) -> str:
-    """SHA-256 of the adapter's numbers, by path."""
-    found = hashlib.sha256()
-    for path, site in sorted(adapter.sites.items()):
-        for name, tensor in sorted(site.tensors().items()):
-            found.update(f"{path}.{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found.update(flat.numpy().data)
-    return found.hexdigest()
 
 
 # --- verifying ---------------------------------------------------------------------------------
@@ -551,11 +405,3 @@ def _sampled(name: str, height: int) -> list[int]:
         draw = hashlib.sha256(f"{name}:{k}".encode()).digest()
         rows.add(int.from_bytes(draw[:8], "big") % height)
     return sorted(rows)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -35,8 +35,8 @@ from lorakit.core.adapter import Adapter
 from lorakit.core.files import atomic_file
 from lorakit.core.merging import Recipe
 from lorakit.errors import BaseError, InputError, TrainingError
-from lorakit.workflows.merge_gguf_check import Checked, check_rows
-from lorakit.workflows.merge_gguf_plan import PlannedTensor, Weighted, make_plan
+from lorakit.workflows.merge.gguf_check import Checked, check_rows
+from lorakit.workflows.merge.gguf_plan import PlannedTensor, Weighted, make_plan
 
 #: numbers that are worked on at a time
 _BLOCK_ELEMENTS = 1 << 22

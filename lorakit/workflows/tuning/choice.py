@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.errors import TrainingError, clipped
-from lorakit.workflows.tune_space import Choices, Range, Space, described, shown
-from lorakit.workflows.tune_table import Candidate, Difference, Losses, difference
+from lorakit.workflows.tuning.space import Choices, Range, Space, described, shown
+from lorakit.workflows.tuning.table import Candidate, Difference, Losses, difference
 
 #: a rate nearer to an end of its range than this share of it is at the edge
 EDGE = 0.1

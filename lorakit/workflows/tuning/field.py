@@ -33,9 +33,9 @@ from lorakit.train import (
 )
 from lorakit.train.beginning import Calibrate
 from lorakit.train.interrupt import StopRequest
-from lorakit.workflows.tune_folder import TuneFolder, from_row, to_row
-from lorakit.workflows.tune_space import assign
-from lorakit.workflows.tune_table import Candidate, End, Losses
+from lorakit.workflows.tuning.folder import TuneFolder, from_row, to_row
+from lorakit.workflows.tuning.space import assign
+from lorakit.workflows.tuning.table import Candidate, End, Losses
 
 
 class Watcher:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorakit.bases.gguf_base import BaseTensor, GgufBase, from_gguf
 from lorakit.core.gguf_names import norm_offset, row_order
 from lorakit.errors import TrainingError, collected
-from lorakit.workflows.merge_gguf_plan import Change
+from lorakit.workflows.merge.gguf_plan import Change
 
 #: rows of each changed tensor that are compared: the ends, and some between
 _NUM_ROWS = 6

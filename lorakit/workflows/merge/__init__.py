@@ -1,0 +1,1 @@
+"""Merging into files, in memory and into one quantised GGUF, and what checks what came out."""

@@ -1,0 +1,1 @@
+"""The parts of a search for settings (:mod:`lorakit.workflows.tune`)."""
