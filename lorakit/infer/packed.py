@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.products import exact_products
+from lorakit.core.products import unrounded_products
 from lorakit.errors import BaseError, RoutingError
 from lorakit.infer import segments
 from lorakit.infer.chunked_loss import Head, chunk_rows, group_losses, position_losses
@@ -98,7 +98,7 @@ class PackedModel:
         self.fused: FusedBody | None = None
         """The fused layers, if they are used."""
         int8 = fused and bool(int8_linears(model))
-        with evaluating(model), exact_products([self.device.type]):
+        with evaluating(model), torch.no_grad(), unrounded_products():
             with unpacked_int8(model) if int8 else contextlib.nullcontext():
                 alone = self._probe(fixed=mode is not None)
                 if fused and self.mode == "packed" and self._finish is not None:

@@ -1,5 +1,7 @@
 """Tiny random models of several families, and float64 throughout."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import transformers as hf
@@ -124,24 +126,44 @@ def all_double(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-@pytest.fixture
-def reduced():
-    """float32 products may round their factors to bfloat16."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+def _by_backend(kind: str, precision: str) -> Callable[[], None]:
+    return lambda: setattr(getattr(torch.backends, kind).matmul, "fp32_precision", precision)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(lambda: torch.set_float32_matmul_precision("medium"), id="process"),
+        pytest.param(_by_backend("cuda", "tf32"), id="cuda"),
+        pytest.param(_by_backend("mkldnn", "bf16"), id="mkldnn"),
+    ]
+)
+def reduced(request):
+    """float32 products may round their factors, by each of the ways in which torch is told so."""
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    request.param()
     yield
-    torch.set_float32_matmul_precision(before)
+    for backend, precision in zip(backends, ("ieee", "ieee"), strict=True):
+        backend.fp32_precision = precision
+    torch.set_float32_matmul_precision("highest")
+    for backend, precision in zip(backends, before, strict=True):
+        backend.fp32_precision = precision
 
 
 @pytest.fixture
 def precisions():
-    """``precisions(model)``: a list of what each later forward of it found allowed."""
+    """``precisions()``: what is allowed now; ``precisions(model)``: a list of what each later
+    forward of the model finds allowed."""
 
-    def watch(model) -> list[str]:
-        found: list[str] = []
-        model.get_input_embeddings().register_forward_pre_hook(
-            lambda *_: found.append(torch.get_float32_matmul_precision())
-        )
+    def now() -> tuple[str, ...]:
+        backends = (torch.backends.cuda, torch.backends.mkldnn)
+        return tuple(backend.matmul.fp32_precision for backend in backends)
+
+    def watch(model=None):
+        if model is None:
+            return now()
+        found: list[tuple[str, ...]] = []
+        model.get_input_embeddings().register_forward_pre_hook(lambda *_: found.append(now()))
         return found
 
     return watch

@@ -7,12 +7,9 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorakit.train.callbacks import EvalMetrics, RunInfo, StepMetrics
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lorakit.cli.output import plural
 from lorakit.cli.progress.view import View
 from lorakit.train.callbacks import RunResult
-
-if TYPE_CHECKING:
-    pass
 
 
 def duration(seconds: float) -> str:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
 from lorakit.cli.output import emit_json, printable_stdout
 from lorakit.cli.tasks.choosing import OF_CAUSAL, kind_for, refuse, row_spec
-
-if TYPE_CHECKING:
-    pass
 
 
 def preview(options: argparse.Namespace, task: str, why: str) -> int:

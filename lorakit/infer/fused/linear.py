@@ -165,20 +165,17 @@ class Group:
         computed = self._computed(x)
         read = _in(x, computed) if self.runs else x
         hidden = [F.linear(self._input(read, run), run.a(computed)) for run in self.runs]
-        parts: list[list[tuple[_Run, Part, Tensor]]] = [[] for _ in self.linears]
-        for run, h in zip(self.runs, hidden, strict=True):
-            for (which, part), own in zip(run.members, run.columns(h), strict=True):
-                parts[which].append((run, part, own))
+        del read  # before the outputs are there too
         outputs = []
-        for linear, adapting in zip(self.linears, parts, strict=True):
+        for linear, shares in zip(self.linears, self._shares(hidden), strict=True):
             if onto is None:
                 y = F.linear(x, linear.weight(), linear.bias)
             else:
                 y = torch.addmm(onto, x, linear.weight().t())
                 y = y if linear.bias is None else y.add_(linear.bias)
-            if adapting:  # what changes nothing leaves it as it is, whatever it is computed in
+            if shares:  # what changes nothing leaves it as it is, whatever it is computed in
                 y = _in(y, computed)
-            for run, part, own in adapting:
+            for run, part, own in shares:
                 rows = y[run.rows]
                 rows.addmm_(own, _in(part.B, computed).t(), alpha=part.factor)
                 if part.bias is not None:
@@ -213,40 +210,58 @@ class Group:
                     dx.addmm_(dy, weight)
                 else:
                     dx.add_(dy @ weight)
+        dhs = [torch.empty_like(h) for h in hidden]
+        through_b: dict[_Run, list[Tensor | None]] = {run: [] for run in self.runs}
+        shares = zip(self._shares(hidden), self._shares(dhs), strict=True)
+        for dy, (reading, into) in zip(douts, shares, strict=True):
+            dy = _in(dy, computed) if reading else dy  # once, not for each run's rows
+            for (run, part, own), (_, _, dh) in zip(reading, into, strict=True):
+                through_b[run] += self._through_b(part, dy[run.rows], own, dh)
+        x = _in(x, computed) if any(run.trained for run in self.runs) else x
         gradients: list[Tensor | None] = []
-        if self.runs:  # cast once, not in each run's rows
-            douts, x = [_in(dy, computed) for dy in douts], _in(x, computed)
-        for run, h in zip(self.runs, hidden, strict=True):
-            gradients += self._run_backward(run, h, douts, x, dx)
+        for run, dh in zip(self.runs, dhs, strict=True):
+            gradients += self._through_a(run, dh, x, dx, through_b[run])
         return None if dx is None else _in(dx, dtype), gradients
+
+    def _shares(self, hidden: Sequence[Tensor]) -> list[list[tuple[_Run, Part, Tensor]]]:
+        """Of each linear, the parts that adapt it, with their columns of the runs' hidden."""
+        found: list[list[tuple[_Run, Part, Tensor]]] = [[] for _ in self.linears]
+        for run, h in zip(self.runs, hidden, strict=True):
+            for (which, part), own in zip(run.members, run.columns(h), strict=True):
+                found[which].append((run, part, own))
+        return found
 
     def _computed(self, x: Tensor) -> torch.dtype:
         """What the low-rank products are computed in."""
         parameters = [run.factors[0].dtype for run in self.runs] if x.is_cpu else []
         return functools.reduce(torch.promote_types, parameters, x.dtype)
 
-    def _run_backward(
-        self, run: _Run, h: Tensor, douts: Sequence[Tensor], x: Tensor, dx: Tensor | None
+    @staticmethod
+    def _through_b(part: Part, dy: Tensor, h: Tensor, dh: Tensor) -> list[Tensor | None]:
+        """Write the gradient of a part's hidden values [n, r]; gives those of B and the bias."""
+        torch.addmm(dh, dy, _in(part.B, dy.dtype), beta=0, alpha=part.factor, out=dh)
+        if not part.trained:
+            return []
+        gradients = [gradient_product(part.B, dy, h, part.factor)]
+        if part.bias is not None:
+            gradients.append(gradient_sum(part.bias, dy.sum(0).mul_(part.factor)))
+        return gradients
+
+    def _through_a(
+        self,
+        run: _Run,
+        dh: Tensor,
+        x: Tensor,
+        dx: Tensor | None,
+        through_b: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        computed = h.dtype
-        dh = torch.empty_like(h)
-        gradients: list[Tensor | None] = []
-        columns = zip(run.members, run.columns(h), run.columns(dh), strict=True)
-        for (which, part), own, into in columns:
-            dy = douts[which][run.rows]
-            torch.addmm(into, dy, _in(part.B, computed), beta=0, alpha=part.factor, out=into)
-            if not run.trained:
-                continue
-            gradients.append(gradient_product(part.B, dy, own, part.factor))
-            if part.bias is not None:
-                gradients.append(gradient_sum(part.bias, dy.sum(0).mul_(part.factor)))
+        """Add the input's gradient to dx; gives those of a run's parameters that have no place."""
+        gradients: list[Tensor | None] = [None] * len(run.homeless)
         if run.trained:
-            first = gradient_products(run.factors, dh, self._input(x, run))
-            gradients = [gradient for gradient in (*first, *gradients) if gradient is not None]
-        else:
-            gradients = [None] * len(run.homeless)
+            through_a = gradient_products(run.factors, dh, self._input(x, run))
+            gradients = [one for one in (*through_a, *through_b) if one is not None]
         if dx is not None:
-            A = run.a(computed)
+            A = run.a(dh.dtype)
             if run.dropout and self.keys is not None:
                 dx[run.rows] += self._dropped(dh @ A, run)
             else:

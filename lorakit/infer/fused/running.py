@@ -98,7 +98,9 @@ class _Running:
         layer, anatomy = owner.layers[self._index], owner._anatomies[self._index]
         call: Call | str = anatomy if isinstance(anatomy, str) else "it is called in another way"
         segments, rope = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            call = "autocast chooses the dtype of each operation"
+        elif torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
             call = "its own weights are trained"
         elif (
             isinstance(anatomy, Anatomy)

@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from lorakit.core.products import exact_products
+from lorakit.core.products import unrounded_products
 from lorakit.infer.generation.rows import Event, Row, is_encoder_decoder
 from lorakit.infer.generation.run import Run, left_padded
 from lorakit.infer.generation.sampling import source
-from lorakit.infer.generation.slots import SlotCache
 from lorakit.infer.mode import accepted
 from lorakit.infer.probing import close, probe_sequences
 
@@ -41,6 +39,8 @@ _tried: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictio
 
 def events(run: Run) -> Iterator[Event]:
     """New pieces of text and finished answers, as they come."""
+    from lorakit.infer.generation.slots import SlotCache
+
     cache = SlotCache()
     rows: list[Row] = []
     most = _most_rows(run)
@@ -69,6 +69,8 @@ def events(run: Run) -> Iterator[Event]:
 
 def _prefill(run: Run, cache: Any, free: int) -> tuple[list[Row], Tensor]:
     """Run the next prompts and put them into slots; gives them and their logits [R, V]."""
+    from transformers import DynamicCache
+
     tokens = _PREFILL_TOKENS.get(run.device.type, _PREFILL_TOKENS_ACCELERATOR)
     taken: list[Row] = []
     while run.waiting and len(taken) < free:
@@ -142,8 +144,8 @@ def _try(run: Run) -> str | None:
     if kinds or getattr(run.model, "_is_stateful", False):
         return f"{name} keeps a state that is not one entry a token {sorted(kinds) or ''}"
     try:
-        with exact_products([run.device.type]):
-            with run.using([None]):
+        with unrounded_products():
+            with torch.no_grad(), run.using([None]):
                 expected = torch.cat(
                     [
                         run.model(ids[None]).logits[0, -3:]
@@ -160,6 +162,10 @@ def _try(run: Run) -> str | None:
 
 def _probe(run: Run) -> Tensor:
     """Logits of the last three tokens of the two probe sequences, run as rows; [6, V]."""
+    from transformers import DynamicCache
+
+    from lorakit.infer.generation.slots import SlotCache
+
     sequences = [ids.tolist() for ids in probe_sequences(run.model, run.device)]
     rows = [_probe_row(ids[:-2]) for ids in sequences]
     cache, own = SlotCache(), DynamicCache()
