@@ -54,6 +54,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pictures of a caption; default 1",
     )
+    manners = ("usual", "against")
+    judge.add_argument(
+        "--manner",
+        nargs="+",
+        choices=manners,
+        default=manners,
+        help="weight 1 as any program would, or a lower one with --against; default: both",
+    )
+    judge.add_argument(
+        "--no-sheets", dest="sheets", action="store_false", help="only judge; numbers.json is all"
+    )
     judge.set_defaults(run=_evaluate)
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")

@@ -11,7 +11,7 @@ manners: as diffusers would with it, and at a lower weight against its opposite 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from examples.emoji import captions, data, sheets
-from examples.emoji.judge import Judges, Nearest
+from examples.emoji.judge import AMONG, Judges, Nearest, shares
 
 #: mix of adapters, captions, what guidance pushes away from → pictures [N, 32, 32, 3] uint8
 Draw = Callable[..., np.ndarray]
@@ -33,11 +33,19 @@ PARTS: tuple[captions.Part, ...] = ("known", "new")
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
-def judged(judges: Judges, pictures: data.Pictures, draw: Draw, *, each: int = 1) -> dict[str, Any]:
+def judged(
+    judges: Judges,
+    pictures: data.Pictures,
+    draw: Draw,
+    *,
+    each: int = 1,
+    manners: Sequence[str] = tuple(MANNERS),
+) -> dict[str, Any]:
     """Style → part of the test → what is real, and what base and adapter make of it.
 
     Args:
         each: pictures of a caption, each from noise of its own.
+        manners: in which the adapters draw.
     """
     found: dict[str, Any] = {}
     candidates = captions.of_part(pictures.emoji, *PARTS)
@@ -47,6 +55,7 @@ def judged(judges: Judges, pictures: data.Pictures, draw: Draw, *, each: int = 1
         told = [data.told(one) for one in emoji] * each
         rows = [candidates.index(one) for one in emoji]
         by_base = draw(None, told)
+        base_places = nearest.places(by_base, rows * each)
         real_base = np.stack([pictures.of(data.FROM, one) for one in emoji])
         for style in data.STYLES:
 
@@ -64,10 +73,17 @@ def judged(judges: Judges, pictures: data.Pictures, draw: Draw, *, each: int = 1
                 "real base art": seen(real_base),
                 "base": seen(by_base),
             }
-            for manner, chosen in MANNERS.items():
-                weight, against = chosen[style]
+            for manner in manners:
+                weight, against = MANNERS[manner][style]
                 drawn = draw({style: weight}, told, against)
-                numbers[manner] = compared(seen(drawn), numbers["base"], numbers["real style"])
+                places = nearest.places(drawn, rows * each)
+                adapter = {"share": judges.share(drawn, style), "shown": shares(places)}
+                numbers[manner] = {
+                    **compared(adapter, numbers["base"], numbers["real style"]),
+                    "95% of captions": kept_between(
+                        base_places.reshape(each, -1), places.reshape(each, -1)
+                    ),
+                }
             found.setdefault(style, {})[part] = numbers
     return found
 
@@ -83,6 +99,31 @@ def compared(adapter: dict[str, Any], base: dict[str, Any], real: dict[str, Any]
             for among, shown in base["shown"].items()
         },
     }
+
+
+def kept_between(
+    base: np.ndarray, adapter: np.ndarray, *, draws: int = 2000, seed: int = 0
+) -> dict[str, tuple[float, float] | None]:
+    """What an adapter shows over what the base shows, at the ends of 95% of resampled captions.
+
+    Args:
+        base: how many candidates are nearer, [pictures of a caption, captions]; ``adapter`` alike.
+        draws: of captions, with replacement (Efron, 1979: percentiles of the bootstrap).
+
+    Returns:
+        ``None`` where some draws are of captions that the base shows nothing of.
+    """
+    captions_ = np.random.default_rng(seed).integers(0, base.shape[1], (draws, base.shape[1]))
+    found: dict[str, tuple[float, float] | None] = {}
+    for among, count in AMONG.items():
+        by_base, by_adapter = (
+            (places < count).mean(0)[captions_].mean(1) for places in (base, adapter)
+        )
+        found[among] = None
+        if by_base.all():
+            low, high = np.quantile(by_adapter / by_base, (0.025, 0.975))
+            found[among] = float(low), float(high)
+    return found
 
 
 def smoothness(steps: np.ndarray) -> dict[str, float]:
@@ -122,6 +163,8 @@ def run(options: Any) -> None:
         Judges.load(work / "judges.pt"),
         out,
         each=options.each,
+        manners=options.manner,
+        with_sheets=options.sheets,
     )
     (out / "numbers.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
@@ -136,6 +179,8 @@ def report(
     *,
     steps: int = sheets.STEPS,
     each: int = 1,
+    manners: Sequence[str] = tuple(MANNERS),
+    with_sheets: bool = True,
 ) -> dict[str, Any]:
     """All numbers; and all sheets, as files in ``out``.
 
@@ -144,6 +189,8 @@ def report(
         adapters: style → adapter.
         steps: of denoising.
         each: pictures of a caption that are judged.
+        manners: in which the adapters draw what is judged.
+        with_sheets: also draw the sheets, and measure how even weights and how exact merges are.
     """
     from lorakit.layers import attach
 
@@ -155,7 +202,10 @@ def report(
     def draw(mix: Any, told: list[str], against: float = 1.0) -> np.ndarray:
         return sheets.draw_cells(base, handle, mix, told, steps=steps, against=against)
 
-    found = judged(judges, pictures, draw, each=each)
+    found = judged(judges, pictures, draw, each=each, manners=manners)
+    if not with_sheets:
+        handle.detach()
+        return found
     found["weights"] = weight_sheets(pictures, draw, out)
     blend_sheets(pictures, draw, out)
     beside_sheets(pictures, draw, out)

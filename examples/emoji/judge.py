@@ -196,6 +196,10 @@ class Judges:
         return cls(sets, network(len(sets), 16).eval(), residual_network(FEATURES, 24).eval())
 
 
+#: how many candidates may be the nearest for a picture to count
+AMONG = {"first": 1, "first five": 5}
+
+
 class Nearest:
     """Candidates that a picture may show, each the mean of its real pictures' features.
 
@@ -224,13 +228,19 @@ class Nearest:
             own: the candidate that each picture [N, 32, 32, 3] should be of; ``None``: the same
                 order.
         """
+        return shares(self.places(drawn, own))
+
+    def places(self, drawn: np.ndarray, own: Sequence[int] | None = None) -> np.ndarray:
+        """How many candidates are nearer than a picture's own, int64 [N]; as :meth:`right`."""
         near = self._judges.features_of(drawn) @ self._candidates.T  # [N, candidates]
         wanted = torch.arange(len(near)) if own is None else torch.tensor(own)
-        places = (near > near.gather(1, wanted[:, None])).sum(1)  # how many are nearer
-        return {
-            "first": float((places < 1).float().mean()),
-            "first five": float((places < 5).float().mean()),
-        }
+        found: np.ndarray = (near > near.gather(1, wanted[:, None])).sum(1).numpy()
+        return found
+
+
+def shares(places: np.ndarray) -> dict[str, float]:
+    """The share of :meth:`Nearest.places` that are the first, and among the first five."""
+    return {name: float((places < count).mean()) for name, count in AMONG.items()}
 
 
 # --- training ------------------------------------------------------------------------------------

@@ -490,6 +490,30 @@ def test_the_way_is_measured_from_the_base_to_the_real_style():
     assert found["shown, to the base"] == {"first": pytest.approx(0.8)}
 
 
+def test_what_is_kept_has_an_interval_over_captions():
+    base = np.zeros((2, 200), int)  # the base shows everything
+    half = np.tile([0, 3], 100)[None].repeat(2, 0)  # by the nearest, every other caption is shown
+    found = evaluate.kept_between(base, half)
+    assert found["first five"] == (1.0, 1.0)
+    low, high = found["first"]
+    # a mean of 200 coins has a deviation of 0.5 / sqrt(200), and 95% lie within 1.96 of these
+    assert low == pytest.approx(0.5 - 1.96 * 0.0354, abs=0.011)
+    assert high == pytest.approx(0.5 + 1.96 * 0.0354, abs=0.011)
+    # resampled are captions and not pictures: the number of pictures of one changes nothing
+    assert evaluate.kept_between(base[:1], half[:1]) == found
+    assert evaluate.kept_between(base + 9, half)["first"] is None
+
+
+def test_numbers_alone_can_be_asked_for_in_one_manner():
+    from examples.emoji.__main__ import _parser
+
+    options = _parser().parse_args(["evaluate"])
+    assert set(options.manner) == set(evaluate.MANNERS)
+    assert options.sheets
+    options = _parser().parse_args(["evaluate", "--manner", "against", "--no-sheets"])
+    assert (options.manner, options.sheets) == (["against"], False)
+
+
 def test_smoothness_tells_even_steps_from_a_jump():
     even = np.stack([np.full((1, 32, 32, 3), 20 * i, np.uint8) for i in range(5)])
     assert evaluate.smoothness(even) == pytest.approx({"largest step": 0.25, "way": 1.0})
@@ -528,6 +552,22 @@ def test_adapters_are_judged_drawn_over_weights_blended_and_merged(tmp_path, mon
         assert set(found[style]) == {"known", "new"}
         seen = {"real style", "real base art", "base", *evaluate.MANNERS}
         assert set(found[style]["known"]) == seen
+    alone = evaluate.report(
+        loaded,
+        adapters,
+        pictures,
+        judges,
+        tmp_path / "nowhere",
+        steps=2,
+        each=2,
+        manners=["against"],
+        with_sheets=False,
+    )
+    assert set(alone) == set(data.STYLES)
+    for style in data.STYLES:
+        for part in ("known", "new"):
+            there = {k: v for k, v in found[style][part].items() if k != "usual"}
+            assert alone[style][part] == there
 
 
 def test_sheets_hold_every_picture():
