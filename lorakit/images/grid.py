@@ -31,7 +31,9 @@ class Axis:
             return [str(value) for value in self.values]
         if self.name == "adapter":
             return ["base" if value is None else str(value) for value in self.values]
-        return [f"{self.name} {value:g}" for value in self.values]
+        if self.name == "weight":
+            return [f"weight {value:g}" for value in self.values]
+        return [f"{self.name} {value}" for value in self.values]  # to the last digit
 
 
 def parse_grid(text: str, prompts: Sequence[str], adapters: Sequence[str]) -> tuple[Axis, ...]:

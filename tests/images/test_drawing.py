@@ -177,6 +177,8 @@ def test_grids():
     assert [[(c.prompt, c.mix) for c in row] for row in table] == [
         [("p", None), ("p", {"a": 0.8})], [("q", None), ("q", {"a": 0.8})],
     ]  # fmt: skip
+    (_, seeds) = parse_grid("seed=1234567,1234568", ["p"], [])
+    assert seeds.labels() == ["seed 1234567", "seed 1234568"]
     (_, only) = parse_grid("step=5,10", ["p"], [])
     assert [c.steps for c in cells_of((_, only), Cell("p"), {})[0]] == [5, 10]
 
