@@ -14,7 +14,7 @@ examples:
 
 A picture's caption is in NAME.txt beside NAME.png, or in metadata.jsonl or metadata.csv with the
 columns file_name and text; --caption is for pictures that have none. With --masked only what
-NAME.mask.png shows white, or what is not transparent, is learnt.
+NAME.mask.png (or another ending of pictures) shows white, or what is not transparent, is learnt.
 
 A run folder holds run.yaml, metrics.jsonl, adapter/ (the best), samples/ (sheets of pictures),
 checkpoints/ and report.html.

@@ -34,13 +34,13 @@ from lorakit.errors import FormatError
 from lorakit.images.base import PictureBase, quiet_diffusers
 from lorakit.images.buckets import Placed
 from lorakit.images.families import latent_range
-from lorakit.images.pictures import Picture, opened
+from lorakit.images.pictures import Picture, greys_of, laid_on, opened
 from lorakit.optional import require
 
 logger = logging.getLogger(__name__)
 
 #: raised when the same key would get another content
-LAYOUT = 2
+LAYOUT = 3
 #: numbers of each weight that its fingerprint is made of
 _SAMPLED = 1 << 16
 #: what is kept in memory once it was read
@@ -232,12 +232,9 @@ def pixels_of(picture: Picture, placed: Placed) -> tuple[Tensor, Any]:
     """[3, H, W] float32 in [-1, 1], transparent places white; and the transparency, if any."""
     image = require("PIL.Image", extra="images", purpose="reading pictures")
     read = opened(picture.path.read_bytes())
-    alpha = None
-    if read.mode == "RGBA":
-        alpha = read.getchannel("A")
-        white = image.new("RGBA", read.size, (255, 255, 255, 255))
-        read = image.alpha_composite(white, read).convert("RGB")
-    array = np.asarray(_fitted(read, placed, image.Resampling.LANCZOS), np.float32)
+    alpha = read.getchannel("A") if read.mode == "RGBA" else None
+    fitted = _fitted(laid_on(read, "white"), placed, image.Resampling.LANCZOS)
+    array = np.asarray(fitted, np.float32)
     return torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1).contiguous(), alpha
 
 
@@ -257,7 +254,7 @@ def _mask(picture: Picture, placed: Placed, alpha: Any, height: int, width: int)
     """[1, h, w] in [0, 1]: the mask's file, else what is not transparent."""
     image = require("PIL.Image", extra="images", purpose="reading pictures")
     if picture.mask is not None:
-        alpha = opened(picture.mask.read_bytes()).convert("L")
+        alpha = greys_of(opened(picture.mask.read_bytes()))
     fitted = _fitted(alpha, placed, image.Resampling.BOX)
     small = fitted.resize((width, height), image.Resampling.BOX)
     return torch.from_numpy(np.asarray(small, np.float32) / 255)[None]

@@ -384,6 +384,10 @@ def _placed(
         sizes=counted([placed for _, placed in pairs]),
     )
     check_usable(report, spec.bad)
+    if spec.masks:
+        masked = sum(picture.masked for picture, _ in pairs)
+        note = f"of {masked} of {len(pairs)} pictures only what the masks show is learnt"
+        report = replace(report, notes=(*report.notes, note))
     return pairs, report
 
 

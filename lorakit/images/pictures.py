@@ -2,19 +2,18 @@
 
 Three forms are read, at any depth of the folder:
 
-- ``a.png`` with its caption beside it in ``a.txt``;
+- ``a.png`` with its caption beside it in ``a.txt`` (endings may be in capitals);
 - ``metadata.jsonl`` or ``metadata.csv`` with a column ``file_name`` and one of captions, which is
   how ``datasets`` lays out an image folder;
 - pictures alone, with one caption given for all.
 
-A mask (white: learn this) lies beside its picture as ``a.mask.png``, in the metadata's column
-``mask_file_name``, or is the picture's own transparency. Everything that is wrong is collected:
-each file is named with what is wrong and what would help.
+A mask (white: learn this) lies beside its picture as ``a.mask.png`` (or another ending of
+pictures), in the metadata's column ``mask_file_name``, or is the picture's own transparency.
+Everything that is wrong is collected: each file is named with what is wrong and what would help.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -27,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lorakit.data.readers import table
 from lorakit.errors import DataError, collected
 from lorakit.optional import require
 
@@ -122,6 +122,8 @@ class _Row:
     mask: Path | None
     where: str
     """For messages."""
+    remedy: str
+    """What would give it a caption."""
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -177,33 +179,40 @@ def check_usable(report: PicturesReport, bad: Bad) -> None:
             "them."
         )
     if not report.used:
-        raise DataError(
-            f"{report.folder} holds no picture that can be used" + _first(report.left_out)
-        )
+        raise DataError(f"{report.folder} holds no picture that can be used: " + _first(report))
 
 
 def _check_folder(folder: Path) -> None:
     if not folder.exists():
-        raise DataError(f"{folder} does not exist. Give a folder of pictures as --data.")
+        raise DataError(
+            f"{folder} does not exist. Give the folder that holds the pictures and their captions."
+        )
     if not folder.is_dir():
         raise DataError(
             f"{folder} is a file. Give the folder that holds the pictures and their captions."
         )
 
 
-def _first(problems: Sequence[str]) -> str:
-    if not problems:
-        return f"; pictures end in {', '.join(SUFFIXES)}"
-    return f": {len(problems)} were left out, the first: {problems[0]}"
+def _first(report: PicturesReport) -> str:
+    if not report.left_out:
+        return f"{report.source} has no rows"
+    return f"{len(report.left_out)} were left out, the first: {report.left_out[0]}"
 
 
 def _rows(folder: Path, spec: PicturesSpec) -> tuple[list[_Row], list[str], str, list[str]]:
     """Rows, problems with them, where the captions come from, and notes."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p, folder))
+    paths = sorted(p for p in folder.rglob("*") if not _hidden(p, folder))
+    files = [p for p in paths if p.is_file()]
     metadata = [p for p in files if p.name in METADATA]
     notes: list[str] = []
+    linked = [p for p in paths if p.is_symlink() and p.is_dir()]
+    if linked:  # they may lead anywhere, and round in circles
+        notes.append(
+            f"{len(linked)} folders are links, such as {linked[0].relative_to(folder)}; they are "
+            "not searched"
+        )
     if metadata:
-        rows, problems = _metadata_rows(metadata, folder, spec)
+        rows, problems = _metadata_rows(metadata, folder, spec, notes)
         source = ", ".join(str(p.relative_to(folder)) for p in metadata)
         named = {row.path for row in rows} | {row.mask for row in rows}
         spare = [p for p in files if _is_picture(p) and p.resolve() not in named]
@@ -218,16 +227,40 @@ def _rows(folder: Path, spec: PicturesSpec) -> tuple[list[_Row], list[str], str,
             f"--caption-column {spec.caption_column}: {folder} has no metadata.jsonl and no "
             "metadata.csv. Captions beside the pictures need no column; leave it out."
         )
-    rows = [
-        _Row(p.resolve(), _beside(p), _mask_beside(p), str(p.relative_to(folder)))
-        for p in files
-        if _is_picture(p) and not p.stem.endswith(MASK)
-    ]
+    rows = _plain_rows(files, folder)
     if not rows:
         other = {p.suffix or p.name for p in files}
-        there = f"; it holds {', '.join(sorted(other)[:6])}" if other else ""
-        raise DataError(f"{folder} holds no picture{there}. Pictures end in {', '.join(SUFFIXES)}.")
+        there = [f"it holds {', '.join(sorted(other)[:6])}"] if other else []
+        raise DataError(
+            "; ".join([f"{folder} holds no picture", *there, *notes])
+            + f". Pictures end in {', '.join(SUFFIXES)}."
+        )
+    if spec.masks:
+        used = {row.mask for row in rows}
+        spare = [p for p in files if _is_mask(p) and p.resolve() not in used]
+        if spare:
+            notes.append(
+                f"{len(spare)} masks are not used, such as {spare[0].relative_to(folder)}: a "
+                f"picture NAME.png has one mask beside it, NAME{MASK}.png"
+            )
     return rows, [], "a .txt beside each", notes
+
+
+def _plain_rows(files: Sequence[Path], folder: Path) -> list[_Row]:
+    """Pictures, each with the caption and the mask that are called as it is."""
+    captions = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt"}
+    masks = {p.with_suffix("").with_suffix(""): p.resolve() for p in files if _is_mask(p)}
+    return [
+        _Row(
+            p.resolve(),
+            captions.get(p.with_suffix("")),
+            masks.get(p.with_suffix("")),
+            str(p.relative_to(folder)),
+            f"Write {p.stem}.txt beside it",
+        )
+        for p in files
+        if _is_picture(p) and not _is_mask(p)
+    ]
 
 
 def _hidden(path: Path, folder: Path) -> bool:
@@ -238,26 +271,20 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def _beside(path: Path) -> Path | None:
-    """The file with a picture's caption; ``None`` without one."""
-    text = path.with_suffix(".txt")
-    return text if text.is_file() else None
-
-
-def _mask_beside(path: Path) -> Path | None:
-    mask = path.with_name(f"{path.stem}{MASK}.png")
-    return mask.resolve() if mask.is_file() else None
+def _is_mask(path: Path) -> bool:
+    return _is_picture(path) and path.stem.lower().endswith(MASK)
 
 
 def _metadata_rows(
-    files: Iterable[Path], folder: Path, spec: PicturesSpec
+    files: Iterable[Path], folder: Path, spec: PicturesSpec, notes: list[str]
 ) -> tuple[list[_Row], list[str]]:
     rows: list[_Row] = []
     problems: list[str] = []
     seen: set[Path] = set()
     for file in files:
         name = str(file.relative_to(folder))
-        for number, values, wrong in _read_metadata(file):
+        long: list[_Row] = []
+        for number, values, wrong in _read_metadata(file, notes):
             where = f"{name} line {number}"
             if wrong is not None:
                 problems.append(f"{where}: {wrong}")
@@ -270,20 +297,28 @@ def _metadata_rows(
             else:
                 seen.add(row.path)
                 rows.append(row)
+                if isinstance(row.caption, str) and "\n" in row.caption.strip():
+                    long.append(row)
+        if long and file.suffix == ".csv":  # in JSON nothing is left open without being broken
+            notes.append(
+                f"{len(long)} captions go over several lines, such as that of {long[0].where}; "
+                "where that is not meant, a quote was left open"
+            )
     return rows, problems
 
 
-def _read_metadata(file: Path) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+def _read_metadata(
+    file: Path, notes: list[str]
+) -> Iterator[tuple[int, Mapping[str, Any], str | None]]:
     """Line number, values, what is wrong with the line."""
+    if file.suffix == ".csv":
+        for row in table.read(file, str(file), notes):
+            yield row.line or row.number, row.values, row.problem
+        return
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: {error}. Save it as UTF-8.") from error
-    if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        for values in reader:
-            yield reader.line_num, dict(values), None
-        return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -319,13 +354,16 @@ def _metadata_row(
     caption = None if column is None else values[column]
     if caption is not None and not isinstance(caption, str):
         return f"its {column} is {caption!r:.60}; a caption is text"
+    if caption is not None and len(caption) > _MOST_CAPTION_BYTES:
+        return f"its {column} is no caption, it has {len(caption)} characters"
     mask_name = values.get("mask_file_name")
     mask = None
     if isinstance(mask_name, str) and mask_name:
         mask = _inside(file.parent, mask_name)
         if mask is None or not mask.is_file():
             return f"its mask {mask_name} is not there"
-    return _Row(path, caption, mask, f"{name} ({where})")
+    remedy = f"Write it into the column {column or CAPTION_COLUMNS[0]} of {file.name}"
+    return _Row(path, caption, mask, f"{name} ({where})", remedy)
 
 
 def _inside(folder: Path, name: str) -> Path | None:
@@ -367,19 +405,28 @@ def _checked(row: _Row, folder: Path, spec: PicturesSpec) -> Picture:
         raise DataError(f"{row.where}: there is no such file") from None
     except OSError as error:
         raise DataError(f"{row.where}: cannot be read ({error.strerror or error})") from error
-    width, height, transparent = _looked_at(content, row.where)
+    picture = _looked_at(content, row.where)
+    width, height = picture.size
     caption = _caption(row, spec)
     digest = hashlib.sha256(content)
     mask = row.mask if spec.masks else None
+    shown = picture.getchannel("A") if picture.mode == "RGBA" else None
     if mask is not None:
         inside = mask.read_bytes()
-        wide, high, _ = _looked_at(inside, f"{mask.name}, the mask of {row.where}")
+        shown = greys_of(_looked_at(inside, f"{mask.name}, the mask of {row.where}"))
+        wide, high = shown.size
         if (wide, high) != (width, height):
             raise DataError(
                 f"{row.where}: it is {width} × {height} pixels and its mask {wide} × {high}; make "
                 "them equal"
             )
         digest.update(inside)
+    least, most = (255, 255) if shown is None else shown.getextrema()
+    if spec.masks and most == 0:
+        cause = "it is transparent" if mask is None else f"its mask {mask.name} is black"
+        raise DataError(
+            f"{row.where}: {cause} everywhere, so nothing of the picture would be learnt"
+        )
     return Picture(
         row.path,
         caption,
@@ -387,24 +434,17 @@ def _checked(row: _Row, folder: Path, spec: PicturesSpec) -> Picture:
         height,
         digest.hexdigest(),
         mask,
-        spec.masks and (mask is not None or transparent),
+        spec.masks and (mask is not None or least < 255),
         row.where,
     )
 
 
-def _looked_at(content: bytes, where: str) -> tuple[int, int, bool]:
-    """Width and height of a picture that can be read to its end, and whether it is transparent.
-
-    Raises:
-        DataError: it is damaged, moves, or is far too large.
-    """
+def _looked_at(content: bytes, where: str) -> Any:
+    """What :func:`opened` gives, and its errors with a name."""
     try:
-        picture = opened(content)
+        return opened(content)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    width, height = picture.size
-    transparent = picture.mode == "RGBA" and picture.getchannel("A").getextrema()[0] < 255
-    return int(width), int(height), bool(transparent)
 
 
 def opened(content: bytes) -> Any:
@@ -439,8 +479,26 @@ def opened(content: bytes) -> Any:
     turned = ops.exif_transpose(picture)
     transparent = turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info
     if turned.mode.startswith(("I", "F")):
-        turned = image.fromarray(_eight_bits(np.asarray(turned)))
+        greys = np.asarray(turned)
+        clear = turned.info.get("transparency")  # the one grey that is
+        turned = image.fromarray(_eight_bits(greys)).convert("RGB")
+        if transparent:
+            turned.putalpha(image.fromarray(np.where(greys == clear, 0, 255).astype(np.uint8)))
     return turned.convert("RGBA" if transparent else "RGB")
+
+
+def laid_on(picture: Any, colour: str) -> Any:
+    """What :func:`opened` gives in RGB, with a colour where it is transparent."""
+    if picture.mode != "RGBA":
+        return picture
+    image = require("PIL.Image", extra="images", purpose="reading pictures")
+    ground = image.new("RGBA", picture.size, colour)
+    return image.alpha_composite(ground, picture).convert("RGB")
+
+
+def greys_of(mask: Any) -> Any:
+    """A mask that :func:`opened` gave, in 8 bits of grey; nothing is learnt where it is clear."""
+    return laid_on(mask, "black").convert("L")
 
 
 def _eight_bits(greys: np.ndarray) -> np.ndarray:
@@ -464,8 +522,8 @@ def _caption(row: _Row, spec: PicturesSpec) -> str:
         caption = spec.caption
     if caption is None:
         raise DataError(
-            f"{row.where}: it has no caption. Write {row.path.stem}.txt beside it, or give one for "
-            "all such pictures with --caption"
+            f"{row.where}: it has no caption. {row.remedy}, or give one for all such pictures with "
+            "--caption"
         )
     caption = " ".join(caption.split())
     if spec.trigger:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -66,12 +68,55 @@ def test_masks_of_a_file_and_of_transparency(tmp_path):
     tiny.pictures(tmp_path, 2)
     Image.new("L", (24, 24), 255).save(tmp_path / "00.mask.png")
     clear = Image.new("RGBA", (24, 24), (9, 9, 9, 0))
+    clear.putpixel((3, 3), (9, 9, 9, 255))
     clear.save(tmp_path / "01.png")
     found, _ = read_pictures(spec(tmp_path, masks=True))
     assert [(one.mask is not None, one.masked) for one in found] == [(True, True), (False, True)]
     without, _ = read_pictures(spec(tmp_path))  # the mask is no picture
     assert [(one.mask, one.masked) for one in without] == [(None, False), (None, False)]
     assert without[0].digest != found[0].digest
+
+
+def test_masks_and_captions_have_any_of_their_endings(tmp_path):
+    """And masks that are of no picture are said."""
+    tiny.pictures(tmp_path, 4)
+    for name in ("00.mask.png", "01.mask.JPG", "02.MASK.PNG", "3.mask.png"):
+        with (tmp_path / name).open("wb") as file:
+            Image.new("L", (24, 24), 255).save(file, "jpeg" if "JPG" in name else "png")
+    (tmp_path / "00.txt").rename(tmp_path / "00.TXT")
+    found, report = read_pictures(spec(tmp_path, masks=True))
+    assert [one.mask and one.mask.name for one in found] == [
+        "00.mask.png", "01.mask.JPG", "02.MASK.PNG", None,
+    ]  # fmt: skip
+    assert found[0].caption == "a red thing"
+    (note,) = report.notes
+    assert note.startswith("1 masks are not used, such as 3.mask.png")
+    assert read_pictures(spec(tmp_path))[1].notes == ()
+
+
+def test_masks_that_show_nothing(tmp_path):
+    tiny.pictures(tmp_path, 3)
+    Image.new("L", (24, 24)).save(tmp_path / "00.mask.png")
+    # what is white and transparent is not shown
+    Image.new("RGBA", (24, 24), (255, 255, 255, 0)).save(tmp_path / "01.mask.png")
+    Image.new("RGBA", (24, 24), (9, 9, 9, 0)).save(tmp_path / "02.png")
+    text = problems_of(tmp_path, masks=True)
+    assert "00.png: its mask 00.mask.png is black everywhere, so nothing" in text
+    assert "01.png: its mask 01.mask.png is black everywhere, so nothing" in text
+    assert "02.png: it is transparent everywhere, so nothing" in text
+    assert read_pictures(spec(tmp_path))[1].used == 3
+
+
+def test_folders_that_are_links_are_said(tmp_path):
+    tiny.pictures(tmp_path / "elsewhere", 2)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    said = "1 folders are links, such as link; they are not searched"
+    assert f"holds no picture; {said}. Pictures end in" in problems_of(folder)
+    tiny.pictures(folder, 1)
+    _, report = read_pictures(spec(folder))
+    assert (report.used, report.notes) == (1, (said,))
 
 
 def test_everything_wrong_is_named_at_once(tmp_path):
@@ -127,6 +172,18 @@ def test_sixteen_bits_are_scaled(tmp_path, ending):
     assert "b.tif: its greys are no whole numbers of 16 bits" in problems_of(tmp_path, caption="x")
 
 
+def test_one_grey_of_sixteen_bits_is_transparent(tmp_path):
+    ramp = np.linspace(0, 0xFFFF, 24 * 24).round().reshape(24, 24).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    chunk = b"tRNS" + struct.pack(">H", ramp[5, 7])
+    chunk = struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    after_header = 8 + 25  # PNG's mark, and IHDR
+    alpha = opened(content[:after_header] + chunk + content[after_header:]).getchannel("A")
+    assert np.argwhere(np.asarray(alpha) == 0).tolist() == [[5, 7]]
+    assert alpha.getextrema() == (0, 255)
+
+
 def test_a_picture_with_too_many_pixels(tmp_path, monkeypatch):
     tiny.pictures(tmp_path, 1)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -140,7 +197,11 @@ def test_a_picture_with_too_many_pixels(tmp_path, monkeypatch):
         ([{"file_name": "../out.png", "text": "a"}], "lies outside of the folder"),
         ([{"file_name": "9.png", "text": "a"}], "9.png (metadata.jsonl line 1): there is no such"),
         ([{"file_name": "00.png", "text": 7}], "its text is 7; a caption is text"),
-        ([{"file_name": "00.png", "text": None}], "it has no caption"),
+        (
+            [{"file_name": "00.png", "text": None}],
+            "it has no caption. Write it into the column text of metadata.jsonl",
+        ),
+        ([{"file_name": "00.png", "text": "a" * 70_000}], "is no caption, it has 70000 characters"),
         ([{"file_name": "00.png", "text": "a"}] * 2, "00.png has a row already"),
         ([{"file_name": "00.png", "text": "a", "mask_file_name": "m.png"}], "m.png is not there"),
         (["text"], "is no JSON object"),
@@ -152,8 +213,41 @@ def test_bad_metadata(tmp_path, rows, message):
     assert message in problems_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "00.png,a red, thing\n",
+            "metadata.csv line 2: 3 values for the 2 columns file_name, text",
+        ),
+        ('00.png,"a red thing\n01.png,b\n', 'a quote (") opened in the record of line 2 is never'),
+        (f"00.png,{'a' * 200_000}\n", "its text is no caption, it has 200000 characters"),
+        ("00.png,\n", "it has no caption"),
+        ("", "metadata.csv: it has a header (file_name, text) and no rows"),
+    ],
+)
+def test_bad_tables(tmp_path, lines, message):
+    tiny.pictures(tmp_path, 2)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + lines)
+    assert message in problems_of(tmp_path)
+    (tmp_path / "metadata.csv").write_text("")
+    assert "metadata.csv: it is empty" in problems_of(tmp_path)
+
+
+def test_a_quote_that_takes_other_rows_with_it(tmp_path):
+    tiny.pictures(tmp_path, 3)
+    text = 'file_name,text\n00.png,"a red thing\n01.png,a blue thing"\n02.png,a green thing\n'
+    (tmp_path / "metadata.csv").write_text(text)
+    _, report = read_pictures(spec(tmp_path))
+    assert any(
+        note.startswith("1 captions go over several lines, such as that of 00.png (metadata.csv l")
+        for note in report.notes
+    )
+
+
 def test_bad_folders(tmp_path):
-    assert "does not exist" in problems_of(tmp_path / "nowhere")
+    text = problems_of(tmp_path / "nowhere")  # of --valid and --prior-data too
+    assert "nowhere does not exist. Give the folder that holds the pictures" in text
     (tmp_path / "file.png").write_bytes(b"")
     assert "is a file" in problems_of(tmp_path / "file.png")
     (tmp_path / "empty").mkdir()
