@@ -3,7 +3,7 @@
 Each is a file of its own, named after all that decides its content (the picture's bytes, its size
 here, its sides, the caption, the weights of what encodes it), so that runs share them, a changed
 picture or another base never gets an old one, and a kill leaves whole files or none: what is there
-is not computed again. A file that is damaged is made anew.
+is not computed again. A file that is damaged, or was not written under its name, is made anew.
 
 ::
 
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 #: raised when the same key would get another content
 LAYOUT = 3
+#: of a file's header; its value is the name under which the file was written
+_KEY = "made_for"
 #: numbers of each weight that its fingerprint is made of
 _SAMPLED = 1 << 16
 #: what is kept in memory once it was read
@@ -111,11 +113,11 @@ class Cache:
 
     @staticmethod
     def _ensure(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> bool:
-        """Write a file if it is not there or damaged; whether it was written."""
+        """Write a file if there is none that can be used; whether it was written."""
         if _read(path) is not None:
             return False
         with atomic_file(path) as temporary:
-            write_safetensors(temporary, dict(make()), {})
+            write_safetensors(temporary, dict(make()), {_KEY: path.stem})
         return True
 
     # --- reading ---------------------------------------------------------------------------
@@ -161,14 +163,18 @@ class Cache:
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file; ``None`` if it is not there or damaged."""
+    """The tensors of a file; ``None`` if it is not there, damaged, or another's."""
     try:
-        return read_safetensors(path)[0]
+        found, told = read_safetensors(path)
     except FileNotFoundError:
         return None
     except FormatError as error:
         logger.warning("%s is damaged and is made again: %s", path, error)
         return None
+    if told.get(_KEY) != path.stem:  # its names and shapes could be any
+        logger.warning("%s is not what was written there and is made again", path)
+        return None
+    return found
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -6,6 +6,7 @@ import shutil
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from lorakit.images.buckets import Placed
 from lorakit.images.cache import encoded_caption, encoded_picture, pixels_of
@@ -42,6 +43,22 @@ def test_what_decides_a_file(tmp_path):
     with torch.no_grad():
         base.pipe.vae.encoder.conv_in.bias[0] += 1e-3
     assert filled(load_again(base), folder) == 5
+
+
+def test_a_file_that_was_not_written_under_its_name(tmp_path, caplog):
+    """Whatever it holds: other names, other shapes, or another picture's."""
+    base, folder = loaded("sd"), tiny.pictures(tmp_path / "data", 2)
+    data = load_pictures(PicturesPlan(PicturesSpec(str(folder)), 16), base)
+    data.fill()
+    one, other = (data.cache._latent_path(data[i].picture, data[i].placed) for i in (0, 1))
+    whole = one.read_bytes()
+    for tensors in ({"other": torch.ones(2)}, {"mean": torch.ones(4, 2, 2)}, None):
+        shutil.copy(other, one)
+        if tensors is not None:
+            save_file(tensors, one)
+        assert filled(base, folder) == 1
+        assert one.read_bytes() == whole
+    assert caplog.text.count(f"{one} is not what was written there") == 3
 
 
 @torch.no_grad()
