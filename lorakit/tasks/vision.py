@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 
 from lorakit.bases import Base
 from lorakit.bases.load import Task as BaseTask
+from lorakit.data import pictures
 from lorakit.data.rows import Row, RowError, shown
-from lorakit.errors import BaseError, InputError
+from lorakit.errors import BaseError, DataError, InputError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.optional import require
@@ -28,8 +27,6 @@ from lorakit.tasks.names import Recompute
 from lorakit.tasks.rows import Fields, Made, RowData, RowExample, RowSpec, load_rows
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-#: a picture of more pixels is rather a mistake, or an attack
-_MOST_PIXELS = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -150,28 +147,17 @@ def opened(content: bytes, name: str) -> Any:
     """A picture, decoded and upright, in RGB; what is transparent lies on white.
 
     Raises:
-        RowError: it is broken, or no picture.
+        RowError: it cannot be read, or moves.
     """
-    image, ops = (
-        require(f"PIL.{name}", extra="vision", purpose="reading pictures")
-        for name in ("Image", "ImageOps")
-    )
     try:
-        with image.open(io.BytesIO(content)) as picture:
-            if picture.width * picture.height > _MOST_PIXELS:
-                raise RowError(
-                    "a picture too large", f"{name}: {picture.width} × {picture.height} pixels"
-                )
-            picture.load()
-            ops.exif_transpose(picture, in_place=True)  # a camera writes how it was held
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                ground = image.new("RGBA", picture.size, "white")
-                return image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, struct.error, image.DecompressionBombError) as error:
-        raise RowError("a broken picture", f"{name} is no picture that can be read: {error}") from (
-            None
-        )
+        picture = pictures.opened(content, extra="vision")
+    except DataError as error:
+        raise RowError("a picture that cannot be used", f"{name}: {error}") from None
+    if picture.mode == "RGB":
+        return picture
+    image = require("PIL.Image", extra="vision", purpose="reading pictures")
+    ground = image.new("RGBA", picture.size, "white")
+    return image.alpha_composite(ground, picture).convert("RGB")
 
 
 def file_content(value: Any, file: str, what: str) -> tuple[bytes, AskedFile]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -154,6 +155,35 @@ def test_pictures_stand_upright_and_need_no_file(benches):
     base = bench.base()
     asked = AskedFile("a column of bytes", file.getvalue())
     assert len(bench.kind.predict(base, None, None, [asked], 8)) == 1
+
+
+def written(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_pictures_of_more_than_eight_bits():
+    """Pillow's own conversion makes nearly all of 16 bits white, and all in [0, 1] black."""
+    ramp = np.linspace(0, 0xFFFF, 16).round().reshape(4, 4)
+    read = opened(written(Image.fromarray(ramp.astype(np.uint16)), "PNG"), "it")
+    assert read.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(read)[..., 0], ramp / 257, atol=0.5)
+    grey = Image.fromarray((ramp / 0xFFFF).astype(np.float32))
+    with pytest.raises(InputError, match=r"a\.tif: its greys are no whole numbers of 16 bits"):
+        opened(written(grey, "TIFF"), "a.tif")
+
+
+def test_a_picture_that_moves_is_named():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    moving = written(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    with pytest.raises(InputError, match=r"a\.gif: it has 2 frames; save the one that is meant"):
+        opened(moving, "a.gif")
+
+
+def test_what_is_transparent_lies_on_white():
+    read = opened(written(Image.new("RGBA", (2, 2), (0, 0, 255, 51)), "PNG"), "it")
+    assert (read.mode, read.getpixel((0, 0))) == ("RGB", (204, 204, 255))
 
 
 @pytest.mark.parametrize("name", ["vision", "speech", "vision-chat"])

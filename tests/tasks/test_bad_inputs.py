@@ -82,7 +82,7 @@ def test_pictures(place, tmp_path, capsys):
     (tmp_path / "2.png").write_bytes(b"\x89PNG broken")
     rows[4]["image"] = "lost.png"
     told = said(place("vision", rows), capsys, "2 of 6 rows cannot be used")
-    assert "2.png is no picture that can be read" in told
+    assert "2.png: it is damaged or no picture" in told
     assert "lost.png: No such file or directory" in told
 
 
