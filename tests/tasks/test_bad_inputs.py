@@ -121,6 +121,23 @@ def test_chats(place, tmp_path, capsys):
         assert part in told
 
 
+OPTIONAL = {
+    "embed": ("negative", "w3", "the negative"),
+    "classify": ("sentence2", "w3", "the text_pair"),
+    "vision-chat": ("images", ["0.png"], "the images"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_what_only_later_rows_have_is_not_passed_over(benches, place, tmp_path, capsys, name):
+    column, value, field = OPTIONAL[name]
+    rows = [json.loads(line) for line in benches[name].file.read_text().splitlines()[:6]]
+    small.write_pictures(tmp_path, 6)
+    rows[1][column], rows[2][column] = value, None  # null is as good as no column
+    told = said(place(name, rows), capsys, "1 of 6 rows cannot be used")
+    assert f"line 2: it has a column '{column}' ({field}), and the first row has none" in told
+
+
 def test_a_single_pair(place, capsys):
     rows = [{"anchor": "w1", "positive": "w2"}]
     said(place("embed", rows), capsys, "nothing to contrast it with")
