@@ -216,6 +216,29 @@ def test_a_column_of_bytes_is_never_read_from_a_file_of_its_name(
     assert len(set(bench.kind.predict(base, None, None, asked, 4))) == 1
 
 
+def test_a_mark_in_a_text_is_the_place_of_a_picture(benches, tmp_path):
+    """As LLaVA's rows have it; what the model sees is that of the same chat in parts."""
+    bench = benches["vision-chat"]
+    base = bench.base()
+    small.write_pictures(tmp_path, 2)
+    first, second = ({"type": "image", "image": f"{i}.png"} for i in range(2))
+    words = [{"type": "text", "text": text} for text in ("w1", "w2 w3")]
+    answer = {"role": "assistant", "content": "w4"}
+
+    def row(content, **more):
+        return {"messages": [{"role": "user", "content": content}, answer], "images": None, **more}
+
+    rows = [
+        row("<image>\nw1\n<image>\nw2 w3", images=["0.png", "1.png"]),
+        row([first, words[0], second, words[1]]),
+    ]
+    marked, parts = rows_of(bench, base, tmp_path, rows)
+    assert marked.inputs["messages"] == parts.inputs["messages"]
+    task = bench.kind.on(base.model, None)
+    for name, seen in task._batch([marked]).items():
+        assert torch.equal(seen, task._batch([parts])[name])
+
+
 def test_a_head_that_names_no_classes(benches):
     """As PEFT writes it: how many there are is seen, which they are is guessed and said."""
     bench = benches["classify"]

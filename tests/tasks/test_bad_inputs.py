@@ -11,6 +11,7 @@ import transformers
 from lorakit import save_adapter
 from lorakit.cli.main import main
 from lorakit.tasks.registry import fitting_task, named
+from lorakit.tasks.rows import RowSpec
 
 from . import small
 
@@ -119,6 +120,41 @@ def test_chats(place, tmp_path, capsys):
         "lost.png: No such file or directory",
     ):
         assert part in told
+
+
+def chat(text, images=("0.png",)):
+    turns = [("user", text), ("assistant", "w3")]
+    return {"messages": [{"role": r, "content": c} for r, c in turns], "images": list(images)}
+
+
+def test_a_picture_for_each_mark_in_the_texts(place, tmp_path, capsys):
+    small.write_pictures(tmp_path, 2)
+    rows = [chat("<image>\nw1"), chat("<image><image> w1"), chat("<image> w1", ["0.png", "1.png"])]
+    told = said(place("vision-chat", rows), capsys, "2 of 3 rows cannot be used")
+    assert "line 2: the messages have places for 2 pictures (an <image> in a text is one)" in told
+    assert "line 3: 1 pictures have no place in the messages" in told
+
+
+REFUSALS = {
+    "{{ raise_exception('take turns') if p['text'] == 'w9' else p['text'] }}": (
+        "the base's chat template refuses it: take turns"
+    ),
+    # a mark that the processor has no picture for
+    "{{ p['text'] | replace('w9', '<image>') }}": "the base's processor refuses it: ",
+}
+
+
+@pytest.mark.parametrize("writes", REFUSALS)
+def test_a_chat_that_the_base_refuses_is_a_bad_row(benches, tmp_path, writes):
+    small.write_pictures(tmp_path, 1)
+    bench = benches["vision-chat"]
+    base = bench.base()
+    template = base.processor.chat_template
+    base.processor.chat_template = template.replace("{{ p['text'] }}", writes)
+    file = small.write_rows(tmp_path / "rows.jsonl", [chat("w9"), chat("w1")])
+    data = bench.kind.load_data(RowSpec((str(file),), bad_rows="skip"), base)
+    assert (len(data), data.report.num_dropped) == (1, 1)
+    assert REFUSALS[writes] in data.report.dropped_rows[0]
 
 
 OPTIONAL = {
