@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import struct
+import wave
 
+import numpy as np
 import pytest
 import transformers
 
 from lorakit import save_adapter
 from lorakit.cli.main import main
+from lorakit.data.rows import RowError
+from lorakit.errors import DataError
 from lorakit.tasks.registry import fitting_task, named
 from lorakit.tasks.rows import RowSpec
+from lorakit.tasks.speech import read_sound
 
 from . import small
 
@@ -120,6 +127,35 @@ def test_chats(place, tmp_path, capsys):
         "lost.png: No such file or directory",
     ):
         assert part in told
+
+
+@pytest.mark.parametrize("width", [5, 8])
+def test_samples_of_a_width_that_nobody_writes(width):
+    file = io.BytesIO()
+    with wave.open(file, "wb") as written:
+        written.setparams((1, 4, 16000, 0, "NONE", ""))
+        written.writeframes(bytes(40))
+    content = bytearray(file.getvalue())
+    content[32:36] = struct.pack("<HH", width, 8 * width)  # bytes of a frame, bits of a sample
+    with pytest.raises(RowError, match=rf"a\.wav is damaged: its samples have {width} bytes each"):
+        read_sound(bytes(content), "a.wav")
+
+
+def test_samples_that_are_no_numbers(benches, tmp_path, capsys):
+    """Whether they are learnt or asked with."""
+    samples = np.zeros(8000, np.float32)
+    samples[99] = np.nan
+    head = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 3, 1, 16000, 64000, 4, 32)
+    body = head + b"data" + struct.pack("<I", samples.nbytes) + samples.tobytes()
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+    asked = ["generate", "--base", str(benches["speech"].folder), "--prompt", str(path)]
+    message = "a.wav is damaged: some samples are NaN or infinite"
+    said([*asked, "--task", "speech"], capsys, message)
+    rows = small.write_rows(tmp_path / "rows.jsonl", [{"audio": "a.wav", "text": "w1"}])
+    base = benches["speech"].base()
+    with pytest.raises(DataError, match=message):
+        benches["speech"].kind.load_data(RowSpec((str(rows),)), base)
 
 
 def chat(text, images=("0.png",)):
