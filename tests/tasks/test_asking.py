@@ -19,7 +19,7 @@ from lorakit.errors import InputError
 from lorakit.tasks import speech
 from lorakit.tasks.rows import RowSpec
 from lorakit.tasks.seq2seq import answer_ids, decoder_batch
-from lorakit.tasks.vision import AskedFile, opened
+from lorakit.tasks.vision import AskedFile, Vision, opened
 
 from . import small
 
@@ -184,6 +184,22 @@ def test_a_picture_that_moves_is_named():
 def test_what_is_transparent_lies_on_white():
     read = opened(written(Image.new("RGBA", (2, 2), (0, 0, 255, 51)), "PNG"), "it")
     assert (read.mode, read.getpixel((0, 0))) == ("RGB", (204, 204, 255))
+
+
+def test_folders_of_classes(benches, tmp_path):
+    """What is hidden is no class and no picture; what no class has is told."""
+    files = ["a/0.png", "a/1.png", "b/0.png", ".ipynb_checkpoints/0.png", "b/._0.png"]
+    files += ["0.png", "nested/deep/0.png", "a/.old/0.png"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    spec, base = RowSpec((str(tmp_path),)), benches["vision"].base()
+    kind = Vision().fitted(spec, {})
+    assert kind.labels == ("a", "b")
+    report = kind.load_data(spec, base).report
+    assert report.classes == {"a": 2, "b": 1}
+    (note,) = report.notes
+    assert "2 pictures not used, such as 0.png; a picture stands in the folder of its" in note
 
 
 @pytest.mark.parametrize("name", ["vision", "speech", "vision-chat"])
