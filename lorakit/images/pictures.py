@@ -15,17 +15,14 @@ Everything that is wrong is collected: each file is named with what is wrong and
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
+from lorakit.data.pictures import opened
 from lorakit.data.readers import table
 from lorakit.errors import DataError, collected
 from lorakit.optional import require
@@ -447,46 +444,6 @@ def _looked_at(content: bytes, where: str) -> Any:
         raise DataError(f"{where}: {error}") from None
 
 
-def opened(content: bytes) -> Any:
-    """A PIL picture of 8 bits in RGB or RGBA, turned as its file says.
-
-    Raises:
-        DataError: it cannot be read; without a name.
-    """
-    image = require("PIL.Image", extra="images", purpose="reading pictures")
-    ops = require("PIL.ImageOps", extra="images", purpose="reading pictures")
-    if not content:
-        raise DataError("the file is empty")
-    if content.startswith(b"version https://git-lfs"):
-        raise DataError("is a Git LFS pointer; run `git lfs pull` in the folder")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # of metadata that nobody needs
-            picture = image.open(io.BytesIO(content))
-            frames = getattr(picture, "n_frames", 1)
-            if frames > 1:
-                raise DataError(f"it has {frames} frames; save the one that is meant")
-            picture.load()
-    except (image.DecompressionBombWarning, image.DecompressionBombError):
-        raise DataError(
-            "it has more pixels than anything should decode unasked; make it smaller"
-        ) from None
-    except DataError:
-        raise
-    except Exception as error:  # each of its readers raises in its own way
-        raise DataError(f"it is damaged or no picture ({error})".replace("\n", " ")) from error
-    turned = ops.exif_transpose(picture)
-    transparent = turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info
-    if turned.mode.startswith(("I", "F")):
-        greys = np.asarray(turned)
-        clear = turned.info.get("transparency")  # the one grey that is
-        turned = image.fromarray(_eight_bits(greys)).convert("RGB")
-        if transparent:
-            turned.putalpha(image.fromarray(np.where(greys == clear, 0, 255).astype(np.uint8)))
-    return turned.convert("RGBA" if transparent else "RGB")
-
-
 def laid_on(picture: Any, colour: str) -> Any:
     """What :func:`opened` gives in RGB, with a colour where it is transparent."""
     if picture.mode != "RGBA":
@@ -499,20 +456,6 @@ def laid_on(picture: Any, colour: str) -> Any:
 def greys_of(mask: Any) -> Any:
     """A mask that :func:`opened` gave, in 8 bits of grey; nothing is learnt where it is clear."""
     return laid_on(mask, "black").convert("L")
-
-
-def _eight_bits(greys: np.ndarray) -> np.ndarray:
-    """[H, W] of 16 bits as uint8; Pillow's own conversion cuts off what is above 255.
-
-    Raises:
-        DataError: numbers of another range.
-    """
-    if greys.dtype.kind == "f" or greys.min() < 0 or greys.max() > 0xFFFF:
-        raise DataError(
-            "its greys are no whole numbers of 16 bits, so nothing says which of them is white; "
-            "save it with 8 or 16 bits"
-        )
-    return np.round(greys / 257).astype(np.uint8)
 
 
 def _caption(row: _Row, spec: PicturesSpec) -> str:

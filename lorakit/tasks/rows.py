@@ -261,6 +261,7 @@ def load_rows(
             columns = find_fields(spec, fields, list(map(str, row.values)), row.where, task)
             unused = tuple(c for c in map(str, row.values) if c not in columns.values())
         try:
+            refuse_more(row, fields, columns)
             made = make(row, values_of(row, columns))
         except RowError as error:
             problems.add(row.where, error.reason, str(error))
@@ -366,6 +367,26 @@ def find_fields(
         columns = ", ".join(str(c)[:60] for c in present[:20]) or "(none)"
         raise DataError(collected(f"{where} has the columns {columns}", problems))
     return {ours: found[ours] for ours in known if ours in found}
+
+
+def refuse_more(row: Row, fields: Fields, columns: Mapping[str, str]) -> None:
+    """Refuse a row with more than what is read of all of them; ``null`` is nothing.
+
+    Args:
+        columns: our field → their column, as the first row has them.
+
+    Raises:
+        RowError: it has a column that the first row lacks, of a field that rows may have.
+    """
+    for ours, names in fields.may.items():
+        free = [name for name in names if name not in columns.values()]
+        more = next((name for name in free if row.values.get(name) is not None), None)
+        if ours not in columns and more is not None:
+            raise RowError(
+                f"a column '{more}' that the first row lacks",
+                f"it has a column '{more}' (the {ours}), and the first row has none; give it to "
+                "every row, or to none",
+            )
 
 
 def values_of(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:

@@ -178,7 +178,8 @@ def checked_sound(content: bytes, name: str, extractor: Any) -> None:
     """Refuse a recording that the base cannot take.
 
     Raises:
-        RowError: it is broken, empty, of another rate, or longer than the base's window.
+        RowError: it is broken, empty, of another rate, longer than the base's window, or holds
+            what is no number.
     """
     sound, rate = read_sound(content, name)
     wanted = extractor.sampling_rate
@@ -190,6 +191,8 @@ def checked_sound(content: bytes, name: str, extractor: Any) -> None:
         )
     if not len(sound):
         raise RowError("an empty recording", f"{name} holds no sound")
+    if not np.isfinite(sound).all():
+        raise RowError("a broken recording", f"{name} is damaged: some samples are NaN or infinite")
     seconds, most = len(sound) / rate, getattr(extractor, "chunk_length", None)
     if most is not None and seconds > most:
         raise RowError(
@@ -225,6 +228,8 @@ def _wave(content: bytes) -> tuple[np.ndarray, int]:
         raw = file.readframes(file.getnframes())
         if len(raw) != file.getnframes() * width * channels:
             raise ValueError("it ends before its last sample")
+    if width > 4:
+        raise ValueError(f"its samples have {width} bytes each; expected 1 to 4")
     if width == 1:
         values = (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
     elif width == 3:

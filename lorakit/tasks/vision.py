@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 
 from lorakit.bases import Base
 from lorakit.bases.load import Task as BaseTask
-from lorakit.data.rows import Row, RowError, shown
-from lorakit.errors import BaseError, InputError
+from lorakit.data import pictures
+from lorakit.data.rows import Row, RowError, plural, shown
+from lorakit.errors import BaseError, DataError, InputError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.optional import require
@@ -28,8 +27,6 @@ from lorakit.tasks.names import Recompute
 from lorakit.tasks.rows import Fields, Made, RowData, RowExample, RowSpec, load_rows
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-#: a picture of more pixels is rather a mistake, or an attack
-_MOST_PIXELS = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,11 @@ class Vision(Labelled):
             }
             return Made(inputs, patches, 1, key + str(label).encode(), key)
 
-        rows = class_folders(spec.path) if holds_classes(spec.path) else None
+        in_folders = holds_classes(spec.path)
         return load_rows(
-            spec, self.fields, make, task=self.name, unit=self.unit, rows=rows,
+            spec, self.fields, make, task=self.name, unit=self.unit,
+            rows=class_folders(spec.path) if in_folders else None,
+            notes=_pictures_apart(spec.path) if in_folders else (),
             label=lambda made: str(made.inputs["expected"]),
         )  # fmt: skip
 
@@ -150,28 +149,17 @@ def opened(content: bytes, name: str) -> Any:
     """A picture, decoded and upright, in RGB; what is transparent lies on white.
 
     Raises:
-        RowError: it is broken, or no picture.
+        RowError: it cannot be read, or moves.
     """
-    image, ops = (
-        require(f"PIL.{name}", extra="vision", purpose="reading pictures")
-        for name in ("Image", "ImageOps")
-    )
     try:
-        with image.open(io.BytesIO(content)) as picture:
-            if picture.width * picture.height > _MOST_PIXELS:
-                raise RowError(
-                    "a picture too large", f"{name}: {picture.width} × {picture.height} pixels"
-                )
-            picture.load()
-            ops.exif_transpose(picture, in_place=True)  # a camera writes how it was held
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                ground = image.new("RGBA", picture.size, "white")
-                return image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, struct.error, image.DecompressionBombError) as error:
-        raise RowError("a broken picture", f"{name} is no picture that can be read: {error}") from (
-            None
-        )
+        picture = pictures.opened(content, extra="vision")
+    except DataError as error:
+        raise RowError("a picture that cannot be used", f"{name}: {error}") from None
+    if picture.mode == "RGB":
+        return picture
+    image = require("PIL.Image", extra="vision", purpose="reading pictures")
+    ground = image.new("RGBA", picture.size, "white")
+    return image.alpha_composite(ground, picture).convert("RGB")
 
 
 def file_content(value: Any, file: str, what: str) -> tuple[bytes, AskedFile]:
@@ -206,22 +194,51 @@ def holds_classes(path: Sequence[str]) -> bool:
     """Whether it is one folder with a folder of pictures for each class."""
     if len(path) != 1 or not os.path.isdir(path[0]):
         return False
-    inner = [one for one in Path(path[0]).iterdir() if one.is_dir()]
-    return any(file.suffix.lower() in _ENDINGS for one in inner for file in one.iterdir())
+    return any(map(_pictures_in, _folders_in(Path(path[0]))))
 
 
 def class_folders(path: Sequence[str]) -> Iterator[Row]:
     """Rows of :func:`holds_classes`: the pictures in order, each with its folder as the label."""
-    files = [
-        file
-        for folder in sorted(Path(path[0]).iterdir())
-        if folder.is_dir()
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in _ENDINGS
-    ]
+    files = [file for folder in _folders_in(Path(path[0])) for file in _pictures_in(folder)]
     for number, file in enumerate(files, 1):
         values = {"image": str(file.resolve()), "label": file.parent.name}
         yield Row(str(file), "picture", number, values)
+
+
+def _pictures_apart(path: Sequence[str]) -> list[str]:
+    """A sentence on the pictures that :func:`class_folders` passes over, where there are any."""
+    root = Path(path[0])
+    used = {file for folder in _folders_in(root) for file in _pictures_in(folder)}
+    apart = sorted(
+        file
+        for file in root.rglob("*")
+        if _is_picture(file)
+        and file not in used
+        and not any(map(_is_hidden, file.relative_to(root).parts))
+    )
+    if not apart:
+        return []
+    return [
+        f"{path[0]}: {plural(len(apart), 'picture')} not used, such as "
+        f"{apart[0].relative_to(root)}; a picture stands in the folder of its class, and not deeper"
+    ]
+
+
+def _folders_in(root: Path) -> list[Path]:
+    return sorted(one for one in root.iterdir() if one.is_dir() and not _is_hidden(one.name))
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if _is_picture(f) and not _is_hidden(f.name))
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in _ENDINGS
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a program put it aside, as ``.ipynb_checkpoints`` and macOS's ``._a.png``."""
+    return name.startswith(".")
 
 
 def processor_of(base: Base, what: str) -> Any:

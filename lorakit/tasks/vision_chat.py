@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,6 +34,8 @@ from lorakit.tasks.seq2seq import generated
 from lorakit.tasks.vision import AskedFile, file_content, opened
 
 _ROLES = ("system", "user", "assistant")
+#: a picture's place in a text, as LLaVA's rows have it, with the line breaks that set it apart
+_PLACE = re.compile(r"\n?<image>\n?")
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,9 @@ def chat_of(
     is read again.
 
     A message's content is text, or a list of ``{"type": "text", "text": …}`` and ``{"type":
-    "image", "image": PATH}``; pictures without a path are taken from the column ``images``, and
-    where no message has a place for them they stand before the first user's text.
+    "image", "image": PATH}``; an ``<image>`` in a text is a picture without a path. Those are taken
+    from the column ``images``, and where no message has a place for them they stand before the
+    first user's text.
 
     Raises:
         RowError: malformed, a picture is missing or broken, or there is none.
@@ -158,8 +162,8 @@ def chat_of(
         if value is None:
             raise RowError(
                 "a missing picture",
-                f"the messages have places for {len(paths)} pictures, and only {len(contents)} "
-                "are given",
+                f"the messages have places for {len(paths)} pictures (an <image> in a text is "
+                f"one), and only {len(contents)} are given",
             )
         content, picture = file_content(value, file, "picture")
         opened(content, picture.name)
@@ -196,7 +200,12 @@ def _messages(value: Any) -> tuple[list[dict[str, Any]], list[Any]]:
             kind = part.get("type") if isinstance(part, Mapping) else None
             if kind == "text":
                 text = checked_text(part.get("text"), f"message {number}", "content")
-                made.append({"type": "text", "text": text})
+                for place, piece in enumerate(_PLACE.split(text)):
+                    if place:
+                        paths.append(None)
+                        made.append({"type": "image"})
+                    if piece.strip():
+                        made.append({"type": "text", "text": piece})
             elif kind == "image":
                 paths.append(next((part[k] for k in ("image", "path", "url") if part.get(k)), None))
                 made.append({"type": "image"})
@@ -218,13 +227,29 @@ def processed(
 
     Args:
         ask: whether the beginning of an answer stands behind it.
+
+    Raises:
+        RowError: the base's template or its processor refuses the chat.
     """
-    text = processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+    try:
+        text = processor.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=ask
+        )
+    except Exception as error:  # a template is a program: Jinja's errors, type errors, its own
+        raise _refused("chat template", error) from None
     places = sum(p["type"] == "image" for m in messages for p in m["content"])
     images = [opened(content, "picture") for content in pictures[:places]]
-    with quiet_transformers():
-        made = processor(text=[text], images=[images] if images else None, return_tensors="pt")
+    try:
+        with quiet_transformers():
+            made = processor(text=[text], images=[images] if images else None, return_tensors="pt")
+    except (ValueError, IndexError, StopIteration) as error:  # as each counts pictures and marks
+        raise _refused("processor", error) from None
     return {name: tensor for name, tensor in made.items() if isinstance(tensor, Tensor)}
+
+
+def _refused(by: str, error: Exception) -> RowError:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return RowError(f"refused by the {by}", f"the base's {by} refuses it: {reason}")
 
 
 def encoded(
@@ -233,7 +258,8 @@ def encoded(
     """Token ids of a whole chat, [n], and which of them are learnt, bool [n].
 
     Raises:
-        RowError: the base's template writes a chat's beginning otherwise than the whole.
+        RowError: the base's template or its processor refuses the chat, or the template writes a
+            chat's beginning otherwise than the whole.
     """
     whole = processed(processor, messages, pictures, ask=False)["input_ids"][0].numpy()
     learnt = np.zeros(len(whole), bool)

@@ -13,7 +13,7 @@ from typing import Any
 from lorakit.bases import Base, check_base
 from lorakit.core.adapter import Adapter
 from lorakit.core.spec import LoRASpec
-from lorakit.errors import BaseError, InputError, Interrupted, SpecError
+from lorakit.errors import BaseError, DataError, InputError, Interrupted, SpecError
 from lorakit.formats import load_adapter, save_adapter
 from lorakit.layers.initial import Initial
 from lorakit.tasks.causal import CAUSAL
@@ -570,10 +570,14 @@ class Trainer:
         origin = Origin.from_dict(sections, kind).on(world.device)
         if base is None:
             base = origin.load_base()
-        if data is None:
-            data = origin.load_data(base)
-        if validation is None:
-            validation = origin.load_validation(base)
+        try:
+            data = origin.load_data(base) if data is None else data
+            validation = origin.load_validation(base) if validation is None else validation
+        except DataError as error:  # it was read when the run began, with the same settings
+            raise DataError(
+                f"{error}\nThis run began with other data. To go on with it, put the old files "
+                "back; or train on the new ones in a run of its own."
+            ) from error
         content = sections.get("content") or {}
         if validation is None and content.get("validation") is not None:
             raise InputError(

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lorakit.data.pictures import opened
 from lorakit.errors import DataError, SpecError
 from lorakit.images.buckets import bucket_sizes, place, place_all
-from lorakit.images.pictures import Picture, PicturesSpec, opened, read_pictures
+from lorakit.images.pictures import Picture, PicturesSpec, read_pictures
 from tests.images import tiny
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,7 +19,7 @@ from lorakit.errors import InputError
 from lorakit.tasks import speech
 from lorakit.tasks.rows import RowSpec
 from lorakit.tasks.seq2seq import answer_ids, decoder_batch
-from lorakit.tasks.vision import AskedFile, opened
+from lorakit.tasks.vision import AskedFile, Vision, opened
 
 from . import small
 
@@ -156,6 +157,51 @@ def test_pictures_stand_upright_and_need_no_file(benches):
     assert len(bench.kind.predict(base, None, None, [asked], 8)) == 1
 
 
+def written(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_pictures_of_more_than_eight_bits():
+    """Pillow's own conversion makes nearly all of 16 bits white, and all in [0, 1] black."""
+    ramp = np.linspace(0, 0xFFFF, 16).round().reshape(4, 4)
+    read = opened(written(Image.fromarray(ramp.astype(np.uint16)), "PNG"), "it")
+    assert read.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(read)[..., 0], ramp / 257, atol=0.5)
+    grey = Image.fromarray((ramp / 0xFFFF).astype(np.float32))
+    with pytest.raises(InputError, match=r"a\.tif: its greys are no whole numbers of 16 bits"):
+        opened(written(grey, "TIFF"), "a.tif")
+
+
+def test_a_picture_that_moves_is_named():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    moving = written(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    with pytest.raises(InputError, match=r"a\.gif: it has 2 frames; save the one that is meant"):
+        opened(moving, "a.gif")
+
+
+def test_what_is_transparent_lies_on_white():
+    read = opened(written(Image.new("RGBA", (2, 2), (0, 0, 255, 51)), "PNG"), "it")
+    assert (read.mode, read.getpixel((0, 0))) == ("RGB", (204, 204, 255))
+
+
+def test_folders_of_classes(benches, tmp_path):
+    """What is hidden is no class and no picture; what no class has is told."""
+    files = ["a/0.png", "a/1.png", "b/0.png", ".ipynb_checkpoints/0.png", "b/._0.png"]
+    files += ["0.png", "nested/deep/0.png", "a/.old/0.png"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    spec, base = RowSpec((str(tmp_path),)), benches["vision"].base()
+    kind = Vision().fitted(spec, {})
+    assert kind.labels == ("a", "b")
+    report = kind.load_data(spec, base).report
+    assert report.classes == {"a": 2, "b": 1}
+    (note,) = report.notes
+    assert "2 pictures not used, such as 0.png; a picture stands in the folder of its" in note
+
+
 @pytest.mark.parametrize("name", ["vision", "speech", "vision-chat"])
 def test_a_column_of_bytes_is_never_read_from_a_file_of_its_name(
     benches, name, tmp_path, monkeypatch
@@ -184,6 +230,29 @@ def test_a_column_of_bytes_is_never_read_from_a_file_of_its_name(
     assert not torch.equal(seen(example), seen(data[1]))
     asked = [one.inputs["asked"] for one in (example, data[0])]
     assert len(set(bench.kind.predict(base, None, None, asked, 4))) == 1
+
+
+def test_a_mark_in_a_text_is_the_place_of_a_picture(benches, tmp_path):
+    """As LLaVA's rows have it; what the model sees is that of the same chat in parts."""
+    bench = benches["vision-chat"]
+    base = bench.base()
+    small.write_pictures(tmp_path, 2)
+    first, second = ({"type": "image", "image": f"{i}.png"} for i in range(2))
+    words = [{"type": "text", "text": text} for text in ("w1", "w2 w3")]
+    answer = {"role": "assistant", "content": "w4"}
+
+    def row(content, **more):
+        return {"messages": [{"role": "user", "content": content}, answer], "images": None, **more}
+
+    rows = [
+        row("<image>\nw1\n<image>\nw2 w3", images=["0.png", "1.png"]),
+        row([first, words[0], second, words[1]]),
+    ]
+    marked, parts = rows_of(bench, base, tmp_path, rows)
+    assert marked.inputs["messages"] == parts.inputs["messages"]
+    task = bench.kind.on(base.model, None)
+    for name, seen in task._batch([marked]).items():
+        assert torch.equal(seen, task._batch([parts])[name])
 
 
 def test_a_head_that_names_no_classes(benches):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import struct
+import wave
 
+import numpy as np
 import pytest
 import transformers
 
 from lorakit import save_adapter
 from lorakit.cli.main import main
+from lorakit.data.rows import RowError
+from lorakit.errors import DataError
 from lorakit.tasks.registry import fitting_task, named
+from lorakit.tasks.rows import RowSpec
+from lorakit.tasks.speech import read_sound
 
 from . import small
 
@@ -82,7 +90,7 @@ def test_pictures(place, tmp_path, capsys):
     (tmp_path / "2.png").write_bytes(b"\x89PNG broken")
     rows[4]["image"] = "lost.png"
     told = said(place("vision", rows), capsys, "2 of 6 rows cannot be used")
-    assert "2.png is no picture that can be read" in told
+    assert "2.png: it is damaged or no picture" in told
     assert "lost.png: No such file or directory" in told
 
 
@@ -119,6 +127,87 @@ def test_chats(place, tmp_path, capsys):
         "lost.png: No such file or directory",
     ):
         assert part in told
+
+
+@pytest.mark.parametrize("width", [5, 8])
+def test_samples_of_a_width_that_nobody_writes(width):
+    file = io.BytesIO()
+    with wave.open(file, "wb") as written:
+        written.setparams((1, 4, 16000, 0, "NONE", ""))
+        written.writeframes(bytes(40))
+    content = bytearray(file.getvalue())
+    content[32:36] = struct.pack("<HH", width, 8 * width)  # bytes of a frame, bits of a sample
+    with pytest.raises(RowError, match=rf"a\.wav is damaged: its samples have {width} bytes each"):
+        read_sound(bytes(content), "a.wav")
+
+
+def test_samples_that_are_no_numbers(benches, tmp_path, capsys):
+    """Whether they are learnt or asked with."""
+    samples = np.zeros(8000, np.float32)
+    samples[99] = np.nan
+    head = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 3, 1, 16000, 64000, 4, 32)
+    body = head + b"data" + struct.pack("<I", samples.nbytes) + samples.tobytes()
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+    asked = ["generate", "--base", str(benches["speech"].folder), "--prompt", str(path)]
+    message = "a.wav is damaged: some samples are NaN or infinite"
+    said([*asked, "--task", "speech"], capsys, message)
+    rows = small.write_rows(tmp_path / "rows.jsonl", [{"audio": "a.wav", "text": "w1"}])
+    base = benches["speech"].base()
+    with pytest.raises(DataError, match=message):
+        benches["speech"].kind.load_data(RowSpec((str(rows),)), base)
+
+
+def chat(text, images=("0.png",)):
+    turns = [("user", text), ("assistant", "w3")]
+    return {"messages": [{"role": r, "content": c} for r, c in turns], "images": list(images)}
+
+
+def test_a_picture_for_each_mark_in_the_texts(place, tmp_path, capsys):
+    small.write_pictures(tmp_path, 2)
+    rows = [chat("<image>\nw1"), chat("<image><image> w1"), chat("<image> w1", ["0.png", "1.png"])]
+    told = said(place("vision-chat", rows), capsys, "2 of 3 rows cannot be used")
+    assert "line 2: the messages have places for 2 pictures (an <image> in a text is one)" in told
+    assert "line 3: 1 pictures have no place in the messages" in told
+
+
+REFUSALS = {
+    "{{ raise_exception('take turns') if p['text'] == 'w9' else p['text'] }}": (
+        "the base's chat template refuses it: take turns"
+    ),
+    # a mark that the processor has no picture for
+    "{{ p['text'] | replace('w9', '<image>') }}": "the base's processor refuses it: ",
+}
+
+
+@pytest.mark.parametrize("writes", REFUSALS)
+def test_a_chat_that_the_base_refuses_is_a_bad_row(benches, tmp_path, writes):
+    small.write_pictures(tmp_path, 1)
+    bench = benches["vision-chat"]
+    base = bench.base()
+    template = base.processor.chat_template
+    base.processor.chat_template = template.replace("{{ p['text'] }}", writes)
+    file = small.write_rows(tmp_path / "rows.jsonl", [chat("w9"), chat("w1")])
+    data = bench.kind.load_data(RowSpec((str(file),), bad_rows="skip"), base)
+    assert (len(data), data.report.num_dropped) == (1, 1)
+    assert REFUSALS[writes] in data.report.dropped_rows[0]
+
+
+OPTIONAL = {
+    "embed": ("negative", "w3", "the negative"),
+    "classify": ("sentence2", "w3", "the text_pair"),
+    "vision-chat": ("images", ["0.png"], "the images"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_what_only_later_rows_have_is_not_passed_over(benches, place, tmp_path, capsys, name):
+    column, value, field = OPTIONAL[name]
+    rows = [json.loads(line) for line in benches[name].file.read_text().splitlines()[:6]]
+    small.write_pictures(tmp_path, 6)
+    rows[1][column], rows[2][column] = value, None  # null is as good as no column
+    told = said(place(name, rows), capsys, "1 of 6 rows cannot be used")
+    assert f"line 2: it has a column '{column}' ({field}), and the first row has none" in told
 
 
 def test_a_single_pair(place, capsys):

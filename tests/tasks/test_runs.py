@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from lorakit.cli import tasks as command
 from lorakit.cli.main import main
 from lorakit.core.spec import LoRASpec
-from lorakit.errors import Interrupted, SpecError
+from lorakit.errors import DataError, Interrupted, SpecError
 from lorakit.formats import load_adapter
 from lorakit.tasks.names import TASKS
 from lorakit.train import Full, Trainer, TrainSettings, train_together
 from lorakit.train.host import hosting
 from tests.train.test_resume import Signal
+
+from . import small
 
 SETTINGS = {"steps": 6, "batch_size": 4, "lr": 0.01, "samples": 1, "validation_fraction": 0.2}
 
@@ -158,6 +160,18 @@ def test_the_command_line(benches, tmp_path, capsys):
     assert text.split(" ")[0] in ("a", "b", "c")
     assert main(["preview", *arguments, "--rows", "1"]) == 0
     assert "Labels: a" in capsys.readouterr().out
+
+
+def test_data_that_got_another_label_is_not_that_of_the_run(benches, tmp_path):
+    """Its labels are those of the run, and no flag can leave rows out of it any more."""
+    file = small.write_rows(tmp_path / "rows.jsonl", small.texts(12))
+    bench = replace(benches["classify"], file=file)
+    with pytest.raises(Interrupted):
+        trainer(bench, tmp_path / "run", callbacks=[Signal(1)]).run()
+    small.write_rows(file, [*small.texts(12), {"text": "w1", "label": "new"}])
+    with pytest.raises(DataError, match="'new' is none of a, b, c") as told:
+        Trainer.resume(tmp_path / "run")
+    assert "This run began with other data. To go on with it, put the old" in str(told.value)
 
 
 def test_the_names_of_tasks_are_repeated_in_the_command_line():
