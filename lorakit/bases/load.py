@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
@@ -77,7 +77,8 @@ class Base:
     processor: Any | None = None
     """What reads pictures or sound, where the task has such and the base brings it."""
     new_weights: tuple[str, ...] = ()
-    """Parameters that its files lack: they are random, and the same in every run."""
+    """Parameters that its files lack, or have for other classes: they are random, and the same in
+    every run."""
 
     def require_tokenizer(self) -> Any:
         """The tokenizer.
@@ -128,7 +129,8 @@ def load_base(
         task: ``"causal-lm"``, ``"seq2seq"``, ``"classify"`` or ``"vision"`` (of texts, of
             pictures, with a head for ``num_labels`` classes), ``"speech"``, ``"vision-chat"`` or
             ``"features"`` (the bare model).
-        num_labels: classes of the head; ``None`` means what the config says.
+        num_labels: classes of the head; ``None`` means what the config says. Where the base's own
+            head has another number of them, a new one takes its place.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run the Python code that the model's repository brings.
         say: called at once with what takes long (a dequantisation, another process that is
@@ -263,8 +265,10 @@ def _load_model(
         torch.random.fork_rng(devices=[]),
     ):
         torch.manual_seed(0)  # a new head is the same in every run
-        labels = {} if num_labels is None else {"num_labels": num_labels}
-        config = transformers.AutoConfig.from_pretrained(located.location, **options, **labels)
+        config = transformers.AutoConfig.from_pretrained(located.location, **options)
+        own_labels = [str(name) for name in (getattr(config, "id2label", None) or {}).values()]
+        if num_labels is not None:
+            config.num_labels = num_labels
         _check_config(config, auto, task, quantize, source)
         if quantize == half.NAME:
             _check_wider(placement.dtype)
@@ -274,7 +278,7 @@ def _load_model(
             located.location,
             config=config,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with the shapes
+            ignore_mismatched_sizes=True,  # those of no head are refused below, with the shapes
             **place,
             **options,
         )
@@ -292,8 +296,8 @@ def _load_model(
             "them is the base. Give the adapter as --adapter and the model it was trained on as "
             "--base."
         )
-    notes = _what_was_loaded(source, model, task, report)
-    return model.eval(), notes, tuple(sorted(report.get("missing_keys") or ()))
+    notes, new = _what_was_loaded(source, model, task, report, own_labels, num_labels)
+    return model.eval(), notes, new
 
 
 def _is_bfloat16(config: Any) -> bool:
@@ -340,18 +344,38 @@ def _fits(config: Any, task: str) -> bool:
     return type(config) in getattr(transformers, _AUTO_CLASSES[task])._model_mapping
 
 
-def _what_was_loaded(source: Source, model: Any, task: Task, report: dict[str, Any]) -> list[str]:
-    """Refuse weights that the file lacks; say what was made new and what was left over."""
+def _what_was_loaded(
+    source: Source,
+    model: Any,
+    task: Task,
+    report: dict[str, Any],
+    own_labels: Sequence[str],
+    num_labels: int | None,
+) -> tuple[list[str], tuple[str, ...]]:
+    """Refuse weights that the file lacks; say what was made new and what was left over.
+
+    Args:
+        own_labels: of the head in the file, as the config has them.
+        num_labels: as asked for.
+
+    Returns:
+        What to say, and the parameters that were made new.
+    """
     missing = sorted(report.get("missing_keys") or ())
     left_over = sorted(report.get("unexpected_keys") or ())
     mismatched = sorted(report.get("mismatched_keys") or ())
-    if mismatched:
-        name, in_file, in_model = mismatched[0]
+    # the file's head has a row for each of its own classes: another number needs another head
+    change = (len(own_labels), num_labels)
+    head = [
+        name for name, old, new in mismatched
+        if (old[0], new[0]) == change and old[1:] == new[1:]
+    ]  # fmt: skip
+    if len(head) < len(mismatched):
+        name, in_file, in_model = next(one for one in mismatched if one[0] not in head)
         raise BaseError(
-            f"{len(mismatched)} weights of {source.location} do not have the shapes that its "
-            f"config.json and the settings describe, such as {name}: {tuple(in_file)} in the file, "
-            f"{tuple(in_model)} in the model. Use the config.json that was saved with the weights, "
-            "and the num_labels that the head was trained with."
+            f"{len(mismatched) - len(head)} weights of {source.location} do not have the shapes "
+            f"that its config.json describes, such as {name}: {tuple(in_file)} in the file, "
+            f"{tuple(in_model)} in the model. Use the config.json that was saved with the weights."
         )
     in_blocks = [key for key in missing if any(part.isdigit() for part in key.split("."))]
     if missing and (in_blocks or task in _COMPLETE):
@@ -362,14 +386,21 @@ def _what_was_loaded(source: Source, model: Any, task: Task, report: dict[str, A
             "belong together, and that the task fits."
         )
     notes = []
-    if missing:
+    if head:
+        named = ", ".join(own_labels[:6]) + (", …" if len(own_labels) > 6 else "")
         notes.append(
-            f"these weights are new and random until they are trained: {', '.join(missing[:6])}"
+            f"its own head has {len(own_labels):,} classes ({named}), and {num_labels:,} are asked "
+            "for, so a new head takes its place"
+        )
+    made = sorted([*missing, *head])
+    if made:
+        notes.append(
+            f"these weights are new and random until they are trained: {', '.join(made[:6])}"
         )
     if left_over and task in _COMPLETE:
         shown = ", ".join(left_over[:3]) + (", …" if len(left_over) > 3 else "")
         notes.append(f"{len(left_over)} weights of the file have no place in the model: {shown}")
-    return notes
+    return notes, tuple(made)
 
 
 def _find_processor(

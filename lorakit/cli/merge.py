@@ -15,6 +15,7 @@ leaves no half model.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from lorakit.errors import InputError
 
 if TYPE_CHECKING:
     from lorakit.core.adapter import Adapter
+    from lorakit.tasks.kinds import RowKind
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -66,7 +68,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--in-memory",
         action="store_true",
         help="load the base, merge, and let transformers save it: for files whose tensors are "
-        "not one to a parameter, and for quantised bases, which become dense",
+        "not one to a parameter, and for quantised bases, which become dense; done by itself where "
+        "an adapter brings a head that the files do not have",
     )
     parser.add_argument(
         "--untie",
@@ -123,16 +126,25 @@ def _to_safetensors(
 
     pairs = [(adapter, weights[name]) for name, adapter in named.items()]
     found: dict[str, Any] = {"text": None}
+    kind = _kind_of(named)
 
     def compare(folder: Path) -> None:
-        if options.verify:
+        if options.verify and kind is not None:
+            say(f"note: not compared on text: the adapter was trained for {kind.name}")
+        elif options.verify:
             found["text"] = _compare(options, pairs, folder)
 
     # without the weights nothing runs the base's own code; rows are those of files
     more: dict[str, Any] = {"verify": options.verify}
-    if options.in_memory:
+    why = None if kind is None else _why_in_memory(options.base, kind, named)
+    if why is not None and not options.in_memory:
+        say(f"note: merged in memory, and saved by transformers: {why}")
+    in_memory = options.in_memory or why is not None
+    if in_memory:
         more = {"trust_remote_code": options.trust_remote_code}
-    write: Any = merge_in_memory if options.in_memory else merge_files
+        if kind is not None:
+            more["load"] = kind.load_base
+    write: Any = merge_in_memory if in_memory else merge_files
     with meter() as tell:
         merged = write(
             options.base,
@@ -155,6 +167,45 @@ def _to_safetensors(
         **vars(merged),
         "text": found["text"],
     }
+
+
+def _kind_of(named: dict[str, Adapter]) -> RowKind | None:
+    """What the adapters were trained for; ``None`` where that is to continue text, or not said.
+
+    Raises:
+        InputError: different things.
+    """
+    from lorakit.cli.tasks.choosing import TASKS
+    from lorakit.tasks.kinds import RowKind
+    from lorakit.tasks.registry import kind_of
+
+    told = [adapter.provenance.get("task") for adapter in named.values()]
+    kinds = [kind_of(one) for one in told if isinstance(one, Mapping) and one.get("name") in TASKS]
+    if any(kind != kinds[0] for kind in kinds):
+        raise InputError(
+            f"the adapters {' and '.join(named)} were trained for different tasks, labels or "
+            "settings; merge them one at a time"
+        )
+    return kinds[0] if kinds and isinstance(kinds[0], RowKind) else None
+
+
+def _why_in_memory(base: str, kind: RowKind, named: dict[str, Adapter]) -> str | None:
+    """Why the files of a base are not those of the model that the adapters were trained on, which
+    has another head; ``None`` where they are."""
+    from lorakit.bases.config import read_config
+    from lorakit.tasks.kinds import Labelled, known_labels
+
+    config = read_config(base)
+    stored = {str(name) for name in config.get("architectures") or ()}
+    trained = {adapter.base.architecture for adapter in named.values() if adapter.base is not None}
+    if stored and trained - stored - {""}:
+        return (
+            f"the adapter is of a {', '.join(sorted(trained - stored))}, and the files of {base} "
+            f"are those of a {', '.join(sorted(stored))}"
+        )
+    if isinstance(kind, Labelled) and kind.labels != known_labels(config):
+        return f"the head of {base} has other labels than {', '.join(kind.labels[:8])}"
+    return None
 
 
 def _compare(options: argparse.Namespace, pairs: list[Any], folder: Path) -> Any:

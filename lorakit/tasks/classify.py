@@ -15,8 +15,8 @@ from lorakit.bases import Base, context_length
 from lorakit.bases.load import Task as BaseTask
 from lorakit.data.columns import checked_text
 from lorakit.data.readers import open_all
-from lorakit.data.rows import Row, RowError
-from lorakit.errors import DataError
+from lorakit.data.rows import Problems, Row, RowError
+from lorakit.errors import BaseError, DataError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.tasks.forwards import RowTask, padded
@@ -25,6 +25,7 @@ from lorakit.tasks.kinds import (
     Labelled,
     Texts,
     asked_of,
+    end_id,
     in_order,
     known_labels,
     label_of,
@@ -65,6 +66,7 @@ class Classify(Labelled):
         return replace(self, labels=self.labels or labels_of(spec, self.fields, config, self.name))
 
     def load_data(self, spec: RowSpec, base: Base) -> RowData:
+        check_end(base)
         texts = Texts(spec, base, "text")
 
         def make(row: Row, values: Mapping[str, Any]) -> Made:
@@ -112,6 +114,7 @@ class Classify(Labelled):
         max_new_tokens: int,
     ) -> list[str]:
         """The likeliest label of each text, with its probability."""
+        check_end(base)
         pad, limit = pad_id(base.model), context_length(base.model)
         task = RowTask(base.model.eval(), handle, lambda part: text_batch(part, pad), class_sums)
         found = []
@@ -132,20 +135,28 @@ def labels_of(
     those of the data, in order.
 
     Raises:
-        DataError: no row has a label, or all have the same.
+        DataError: no row has a label, or all have the same; rows that cannot be read are named.
     """
     found: list[str] = []
     columns: dict[str, str] = {}
+    problems, count = Problems(), 0
     for row in open_all(spec.path, []):
+        count += 1
         if row.problem is not None:
+            problems.add(row.where, row.reason, row.problem)
             continue
         if not columns:
             columns = find_fields(spec, fields, list(map(str, row.values)), row.where, task)
         try:
             found.append(label_of(row.values.get(columns["label"])))
-        except RowError:
-            continue  # named when the rows are read
-    return chosen_labels(found, config, ", ".join(spec.path))
+        except RowError as error:
+            problems.add(row.where, error.reason, str(error))
+    try:
+        return chosen_labels(found, config, ", ".join(spec.path))
+    except DataError as error:
+        if not problems.total:
+            raise
+        raise problems.error(count, f"Without them: {error}.") from None
 
 
 def chosen_labels(found: Sequence[str], config: Mapping[str, Any], where: str) -> tuple[str, ...]:
@@ -164,6 +175,20 @@ def chosen_labels(found: Sequence[str], config: Mapping[str, Any], where: str) -
             "--map label=COLUMN"
         )
     return labels
+
+
+def check_end(base: Base) -> None:
+    """Check that texts have the end by which the head of an encoder-decoder finds them.
+
+    Raises:
+        BaseError: the base's tokenizer puts none.
+    """
+    end = end_id(base.model)
+    if end is not None and end not in base.require_tokenizer()("a")["input_ids"]:
+        raise BaseError(
+            f"the head of {base.ref} reads a text at its end token ({end}), and its tokenizer "
+            "puts none behind a text. Copy the tokenizer's files of the model that it was made of"
+        )
 
 
 def class_of(value: Any, labels: Sequence[str]) -> int:

@@ -11,7 +11,6 @@ depend on how that is cut.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.bases import Base
+from lorakit.bases.config import read_config
 from lorakit.bases.load import Task as BaseTask
 from lorakit.core.adapter import Adapter
 from lorakit.core.spec import LoRASpec
 from lorakit.data.columns import checked_text
 from lorakit.data.rows import Row
-from lorakit.errors import DataError, InputError
+from lorakit.errors import BaseError, DataError, InputError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.layers.targets import resolve_targets
@@ -40,11 +40,13 @@ from lorakit.tasks.task import Measured, Stretch
 
 Pooling = Literal["mean", "cls", "last"]
 
-#: what sentence-transformers calls them
+#: what sentence-transformers calls them, behind "pooling_mode_" or as "pooling_mode"
 _POOLINGS: Mapping[str, Pooling] = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_lasttoken": "last",
-    "pooling_mode_mean_tokens": "mean",
+    "cls": "cls",
+    "cls_token": "cls",
+    "lasttoken": "last",
+    "mean": "mean",
+    "mean_tokens": "mean",
 }
 
 _WHY = (
@@ -115,6 +117,12 @@ class Embed(RowKind):
             raise DataError(
                 f"{', '.join(spec.path)}: there is one pair, and nothing to contrast it with; give "
                 "at least two"
+            )
+        others = {example.inputs["same"] for example in data}
+        if len(others) < 2 and "negative" not in data.report.columns:
+            raise DataError(
+                f"{', '.join(spec.path)}: every pair has the same positive, and nothing to "
+                "contrast it with; give pairs of different positives, or negatives"
             )
         return data
 
@@ -231,6 +239,9 @@ class EmbedTask:
         each: np.ndarray = torch.cat(parts).numpy()
         return each
 
+    def lonely(self, example: Any) -> bool:
+        return len(example.inputs["ids"]) == 2  # an anchor and its positive
+
     def smaller(self, examples: Sequence[Any], share: float) -> list[Any]:
         return list(examples[: max(1, round(len(examples) * share))])
 
@@ -306,13 +317,27 @@ def _number(text: str) -> int:
 
 
 def _pooling_of(folder: str) -> Pooling | None:
-    """What a folder of sentence-transformers says of itself."""
+    """What a folder of sentence-transformers says of itself; ``None`` where it says nothing.
+
+    Raises:
+        BaseError: its pooling is none of ours.
+    """
     path = Path(folder) / "1_Pooling" / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not folder or not path.is_file():
         return None
-    for key, name in _POOLINGS.items():
-        if isinstance(config, dict) and config.get(key) is True:
-            return name
-    return None
+    config = read_config(path)
+    asked = {
+        key.removeprefix("pooling_mode_")
+        for key, value in config.items()
+        if key.startswith("pooling_mode_") and value is True
+    }
+    if "pooling_mode" in config:  # as newer ones write it
+        asked.add(str(config["pooling_mode"]))
+    found = {_POOLINGS.get(name) for name in asked}
+    if len(found) > 1 or None in found:
+        raise BaseError(
+            f"{path} asks for the pooling {' and '.join(sorted(asked))}; embed knows mean, cls and "
+            "lasttoken, one of them. Take another base, or write one of them into that file as "
+            "its pooling_mode"
+        )
+    return next(iter(found), None)

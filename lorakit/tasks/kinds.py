@@ -270,8 +270,8 @@ def label_of(value: Any) -> str:
 def in_order(labels: Sequence[str]) -> tuple[str, ...]:
     """Different labels, numbers by size and words by letters."""
     different = set(labels)
-    try:
-        return tuple(sorted(different, key=int))
+    try:  # "1" and "01" are one number and two labels
+        return tuple(sorted(different, key=lambda label: (int(label), label)))
     except ValueError:
         return tuple(sorted(different))
 
@@ -466,10 +466,20 @@ def pad_id(model: Any) -> int:
     return int(found) if isinstance(found, int) and found >= 0 else 0
 
 
+def end_id(model: Any) -> int | None:
+    """The token by which an encoder-decoder's head finds a text's end; ``None`` of others."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return None
+    found = getattr(model.config, "eos_token_id", None)
+    return found if isinstance(found, int) else None
+
+
 def random_ids(model: Any, length: int, *, seed: int = 0) -> list[int]:
-    """Token ids for a trial; the same for every call."""
+    """Token ids for a trial, with the end that a text has; the same for every call."""
     embedding = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(seed + length)
     top = int(embedding.weight.shape[0])
     low = min(10, top - 1)  # special tokens, which some models look for, stand at the beginning
-    return [int(i) for i in torch.randint(low, top, (length,), generator=generator)]
+    ids = [int(i) for i in torch.randint(low, top, (length,), generator=generator)]
+    end = end_id(model)
+    return ids if end is None else [*(i - (i == end) for i in ids[:-1]), end]  # and no other end

@@ -178,6 +178,10 @@ class Contrasting(Protocol):
     def contrasted(self, outputs: np.ndarray) -> np.ndarray:
         """Each example's summed loss, [E] float64, of what :meth:`Task.measured` gave, [E, …]."""
 
+    def lonely(self, example: Any) -> bool:
+        """Whether an example has nothing to be contrasted with where it is a batch of its own, so
+        that its loss is 0 whatever the model does."""
+
 
 class Kind(Protocol):
     """A family of tasks: how a model is made one, and what is said of its results."""

@@ -116,6 +116,26 @@ def test_tasks(folder: Path, tmp_path: Path) -> None:
     assert load_base(t5, device="cpu", task="seq2seq").model.config.is_encoder_decoder
 
 
+def test_a_head_of_other_classes_is_a_new_one(tmp_path: Path) -> None:
+    model = models.bert_classifier()
+    model.config.id2label = {0: "x", 1: "y", 2: "z"}
+    model.save_pretrained(tmp_path)
+    base, again = (
+        load_base(tmp_path, device="cpu", task="classify", num_labels=5) for _ in range(2)
+    )
+    assert base.new_weights == ("classifier.bias", "classifier.weight")
+    assert "its own head has 3 classes (x, y, z), and 5 are asked for" in base.notes[0]
+    assert "random until they are trained: classifier.bias, classifier.weight" in base.notes[1]
+    assert torch.equal(base.model.classifier.weight, again.model.classifier.weight)
+    own = load_base(tmp_path, device="cpu", task="classify", num_labels=3)
+    assert own.new_weights == ()
+    assert torch.equal(own.model.classifier.weight, model.classifier.weight)
+    # another size is no other head
+    _edit_json(tmp_path / "config.json", intermediate_size=7)
+    with pytest.raises(BaseError, match=r"config\.json describes, such as bert.*, \(7,"):
+        load_base(tmp_path, device="cpu", task="classify", num_labels=5)
+
+
 def test_a_task_that_does_not_fit(tmp_path: Path) -> None:
     models.t5().save_pretrained(tmp_path / "t5")
     with pytest.raises(BaseError, match=r"T5ForConditionalGeneration.*be for: seq2seq, classify"):
@@ -124,8 +144,6 @@ def test_a_task_that_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(BaseError, match=r"lacks .* weights of BertLMHeadModel"):
         load_base(tmp_path / "bert", device="cpu")
     assert load_base(tmp_path / "bert", device="cpu", task="classify").notes != []  # no tokenizer
-    with pytest.raises(BaseError, match=r"classifier.*\(3,.*\(5,"):
-        load_base(tmp_path / "bert", device="cpu", task="classify", num_labels=5)
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32,

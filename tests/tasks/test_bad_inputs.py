@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import shutil
 import struct
@@ -15,8 +16,9 @@ import transformers
 from lorakit import save_adapter
 from lorakit.cli.main import main
 from lorakit.data.rows import RowError
-from lorakit.errors import DataError
-from lorakit.tasks.registry import fitting_task, named
+from lorakit.errors import BaseError, DataError
+from lorakit.tasks.kinds import in_order
+from lorakit.tasks.registry import fitting_task, named, row_kind
 from lorakit.tasks.rows import RowSpec
 from lorakit.tasks.speech import read_sound
 
@@ -62,6 +64,10 @@ CLASSIFIERS = {
     "one label": (
         [{**row, "label": "a"} for row in texts()],
         "every row has the label 'a'; a classifier needs at least two",
+    ),
+    "no label that can be used": (
+        [{**row, "label": 0.5} for row in texts()],
+        "line 1: the label is the number 0.5; expected a word or a whole number",
     ),
     "a label for each row": (
         [{**row, "label": f"{i} is long"} for i, row in enumerate(texts() * 10)],
@@ -210,9 +216,55 @@ def test_what_only_later_rows_have_is_not_passed_over(benches, place, tmp_path, 
     assert f"line 2: it has a column '{column}' ({field}), and the first row has none" in told
 
 
-def test_a_single_pair(place, capsys):
+def test_a_table_whose_quote_is_open(benches, tmp_path, capsys):
+    (tmp_path / "open.csv").write_text('text,label\n"w1 w2,a\nw2,b\n')
+    flags = ["--base", str(benches["classify"].folder), "--data", str(tmp_path / "open.csv")]
+    arguments = ["train", *flags, "--task", "classify", "--out", str(tmp_path / "run")]
+    said(arguments, capsys, "open.csv row 1 (line 2): a quote", "no row has a label")
+
+
+def test_texts_without_the_end_that_the_head_reads(benches, tmp_path, capsys):
+    rows = small.write_rows(tmp_path / "rows.jsonl", texts())
+    flags = ["--base", str(benches["t5"].folder), "--data", str(rows), "--task", "classify"]
+    message = "reads a text at its end token (2), and its tokenizer puts none behind a text"
+    said(["train", *flags, "--out", str(tmp_path / "run")], capsys, message)
+
+
+def test_pairs_with_nothing_to_be_contrasted_with(place, tmp_path, capsys):
     rows = [{"anchor": "w1", "positive": "w2"}]
     said(place("embed", rows), capsys, "nothing to contrast it with")
+    said(place("embed", [*rows, {"anchor": "w3", "positive": "w2"}]), capsys, "the same positive")
+    rows = [*rows, {"anchor": "w3", "positive": "w4"}]
+    said(place("embed", rows, "--batch-size", "1"), capsys, "batch_size is 1, so a pair")
+    assert not (tmp_path / "run").exists()
+    rows = [{**row, "negative": "w5"} for row in rows]
+    assert main(place("embed", rows, "--batch-size", "1", "--steps", "1")) == 0
+
+
+POOLINGS = [
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+    ({"pooling_mode_lasttoken": True}, "last"),
+    ({"embedding_dimension": 16, "pooling_mode": "cls"}, "cls"),
+    ({"pooling_mode": "lasttoken"}, "last"),
+    ({"pooling_mode": "mean"}, "mean"),
+    ({"pooling_mode_max_tokens": True}, None),
+    ({"pooling_mode_weightedmean_tokens": True}, None),
+    ({"pooling_mode": "max"}, None),
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, None),
+]
+
+
+@pytest.mark.parametrize(("config", "expected"), POOLINGS)
+def test_the_pooling_of_a_base(tmp_path, config, expected):
+    """In the old form and the new one; what is not known is refused rather than replaced."""
+    path = tmp_path / "1_Pooling" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(config))
+    if expected is None:
+        with pytest.raises(BaseError, match=r"1_Pooling.config\.json asks for the pooling"):
+            row_kind("embed").from_base({"_folder": str(tmp_path)}, "base")
+    else:
+        assert row_kind("embed").from_base({"_folder": str(tmp_path)}, "base").pooling == expected
 
 
 FLAGS = [
@@ -347,3 +399,10 @@ def test_what_is_guessed(benches):
     llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     assert fitting_task(llama, lambda: ["text", "label"])[0] == "causal"
     assert fitting_task({"model_type": "gpt2"}, list)[0] == "causal"
+
+
+def test_labels_have_one_order():
+    """Not that of a set, which differs from process to process."""
+    for labels in itertools.permutations(["1", "01", "0", "00", "2"]):
+        assert in_order(labels) == ("0", "00", "01", "1", "2")
+    assert in_order(["b", "a", "10"]) == ("10", "a", "b")

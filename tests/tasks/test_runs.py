@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from lorakit.cli import tasks as command
@@ -21,6 +23,10 @@ from tests.train.test_resume import Signal
 
 from . import small
 
+CLASSES = {
+    "classify": "AutoModelForSequenceClassification",
+    "vision": "AutoModelForImageClassification",
+}
 SETTINGS = {"steps": 6, "batch_size": 4, "lr": 0.01, "samples": 1, "validation_fraction": 0.2}
 
 
@@ -139,6 +145,47 @@ def test_all_weights_of_a_classifier(benches, tmp_path):
     config = json.loads((result.model / "config.json").read_text())
     assert [config["id2label"][str(i)] for i in range(3)] == ["a", "b", "c"]
     assert result.best_loss < result.base_loss
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("classify", None), ("classify", "vwxyz"), ("bart", "vwxyz"), ("vision", "vwxyz")],
+)
+def test_a_base_without_the_head_of_the_data(benches, tmp_path, capsys, name, own):
+    """A bare body, or a head of other labels: trained, gone on with to the bit, judged, and merged
+    into a model that is as good and names the labels."""
+    bench = benches[name]
+    folder = shutil.copytree(bench.folder, tmp_path / "base")
+    task = "vision" if name == "vision" else "classify"
+    if own is not None:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        config.id2label = dict(enumerate(own))
+        getattr(transformers, CLASSES[task])._model_mapping[type(config)](config).save_pretrained(
+            folder
+        )
+    rows = benches["vision" if name == "vision" else "classify"].file
+    flags = ["--base", str(folder), "--data", str(rows), "--task", task]
+    more = ["--steps", "3", "--rank", "2", "--checkpoint-every", "1", "--batch-size", "3"]
+    out, merged = str(tmp_path / "run"), str(tmp_path / "merged")
+    assert main(["train", *flags, "--out", out, *more]) == 0
+    err = capsys.readouterr().err
+    assert "is new, is trained whole" in err
+    assert ("its own head has 5 classes (v, w, x, y, z)" in err) is (own is not None)
+    expected = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "checkpoints" / "step-00000003.safetensors").unlink()
+    (tmp_path / "run" / "result.json").unlink()
+    assert main(["train", "--resume", out]) == 0
+    assert "goes on after step 2" in capsys.readouterr().err
+    assert all(torch.equal(expected[k], v) for k, v in weights(tmp_path / "run").items())
+    capsys.readouterr()
+    assert main(["eval", *flags, "--adapter", out, "--no-base", "--json"]) == 0
+    [one] = json.loads(capsys.readouterr().out)["models"]
+    assert main(["merge", *flags[:2], "--adapter", out, "--out", merged]) == 0
+    assert "note: merged in memory" in capsys.readouterr().err
+    assert main(["eval", "--base", merged, *flags[2:], "--json"]) == 0
+    [two] = json.loads(capsys.readouterr().out)["models"]
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)  # of float32 sums
 
 
 def test_the_command_line(benches, tmp_path, capsys):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from lorakit.errors import TrainingError
-from lorakit.tasks.task import Example, Kind, Stretch, Task
+from lorakit.errors import SpecError, TrainingError
+from lorakit.tasks.task import Contrasting, Example, Kind, Stretch, Task
 from lorakit.train.distributed import PeerLost, World
 from lorakit.train.job import Job, Window
 from lorakit.train.loop.members import Failed, Members
@@ -224,11 +224,18 @@ def check_first_forward(task: Task, job: Job, kind: Kind) -> None:
     """Run one example, so that what cannot work is known before anything is written.
 
     Raises:
+        SpecError: a batch is one example, which has nothing to be contrasted with.
         TargetError: adapted modules that are never called.
         BaseError: a model that computes no loss of this task.
         TrainingError: the memory has no room for it.
     """
     example = job.window().examples[0]
+    alone = job.settings.batch_size == 1 and isinstance(task, Contrasting) and task.lonely(example)
+    if alone:
+        raise SpecError(
+            "batch_size is 1, so a pair has no other of its batch to be contrasted with, and its "
+            "loss is always 0. Raise --batch-size, or give rows with a negative each"
+        )
     try:
         with training_mode(task.model, []), torch.no_grad():
             task.losses([Stretch([example], job.trained.name)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorakit.bases import load_base
+from lorakit.bases import Base, load_base
 from lorakit.bases.preview import base_config
 from lorakit.core.checkpoint import open_checkpoint
 from lorakit.layers.dense import to_dense_
@@ -35,6 +35,7 @@ def merge_in_memory(
     allow_other_base: bool = False,
     untie: bool = False,
     trust_remote_code: bool = False,
+    load: Callable[..., Base] = load_base,
     before_end: Callable[[Path], None] = lambda folder: None,
     say: Say = lambda text: None,
     progress: Progress = lambda done, total: None,
@@ -43,6 +44,10 @@ def merge_in_memory(
 
     A base that bitsandbytes quantised becomes dense. transformers saves the result, in its own
     layout. No rows are checked: what was written is what transformers made of the model.
+
+    Args:
+        load: what loads the base as the class that the adapters were trained on, such as a kind's
+            ``load_base``; by default as a causal language model.
     """
     folder = checked_out(Path(out))
     adapters = weighted(what)
@@ -50,8 +55,8 @@ def merge_in_memory(
         config: Any = base_config(base, revision=revision, trust_remote_code=trust_remote_code)
         stored = getattr(config, "dtype", None)
         dtype = stored if isinstance(stored, torch.dtype) else torch.float32
-    loaded = load_base(
-        base,
+    loaded = load(
+        ref=base,
         device="cpu",
         dtype=dtype,
         revision=revision,
@@ -72,13 +77,16 @@ def merge_in_memory(
         untie=untie,
     )
     notes += undo.notes
+    brought = [name for name in loaded.new_weights if name in undo.names]
+    if brought:
+        notes.append(f"the adapters bring these new weights, trained: {', '.join(brought[:6])}")
     tied = any(change.untie for change in undo._changes)
     if tied:
         model.config.tie_word_embeddings = False
     with building(folder) as temporary:
         model.save_pretrained(temporary)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(temporary)
+        for reader in filter(None, (loaded.tokenizer, loaded.processor)):
+            reader.save_pretrained(temporary)
         copy_other_files(temporary, temporary, adapters, tied, None)
         write_record(temporary, loaded.identity.name, adapters, notes)
         before_end(temporary)
