@@ -12,7 +12,7 @@ once), ``placement`` (device and dtype), ``load`` (the model), ``identity`` (whi
 """
 
 from lorakit.bases.identity import check_base, identify
-from lorakit.bases.length import context_length
+from lorakit.bases.length import context_length, most_positions
 from lorakit.bases.load import Base, load_base
 from lorakit.bases.placement import Placement, choose_placement
 from lorakit.bases.preview import base_config, load_tokenizer, resolve_base
@@ -27,5 +27,6 @@ __all__ = [
     "identify",
     "load_base",
     "load_tokenizer",
+    "most_positions",
     "resolve_base",
 ]

@@ -10,6 +10,13 @@ _NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max
 _OFFSET_BY_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer")
 
 
+def most_positions(model: Any) -> int | None:
+    """Positions that the encoder and the decoder of ``model`` have, each; ``None`` where they are
+    relative, as T5's."""
+    found: int | None = getattr(model.config, "max_position_embeddings", None)
+    return found
+
+
 def context_length(model: Any) -> int | None:
     """The longest sequence in tokens that ``model`` was made for.
 

@@ -310,8 +310,8 @@ def _write(
         for flag in ("system", "format"):
             if getattr(options, flag) is not None:
                 raise InputError(f"--{flag} cannot act: an encoder-decoder takes text as it is")
+        from lorakit.bases import most_positions
         from lorakit.tasks.kinds import asked_of
-        from lorakit.tasks.seq2seq import most_positions
 
         room = most_positions(base.model)
         return [list(asked_of(base, prompt, room).ids) for prompt in prompts], None

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorakit.bases import Base
+from lorakit.bases import Base, most_positions
 from lorakit.bases.load import Task as BaseTask
 from lorakit.bases.quiet import quiet_transformers
 from lorakit.data.columns import checked_text
 from lorakit.data.rows import Row, RowError
+from lorakit.infer.generation.config import plain_generation
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
 from lorakit.tasks.forwards import RowTask, padded, token_losses
@@ -116,26 +117,17 @@ class Seq2Seq(RowKind):
         return [text.strip() for text in found]
 
 
-def most_positions(model: Any) -> int | None:
-    """Positions that an encoder and a decoder have; ``None`` where they are relative, as T5's."""
-    found: int | None = getattr(model.config, "max_position_embeddings", None)
-    return found
-
-
 def generated(
     model: Any,
     handle: Handle | None,
     adapter: MixLike,
     batch: Mapping[str, Tensor],
     max_new_tokens: int,
-    **options: Any,
 ) -> Tensor:
-    """Token ids that a model generates greedily, [E, …]."""
+    """Token ids that a model generates greedily, [E, …], by no other habit of its own."""
     using = contextlib.nullcontext() if handle is None else handle.use(adapter)
-    with using, quiet_transformers():
-        made: Tensor = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **options
-        )
+    with using, quiet_transformers(), plain_generation(model, max_new_tokens=max_new_tokens):
+        made: Tensor = model.generate(**batch)
     return made
 
 

@@ -16,6 +16,7 @@ from lorakit.infer.generation import slots, slotted
 from lorakit.infer.generation.sampling import Sampling, source
 from lorakit.infer.generation.text import GrowingText
 from lorakit.layers import attach
+from lorakit.tasks.seq2seq import generated
 
 TOKENS = {"vocab_size": 259, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
 PROMPTS = [[5, 9, 40], [7] * 11, [1, 2], [9, 8, 7, 6, 5, 4], [33, 200, 3, 77, 12, 13, 14], [60]]
@@ -165,6 +166,92 @@ def test_encoder_decoder(tokenizer):
         assert text == decoded(one, ids[: ids.index(258)] if 258 in ids else ids)
 
 
+@pytest.fixture
+def bart(tokenizer):
+    """``bart(**settings)``: a tiny encoder-decoder that counts its positions, float64."""
+
+    def make(**settings):
+        torch.manual_seed(1)
+        config = hf.BartConfig(
+            vocab_size=259, d_model=16, encoder_layers=2, decoder_layers=2,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=24,
+            decoder_ffn_dim=24, max_position_embeddings=24, pad_token_id=256, bos_token_id=257,
+            eos_token_id=258, decoder_start_token_id=258, forced_eos_token_id=None,
+        )  # fmt: skip
+        model = hf.BartForConditionalGeneration(config).double().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" not in name:  # large, so that answers differ
+                    parameter.normal_(std=2.5 if parameter.ndim > 1 else 1)
+        for name, value in settings.items():
+            setattr(model.generation_config, name, value)
+        return SimpleNamespace(model=model, tokenizer=tokenizer)
+
+    return make
+
+
+def test_a_whole_batch_holds_prompts_of_one_length(bart, all_double):
+    one = bart()
+    prompts = [*PROMPTS, [8, 9, 41], [50, 60], [8, 4, 2]]
+    shapes = []
+    encoder = one.model.get_encoder()
+    hook = encoder.register_forward_pre_hook(
+        lambda _, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    done = []
+    found = answers(
+        one, None, prompts, max_new_tokens=8, batch_size=2, on_done=lambda i, _: done.append(i)
+    )
+    hook.remove()
+    trial = [(1, 4), (1, 4), (2, 4)]
+    batches = [(1, 11), (1, 7), (1, 6), (2, 3), (1, 3), (2, 2), (1, 1)]
+    assert sorted(shapes) == sorted(trial + batches)
+    assert sorted(done) == list(range(len(prompts)))
+    assert len({answer.text for answer in found}) > 3
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = one.model.generate(torch.tensor([prompt]), max_new_tokens=8)[0, 1:].tolist()
+        assert answer.text == decoded(one, ids[: ids.index(258)] if 258 in ids else ids)
+
+
+def test_a_model_that_mixes_the_rows_of_a_batch_gets_one_prompt_at_a_time(tokenizer, caplog):
+    torch.manual_seed(0)
+    model = hf.RwkvForCausalLM(
+        hf.RwkvConfig(hidden_size=16, num_hidden_layers=2, context_length=64, **TOKENS)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.4)
+    one = SimpleNamespace(model=model, tokenizer=tokenizer)
+    caplog.set_level("INFO", logger="lorakit")
+    prompts = [[5, 9, 40], [7, 7, 7], [1, 2, 3]]
+    found = generate(one, None, prompts, max_new_tokens=6)
+    assert "one prompt at a time: RwkvForCausalLM computes something else in a batch" in caplog.text
+    assert found == [generate(one, None, [p], max_new_tokens=6)[0] for p in prompts]
+
+
+@pytest.mark.parametrize("reading", ["answers", "eval"])
+def test_habits_of_the_models_own_config_do_not_act(reading, bart):
+    def read(one):
+        if reading == "answers":
+            return [(a.text, a.finish) for a in answers(one, None, PROMPTS, max_new_tokens=6)]
+        batch = {"input_ids": torch.tensor([[5, 9, 40], [7, 7, 7]])}
+        return generated(one.model, None, None, batch, 6).tolist()
+
+    expected = read(bart())
+    habits = {
+        "num_beams": 3, "no_repeat_ngram_size": 1, "repetition_penalty": 5.0, "min_new_tokens": 6,
+        "forced_eos_token_id": 258, "do_sample": True,
+    }  # fmt: skip
+    other = bart(**habits)
+    before = other.model.generation_config.to_dict()
+    assert read(other) == expected
+    assert other.model.generation_config.to_dict() == before
+    # without these the languages of mBART and the padding of Marian would be lost
+    assert read(bart(forced_bos_token_id=65)) != expected
+    assert read(bart(bad_words_ids=[[i] for i in range(200)])) != expected
+
+
 # --- text and where it ends ------------------------------------------------------------------
 
 
@@ -232,13 +319,15 @@ def test_growing_text(tokenizer, text, stop):
 # --- drawing -----------------------------------------------------------------------------
 
 
-def test_drawn_answers_depend_on_seed_and_place_alone(base):
-    one = base()
+@pytest.mark.parametrize("family", ["llama", "mamba-state"])
+def test_drawn_answers_depend_on_seed_and_place_alone(family, base):
+    one = base(family)
     few = {"temperature": 1.0, "max_new_tokens": 8}
     found = generate(one, None, PROMPTS, seed=3, **few)
     assert generate(one, None, PROMPTS, seed=3, batch_size=2, **few) == found
     assert generate(one, None, PROMPTS[:2], seed=3, **few) == found[:2]
     assert generate(one, None, PROMPTS, seed=4, **few) != found
+    assert len(set(generate(one, None, [PROMPTS[0]] * 3, seed=3, **few))) == 3
     random = torch.get_rng_state()
     generate(one, None, PROMPTS[:1], **few)
     assert torch.equal(torch.get_rng_state(), random)
@@ -273,6 +362,43 @@ def test_temperature_zero_takes_the_most_likely():
     assert Sampling().choose(torch.tensor([[0.0, 2.0], [3.0, 1.0]]), []) == [1, 0]
 
 
+def test_a_temperature_near_zero_takes_the_most_likely():
+    logits = torch.tensor([[0.0, 2.0], [3.0, 1.0]])
+    assert Sampling(1e-320).choose(logits, [source(0, i) for i in range(2)]) == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_token_is_chosen_from_logits_that_are_no_numbers(temperature):
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[0.0, nan], [-inf, 1.0], [inf, 0.0], [-inf, -inf]])
+    draws = [source(0, i) for i in range(4)]
+    assert Sampling(temperature).choose(logits, draws) == [None, 1, None, None]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("family", ["llama", "mamba-state"])
+def test_a_row_that_is_no_number_ends_and_the_others_go_on(family, temperature, base, caplog):
+    one = base(family)
+    target = {"llama": "v_proj", "mamba-state": "in_proj"}[family]
+    handle = attach(one.model, LoRASpec(rank=2, targets=(target,)), "good")
+    handle.add(LoRASpec(rank=2, targets=(target,)), "huge")
+    with torch.no_grad():
+        for parameter in handle.parameters("huge"):
+            parameter.fill_(1e200)
+    settings = {"max_new_tokens": 6, "temperature": temperature, "batch_size": 3, "stop_ids": []}
+    prompts = [[5, 9, 40], [7, 7, 7], [1, 2], [9, 9, 9], [8], [1, 1, 2]]
+    mixes = ["good", "huge", None, "huge", None, "good"]
+    found = answers(one, handle, prompts, mixes=mixes, **settings)
+    alone = answers(one, handle, prompts, mixes=[None] * 6, **settings)
+    for mix, answer, expected in zip(mixes, found, alone, strict=True):
+        if mix == "huge":
+            assert (answer.text, answer.num_tokens, answer.finish) == ("", 0, "not finite")
+        else:  # "good" has not learnt yet
+            assert answer == expected
+    (told,) = [r.getMessage() for r in caplog.records if r.name.startswith("lorakit")]
+    assert told.startswith("huge: after 0 tokens of the answer to ")
+
+
 # --- limits and mistakes -------------------------------------------------------------------
 
 
@@ -280,6 +406,14 @@ def test_the_context_ends_an_answer(base):
     one = base(max_position_embeddings=16)
     found = answers(one, None, [[3] * 10, [4]], max_new_tokens=9, stop_ids=[])
     assert [(a.num_tokens, a.finish) for a in found] == [(6, "context"), (9, "length")]
+
+
+def test_the_positions_of_a_decoder_end_an_answer(bart):
+    one = bart()
+    found = answers(one, None, [[3] * 24, [4]], max_new_tokens=256, stop_ids=[])
+    assert [(a.num_tokens, a.finish) for a in found] == [(23, "context")] * 2
+    with pytest.raises(InputError, match="prompt 2 has 25 tokens, and this model takes 24 at most"):
+        answers(one, None, [[3], [3] * 25])
 
 
 def test_all_mistakes_are_named_together(base):

@@ -3,8 +3,8 @@
 Rows share their forwards. A row that is done leaves at once and the next prompt takes its place
 (``slotted``), so that a batch is never kept alive by its longest answer. A model whose cache cannot
 be taken apart like that (an encoder-decoder, a state space) goes through transformers' own
-``generate`` in batches of equal length (``batched``); which way was taken is logged with its
-reason.
+``generate``, in batches of prompts of one length (``batched``); which way was taken is logged with
+its reason.
 
 Legend: ``R`` rows, ``T`` tokens of the longest prompt, ``V`` vocabulary.
 """
@@ -97,12 +97,14 @@ def answers(
         batch_size: rows at a time; ``None`` chooses for the device and the memory.
         stop: texts at which an answer ends.
         stop_ids: tokens at which an answer ends; ``None`` means the end tokens of the tokenizer
-            and of the model's generation config. Nothing else of that config acts.
+            and of the model's generation config. Nothing else of that config acts, but for an
+            encoder-decoder's forced first token and its forbidden ones.
         on_text: called with a prompt's place and each new piece of its answer.
         on_done: called with a prompt's place and its finished answer.
 
     Returns:
-        One answer per prompt, in their order.
+        One answer per prompt, in their order. Where a row's logits are not finite numbers its
+        answer ends (``finish``), which is logged as a warning, and the others go on.
 
     Raises:
         InputError: a prompt is empty or leaves no room in the context, or a setting is

@@ -12,14 +12,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import nn
 
-from lorakit.bases import context_length
+from lorakit.bases import context_length, most_positions
 from lorakit.errors import InputError, collected
 from lorakit.infer.generation.sampling import source
 from lorakit.infer.generation.text import GrowingText
 from lorakit.layers import Handle
 from lorakit.layers.routing import Mix, MixLike, as_mix
 
-Finish = Literal["stop", "length", "context"]
+Finish = Literal["stop", "length", "context", "not finite"]
 Prompt = str | Sequence[int]
 
 
@@ -40,7 +40,8 @@ class Answer:
     """Generated tokens, the one that ended it left out."""
     finish: Finish
     """``stop``: by an end token or a stop text; ``length``: ``max_new_tokens`` were generated;
-    ``context``: prompt and answer fill the model's context."""
+    ``context``: prompt and answer fill the model's context; ``not finite``: the logits of the next
+    token are not finite numbers, so that none can be chosen."""
 
 
 @dataclass(eq=False)
@@ -91,8 +92,8 @@ def rows_of(
     each = list(mixes) if mixes is not None else [adapter] * len(prompts)
     if handle is None and any(as_mix(mix) for mix in each):
         problems.append("an adapter is named, but none is attached")
-    room = context_length(base.model)
     encoder_decoder = is_encoder_decoder(base.model)
+    room = (most_positions if encoder_decoder else context_length)(base.model)
     fronts: dict[Mix, int] = {}
     if handle is not None and not problems:
         # raises for a name that is not attached
@@ -101,9 +102,16 @@ def rows_of(
     for i, prompt in enumerate(prompts):
         ids = _encoded(base, prompt)
         front = fronts.get(as_mix(each[i]), 0) if i < len(each) else 0
-        left = None if room is None or encoder_decoder else room - front - len(ids)
+        # an answer stands behind its prompt, or in a decoder of as many positions, behind the start
+        before = 1 if encoder_decoder else len(ids)
+        left = None if room is None else room - front - before
         if not ids:
             problems.append(f"prompt {i + 1} is empty")
+        elif encoder_decoder and room is not None and front + len(ids) > room:
+            problems.append(
+                f"prompt {i + 1} has {len(ids)} tokens, and this model takes {room - front} at "
+                "most. Shorten it"
+            )
         elif left is not None and left < 1:
             problems.append(
                 f"prompt {i + 1} has {len(ids)} tokens; the context of this model is {room}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,7 +15,9 @@ from lorakit.errors import InputError
 from lorakit.infer.generation.rows import Answer, Finish, HasModel, Row
 from lorakit.infer.generation.sampling import Sampling
 from lorakit.layers import Handle
-from lorakit.layers.routing import MixLike, as_mix
+from lorakit.layers.routing import Mix, MixLike, as_mix
+
+log = logging.getLogger(__name__)
 
 #: rows that are continued together where the caller does not say. On a CPU, with an adapter, 32
 #: gave 2.2 times the tokens of 8 in the same time, and 64 no more than 32
@@ -46,6 +49,8 @@ class Run:
         # rows of one adapter together, which is the fastest routing; the longest first, so that
         # a prompt that comes later fits before the columns in use
         self.waiting = sorted(rows, key=lambda r: (str(as_mix(r.mix)), -len(r.prompt)))
+        self._broken: set[Mix] = set()
+        """Whose logits were not finite."""
 
     @property
     def wanted(self) -> int:
@@ -60,8 +65,11 @@ class Run:
             return self.handle.use(mixes[0])
         return self.handle.use(rows=mixes)
 
-    def take(self, row: Row, token: int) -> tuple[str, Answer | None]:
+    def take(self, row: Row, token: int | None) -> tuple[str, Answer | None]:
         """Add a token to a row; gives its new text, and its answer if that ended it."""
+        if token is None:
+            self._tell_broken(row)
+            return self.end(row, "not finite")
         if token in self.stop_ids:
             return self.end(row, "stop")
         row.ids.append(token)
@@ -84,6 +92,20 @@ class Run:
         rest = row.text.finish()
         finish = "stop" if row.text.stopped else finish
         return rest, Answer(row.text.text, len(row.ids), finish)
+
+    def _tell_broken(self, row: Row) -> None:
+        """Name the first row of each adapter whose logits are not finite."""
+        mix = as_mix(row.mix)
+        if mix not in self._broken:
+            self._broken.add(mix)
+            log.warning(
+                "%s: after %d tokens of the answer to %r … the logits are not finite numbers, so "
+                "no token can follow. Look for weights that are too large, or for what overflows "
+                "in half precision and not in float32",
+                " + ".join(name for name, _ in mix) or "the base",
+                len(row.ids),
+                self.tokenizer.decode(row.prompt)[:40],
+            )
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -44,8 +44,8 @@ class Sampling:
         if problems:
             raise InputError(collected("Text cannot be generated like this", problems))
 
-    def choose(self, logits: Tensor, draws: Sequence[np.random.Generator]) -> list[int]:
-        """One token a row.
+    def choose(self, logits: Tensor, draws: Sequence[np.random.Generator]) -> list[int | None]:
+        """One token a row; ``None`` where the largest logit is not a finite number.
 
         Args:
             logits: [R, V].
@@ -53,9 +53,12 @@ class Sampling:
                 its neighbours.
         """
         if self.temperature == 0:
-            return [int(token) for token in logits.argmax(-1).tolist()]
+            return _where(*logits.max(-1))
         # float64 on the CPU: the same draw picks the same token wherever the model ran
-        scaled = logits.detach().to("cpu", torch.float64) / self.temperature
+        wide = logits.detach().to("cpu", torch.float64)
+        largest = wide.amax(-1)
+        # their differences, which a temperature near 0 cannot make infinitely likely
+        scaled = (wide - largest[:, None]) / self.temperature
         probabilities, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
         cumulative = probabilities.cumsum(-1)
         # a token is kept while those before it have less than top_p together
@@ -63,8 +66,14 @@ class Sampling:
         cumulative = (probabilities * kept).cumsum(-1)
         points = torch.tensor([draw.random() for draw in draws], dtype=torch.float64)
         places = torch.searchsorted(cumulative, (points * cumulative[:, -1])[:, None], right=True)
-        places = places.minimum(kept.sum(-1, keepdim=True) - 1)
-        return [int(token) for token in tokens.gather(-1, places)[:, 0].tolist()]
+        places = places.minimum((kept.sum(-1, keepdim=True) - 1).clamp_min(0))
+        return _where(largest, tokens.gather(-1, places)[:, 0])
+
+
+def _where(largest: Tensor, tokens: Tensor) -> list[int | None]:
+    """The tokens of rows whose largest logit is a finite number."""
+    finite = largest.isfinite().tolist()
+    return [int(t) if good else None for t, good in zip(tokens.tolist(), finite, strict=True)]
 
 
 def source(seed: int, row: int) -> np.random.Generator:

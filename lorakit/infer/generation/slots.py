@@ -133,6 +133,8 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         width, column = keys.shape[2], self.owner.length
         self._reserve(end, column)
         for mine, given in ((self.keys, keys), (self.values, values)):
+            # what a row that was here left behind may be no number, which no mask hides
+            mine[first:end, :, : column - width] = 0
             mine[first:end, :, column - width : column] = given
 
     def copy_row(self, source: int, target: int) -> None:

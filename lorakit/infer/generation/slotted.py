@@ -85,7 +85,7 @@ def _prefill(run: Run, cache: Any, free: int) -> tuple[list[Row], Tensor]:
     return taken, logits
 
 
-def _decode(run: Run, cache: Any, rows: list[Row]) -> list[int]:
+def _decode(run: Run, cache: Any, rows: list[Row]) -> list[int | None]:
     """One token more for every row."""
     inputs = {
         "input_ids": torch.tensor([[row.ids[-1]] for row in rows]),
