@@ -206,7 +206,7 @@ def resume_tune(
         base, data, validation: to spare their loading, or where a program made them.
 
     Raises:
-        InputError: there is no search, or data that did not come from files is not given again.
+        InputError: there is no search, or data whose origin it did not record is not given again.
         DataError, BaseError: data or base changed since it began.
     """
     folder = TuneFolder(out)
@@ -351,7 +351,7 @@ class _Search:
             except Interrupted as error:
                 stopped = Interrupted(
                     f"the search was stopped, with the state of every candidate saved. Go on "
-                    f"with: lorakit tune --resume {self._folder.path}"
+                    f"with: {self._folder.resuming()}"
                 )
                 stopped.said = error.said
                 raise stopped from None
