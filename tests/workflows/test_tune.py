@@ -860,6 +860,16 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(shop, tmp
         Plan(candidates=1)
 
 
+def test_few_prompts_are_said_before_anything_is_trained(shop, tmp_path):
+    class Stop(Watcher):
+        def on_note(self, text):
+            raise InterruptedError(text)
+
+    settings = TrainSettings(steps=9, validation_fraction=0.05)
+    with pytest.raises(InterruptedError, match="4 prompts of validation rows cannot tell"):
+        shop.tune(tmp_path / "out", settings=settings, watcher=Stop())
+
+
 def test_other_data_is_refused_when_a_search_goes_on(shop, tmp_path):
     plan = Plan(quick=True, candidates=2, search={"lr": Range(1e-3, 1e-2)})
     shop.tune(tmp_path / "out", plan=plan, settings=TrainSettings(steps=2, batch_size=2))
