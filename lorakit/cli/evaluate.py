@@ -54,7 +54,7 @@ from lorakit.cli.full_models import (
     load_full_model,
     refuse_models,
 )
-from lorakit.cli.judged import Judged, print_judged
+from lorakit.cli.judged import Judged, print_judged, say_not_finite
 from lorakit.cli.output import add_json_argument, emit_json, plain, say
 from lorakit.cli.rows import add_data_arguments, as_learnt, data_spec
 from lorakit.cli.training import note_defaults
@@ -159,13 +159,19 @@ def run(options: argparse.Namespace) -> int:
     task, why = tasks.chosen_task(options, options.data, adapters)
     if task != tasks.CAUSAL:
         return tasks.evaluate(options, task, why, adapters)
+    if not options.metrics and options.save is None:
+        idle = tasks.UNANSWERED.format("--metrics or --save")
+        about_answers = ("show", "max_new_tokens", "parallel")
+        tasks.refuse(options, f"{task} ({why})", dict.fromkeys(about_answers, idle))
     models = find_full_models(options.full, trust_remote_code=options.trust_remote_code)
     base = load_base_from(options)
     use_tokenizer(base, adapters)
     check_tokenizers(base, models, trust_remote_code=options.trust_remote_code)
     asked = _question(options, base, adapters, models)
     judged = _judge(options, base, adapters, mixes, asked, models)
-    _say_not_finite(judged, asked)
+    rows = _rows_of(asked.items, asked.indices)
+    for one in judged:
+        say_not_finite(one.name, one.judgement.loss, asked.data, rows)
     if options.save is not None and asked.items is not None:
         _save(Path(options.save), judged, asked.items)
     if options.json:
@@ -387,17 +393,6 @@ def _rows_of(items: Sequence[PromptItem] | None, indices: Sequence[int] | None) 
     if items is None:
         return list(indices or ())
     return [i for item in items for i in item.indices]
-
-
-def _say_not_finite(judged: Sequence[Judged], asked: _Question) -> None:
-    rows = _rows_of(asked.items, asked.indices)
-    for one in judged:
-        bad = one.judgement.loss.not_finite
-        if len(bad):
-            say(
-                f"{one.judgement.name}: the loss of {len(bad)} of {len(rows)} rows is not a finite "
-                f"number, first at {asked.data.where(rows[bad[0]])}"
-            )
 
 
 def _save(path: Path, judged: Sequence[Judged], items: Sequence[PromptItem]) -> None:

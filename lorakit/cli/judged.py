@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.output import console, plural, printable_stdout
+from lorakit.cli.output import console, plural, printable_stdout, say
 
 if TYPE_CHECKING:
-    from lorakit.data import PromptItem
-    from lorakit.evaluate import Forgetting, GeneralText, Judgement
+    from lorakit.data import PromptItem, TokenData
+    from lorakit.evaluate import Forgetting, GeneralText, Judgement, LossResult
+    from lorakit.tasks.rows import RowData
 
 
 @dataclass
@@ -71,6 +72,23 @@ def print_judged(
         assert items is not None
         if judged[0].judgement.answers:
             _print_answers(out, judged, items[i], i, prompt_column)
+
+
+def say_not_finite(
+    name: str, loss: LossResult, data: TokenData | RowData, rows: Sequence[int]
+) -> None:
+    """Name the first row whose loss is no finite number, if there is one.
+
+    Args:
+        name: who has this loss.
+        rows: of ``data``, what the loss is over.
+    """
+    bad = loss.not_finite
+    if len(bad):
+        say(
+            f"{name}: the loss of {len(bad)} of {len(rows)} rows is not a finite number, first at "
+            f"{data.where(rows[bad[0]])}"
+        )
 
 
 def _columns(judged: Sequence[Judged]) -> dict[str, list[str]]:

@@ -77,6 +77,7 @@ def _trainers(plan: Plan, base: Base, progress: Any) -> Iterator[Trainer | None]
             fresh.append(job)
             continue
         with _told(job, progress):
+            _recall(job)
             done = finished_run(job.out)
             if done is not None:
                 job.outcome = done
@@ -84,8 +85,6 @@ def _trainers(plan: Plan, base: Base, progress: Any) -> Iterator[Trainer | None]
                 continue
             callbacks = _callbacks(job, progress)
             begun.append((job, Trainer.reopened(job.out, base=base, callbacks=callbacks)))
-    for job, begun_one in begun:
-        job.rows = begun_one.num_rows
     yield from aligned([begun_one for _, begun_one in begun])
     for job in fresh:
         trainer: Trainer | None = None
@@ -93,6 +92,15 @@ def _trainers(plan: Plan, base: Base, progress: Any) -> Iterator[Trainer | None]
             trainer = _new(job, base, progress)
         if trainer is not None:
             yield trainer
+
+
+def _recall(job: Job) -> None:
+    """What a run that began earlier has written of what the table says."""
+    from lorakit.train.record import read_run
+
+    record = read_run(job.out, with_adapter=False)
+    job.rows = record.facts["data_report"].get("used")
+    job.first_loss = next((row["loss"] for row in record.steps if row["step"] == 1), None)
 
 
 def _new(job: Job, base: Base, progress: Any) -> Trainer:

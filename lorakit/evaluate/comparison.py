@@ -19,7 +19,7 @@ from lorakit.tasks.causal import CAUSAL
 from lorakit.tasks.task import Task
 
 #: tokens beyond the longest reference that an answer may have: enough to see that it goes on
-_BEYOND = 16
+BEYOND = 16
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def answer_length(data: TokenData, items: Sequence[PromptItem]) -> int:
     longest = max(
         int(data.lengths[i]) - len(item.prompt_ids) for item in items for i in item.indices
     )
-    return longest + _BEYOND
+    return longest + BEYOND
 
 
 def _answered(

@@ -75,12 +75,17 @@ def _together(
 def _option(changes: Mapping[str, Any], then: Estimate) -> Option:
     return Option(
         changes=dict(changes),
-        flags=" ".join(f"--{name.replace('_', '-')} {value}" for name, value in changes.items()),
+        flags=" ".join(_flag(name, value) for name, value in changes.items()),
         needed=then.memory.needed,
         seconds_per_step=None if then.step is None else then.step.total,
         fits=then.fits,
         same_result=all(name in _FREE for name in changes),
     )
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is True else f"{flag} {value}"
 
 
 def warnings(

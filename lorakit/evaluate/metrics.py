@@ -5,7 +5,8 @@ asked    gives                        what it is
 ======== ============================ ===========================================================
 bleu     ``bleu``                     sacrebleu's corpus BLEU, all references, its own tokenizer
 chrf     ``chrf``                     sacrebleu's corpus chrF2, all references
-rouge    ``rouge``                    ROUGE-L F1, the best reference of each, mean
+rouge    ``rouge``                    ROUGE-L F1 of lowercased words, the best reference of each,
+                                      mean; where no spaces are written, of characters
 exact    ``exact``                    share that equals a reference, outer white space aside
 json     ``json_valid``               share that is JSON as a whole
          ``json_fields``              share of the references' fields that are there and right
@@ -16,6 +17,8 @@ json     ``json_valid``               share that is JSON as a whole
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,12 +83,31 @@ def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
 
 def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     rouge = require("rouge_score.rouge_scorer", extra="train", purpose="ROUGE-L")
-    scorer = rouge.RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = rouge.RougeScorer(["rougeL"], tokenizer=_Words())
     best = [
         max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in these)
         for prediction, these in zip(predictions, references, strict=True)
     ]
     return {"rouge": 100.0 * sum(best) / len(best)}
+
+
+class _Words:
+    """The words of any script, for ``rouge_score``, whose own tokenizer knows a to z and 0 to 9
+    alone; of text in these the two give the same."""
+
+    #: Thai to Tibetan, Burmese, Khmer, kana, and Chinese characters: no spaces between words
+    _unspaced = re.compile(
+        "([\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff"
+        "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd])"
+    )
+
+    def tokenize(self, text: str) -> list[str]:
+        # marks too: vowels of Hindi are no letters, and would split its words
+        kept = "".join(
+            char if unicodedata.category(char)[0] in "LMN" else " "
+            for char in unicodedata.normalize("NFKC", text).lower()
+        )
+        return self._unspaced.sub(r" \1 ", kept).split()
 
 
 def _exact(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -30,6 +30,26 @@ from lorakit.formats import save_adapter
 from lorakit.optional import require
 
 
+def resuming(path: Path, sections: Mapping[str, Any], command: str, call: str) -> str:
+    """What goes on with what lies in a folder: a command line, or a call from Python where it was
+    given data and did not record where this came from.
+
+    Args:
+        sections: its settings, as :meth:`RunFolder.create` takes them.
+        command: what stands before ``--resume``.
+        call: the function that takes the data.
+    """
+    content = sections.get("content") or {}
+    lacking = [
+        f"{name}=…"
+        for name in ("data", "validation")
+        if content.get(name) is not None and sections.get(name) is None
+    ]
+    if lacking:
+        return f"{call}({str(path)!r}, {', '.join(lacking)})"
+    return f"{command} --resume {path}".lstrip()
+
+
 class RunFolder:
     """Paths of a run, and the file of metrics, which only grows between two checkpoints."""
 
@@ -60,7 +80,7 @@ class RunFolder:
     def _check_new(self) -> None:
         if self.settings.exists():
             raise InputError(
-                f"{self.path} holds a run already. Go on with it: --resume {self.path}; or give "
+                f"{self.path} holds a run already. Go on with it: {self.resuming()}; or give "
                 "another --out."
             )
         if self.path.is_dir() and any(self.path.iterdir()):
@@ -139,6 +159,18 @@ class RunFolder:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{self.settings} cannot be read: {error}") from error
         return _checked(self.settings, content, _SECTIONS)
+
+    def resuming(self, command: str = "") -> str:
+        """What goes on with the run there; see :func:`resuming`.
+
+        Args:
+            command: what stands before ``--resume``.
+        """
+        try:
+            sections = self.read_settings()
+        except InputError:  # which is told when it is resumed
+            sections = {}
+        return resuming(self.path, sections, command, "Trainer.resume")
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from the same run; as :func:`running_alone`."""

@@ -94,14 +94,14 @@ class Origin:
         """Load the training data as before.
 
         Raises:
-            InputError: the run's data was made by a program, so only it can give it again.
+            InputError: where it came from was not recorded, so only its program can give it again.
             DataError: the data cannot be read.
             BaseError: the base has no tokenizer.
         """
         if self.data is None:
             raise InputError(
-                "this run's data did not come from files that lorakit read; give it again: "
-                "Trainer.resume(out, data=…)"
+                "this run did not record where its data came from; give it again: "
+                "Trainer.resume(out, data=…), or of a search resume_tune(out, data=…)"
             )
         return self.kind.load_data(self.data, base)
 

@@ -377,7 +377,7 @@ class Trainer:
             self._world.wait()  # torchrun ends those who are still here when one has left
         stopped = Interrupted(
             f"stopped by {why} after step {job.step} of {job.total_steps}; the state is "
-            f"saved. Go on with: {self._kind.command} --resume {self._folder.path}"
+            f"saved. Go on with: {self._folder.resuming(self._kind.command)}"
         )
         stopped.said = not self._world.first
         return stopped
@@ -527,8 +527,8 @@ class Trainer:
             task: the kind that the run was made with, where that is none of ``lorakit.tasks``.
 
         Raises:
-            InputError: there is no run, another process runs it, or data that did not come from
-                files is not given again.
+            InputError: there is no run, another process runs it, or data whose origin the run
+                did not record is not given again.
             DataError, BaseError: data or base changed since the run began.
         """
         world = world or current_world()
@@ -581,8 +581,8 @@ class Trainer:
         content = sections.get("content") or {}
         if validation is None and content.get("validation") is not None:
             raise InputError(
-                "this run's validation data did not come from files that lorakit read; give it "
-                "again: Trainer.resume(out, validation=…)"
+                "this run did not record where its validation data came from; give it again: "
+                "Trainer.resume(out, validation=…)"
             )
         what: LoRASpec | Adapter | Initial | Full
         if sections["lora"] is None:

@@ -299,7 +299,8 @@ def _candidates(question: Question) -> Iterator[dict[str, Any]]:
         yield {"quantize": "int8"}
     for share in (2, 4):
         if longest // share >= 32:
-            yield {"max_length": longest // share}
+            # without it the rows that are longer would be refused
+            yield {"max_length": longest // share, "truncate": True}
     if question.spec is not None and question.spec.rank >= 2:
         yield {"rank": max(1, question.spec.rank // 4)}
 

@@ -13,6 +13,7 @@ where it also depends on the clock. So a search that was killed goes on as if it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -25,7 +26,7 @@ from typing import Any
 from lorakit.bases import Base
 from lorakit.core.spec import LoRASpec
 from lorakit.data import TokenData
-from lorakit.errors import Interrupted, SpecError
+from lorakit.errors import Interrupted, SpecError, TargetError
 from lorakit.layers.targets import resolve_targets
 from lorakit.train import Origin, Trainer, TrainSettings, train_together
 from lorakit.train.beginning import Calibrate
@@ -36,17 +37,19 @@ from lorakit.train.origin import (
     spec_from_dict,
     spec_to_dict,
 )
-from lorakit.workflows.tuning.choice import Choice, choose
+from lorakit.workflows.tuning.choice import LEAST_PROMPTS, Choice, choose, too_few
 from lorakit.workflows.tuning.field import Field, Means, Watcher, prompts_of
 from lorakit.workflows.tuning.folder import TuneFolder
 from lorakit.workflows.tuning.halving import places, rungs, survivors
 from lorakit.workflows.tuning.report import result_to_dict, write_pages
 from lorakit.workflows.tuning.space import (
+    Choices,
     Space,
     assign,
     check_space,
     default_space,
     extremes,
+    shown,
     space_from_dict,
     space_to_dict,
     spread,
@@ -167,10 +170,9 @@ def tune(
         calibrate=calibrate,
     )
     limits = {"max_concurrent": max_concurrent, "token_budget": token_budget}
-    means, fixed_rate = _resolved(means, folder)
+    means, fixed_rate, prompts = _resolved(means, folder)
     space = _space(plan, means, fixed_rate)
-    for one in extremes(space, means.spec, means.settings):
-        resolve_targets(base.model, one)
+    _check_targets(space, means)
     sections = {
         **means.origin.to_dict(base),
         "lora": spec_to_dict(means.spec),
@@ -188,7 +190,10 @@ def tune(
         folder.check_same(sections)
     else:
         folder.create(sections)
-    return _Search(folder, means, plan, space, watcher or Watcher(), limits).run()
+    watcher = watcher or Watcher()
+    if prompts < LEAST_PROMPTS:
+        watcher.on_note(too_few(prompts))
+    return _Search(folder, means, plan, space, watcher, limits).run()
 
 
 def resume_tune(
@@ -206,7 +211,7 @@ def resume_tune(
         base, data, validation: to spare their loading, or where a program made them.
 
     Raises:
-        InputError: there is no search, or data that did not come from files is not given again.
+        InputError: there is no search, or data whose origin it did not record is not given again.
         DataError, BaseError: data or base changed since it began.
     """
     folder = TuneFolder(out)
@@ -262,11 +267,12 @@ def _prepared(settings: TrainSettings, fixed: Collection[str] = ()) -> TrainSett
     return settings
 
 
-def _resolved(means: Means, folder: TuneFolder) -> tuple[Means, bool]:
-    """The means with steps, evaluations and rate chosen, and whether the rate was given."""
+def _resolved(means: Means, folder: TuneFolder) -> tuple[Means, bool, int]:
+    """The means with steps, evaluations and rate chosen, whether the rate was given, and the
+    prompts that there are to compare on."""
     given = means.settings.lr is not None
     first = _trainer(means, folder)
-    prompts_of(first)  # whether there is anything to compare on
+    _, prompts = prompts_of(first)
     steps = first.settings.steps
     assert steps is not None
     rung = rungs(steps)[0]
@@ -281,7 +287,7 @@ def _resolved(means: Means, folder: TuneFolder) -> tuple[Means, bool]:
         rows = int(_EVAL_SHARE * rung * settings.batch_size)
         rows = min(_MOST_ROWS, max(_LEAST_ROWS, rows))
         settings = dataclasses.replace(settings, eval_rows=rows)
-    return dataclasses.replace(means, settings=settings), given
+    return dataclasses.replace(means, settings=settings), given, prompts
 
 
 def _trainer(means: Means, folder: TuneFolder) -> Trainer:
@@ -312,6 +318,34 @@ def _space(plan: Plan, means: Means, fixed_rate: bool) -> Space:
     space = {**usual, **plan.search}
     check_space(space, means.spec, means.settings)
     return space
+
+
+def _check_targets(space: Space, means: Means) -> None:
+    """Check that every choice of modules fits the base, at the highest rank.
+
+    Raises:
+        TargetError: one does not; says which ranks would, if any.
+    """
+
+    def check(space: Space) -> None:
+        for one in extremes(space, means.spec, means.settings):
+            resolve_targets(means.base.model, one)
+
+    try:
+        check(space)
+    except TargetError as error:
+        ranks = space.get("rank")
+        fitting = []
+        for rank in ranks.values if isinstance(ranks, Choices) else ():
+            with contextlib.suppress(TargetError):
+                check({**space, "rank": Choices((rank,))})
+                fitting.append(rank)
+        if not fitting:
+            raise
+        flag = f"--rank {fitting[0]}"
+        if len(fitting) > 1:
+            flag = f'--search "rank={shown(Choices(tuple(fitting)))}"'
+        raise TargetError(f"{error}\nOf the ranks that are searched these fit: {flag}") from None
 
 
 # --- the search --------------------------------------------------------------------------------
@@ -351,7 +385,7 @@ class _Search:
             except Interrupted as error:
                 stopped = Interrupted(
                     f"the search was stopped, with the state of every candidate saved. Go on "
-                    f"with: lorakit tune --resume {self._folder.path}"
+                    f"with: {self._folder.resuming()}"
                 )
                 stopped.said = error.said
                 raise stopped from None

@@ -202,6 +202,13 @@ def test_rows_are_written_as_the_adapter_learnt_them(
     assert said in err
 
 
+def test_flags_about_answers_need_answers(run):
+    code, _, err = run("--show", "3", "--parallel", "2", "--max-new-tokens", "9")
+    assert code == 2
+    for flag in ("--show", "--parallel", "--max-new-tokens"):
+        assert f"{flag}: answers are made for --metrics or --save alone" in err
+
+
 def test_an_adapter_whose_loss_is_not_finite_is_null_and_said(world, run, by_hand):
     _, handle, _ = by_hand
     adapter = handle.snapshot("one")

@@ -215,6 +215,10 @@ def test_interrupted_all_are_saved_and_go_on(files, capfd, monkeypatch):
     assert main(["train", "--resume", "runs", "--json"]) == 0
     rows = json.loads(capfd.readouterr().out)["runs"]
     assert [row["steps"] for row in rows] == [3] * 4
+    assert [row["rows"] for row in rows] == [6, 7, 8, 9]
+    # nothing is left to do, and all is told again
+    assert main(["train", "--resume", "runs", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["runs"] == rows
     assert sorted(sent) == [(f"c{run}", step) for run in range(4) for step in (1, 2, 3)]
     assert main(["train", "--resume", "runs", "--lr", "1"]) == 2
     assert "--lr cannot be changed" in capfd.readouterr().err

@@ -51,6 +51,30 @@ def test_rouge_takes_the_best_reference():
     assert found == {"rouge": pytest.approx(100 * sum(best) / 3)}
 
 
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("今天下雨", "今天下雨。", 1),
+        ("今天下雨", "今天天晴", 0.5),  # two of four characters
+        ("Сегодня идёт дождь", "сегодня идёт снег", 2 / 3),
+        ("über", "öber", 0),
+        ("u\u0308ber", "Über", 1),  # written as two characters, and as one
+        ("हिन्दी में", "हिन्दी का", 0.5),  # vowels that are marks stay in their words
+        ("snake_case", "case", 2 / 3),
+    ],
+)
+def test_rouge_knows_the_letters_of_other_scripts(prediction, reference, score):
+    found = text_metrics([prediction], [[reference]], ["rouge"])
+    assert found == {"rouge": pytest.approx(100 * score)}
+
+
+@given(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127)))
+def test_rouge_of_ascii_is_that_of_its_package(prediction, reference):
+    theirs = rouge_scorer.RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
+    found = text_metrics([prediction], [[reference]], ["rouge"])
+    assert found == {"rouge": pytest.approx(100 * theirs)}
+
+
 def test_exact_ignores_outer_white_space_only():
     predictions = [" a dog\n", "A dog", "x"]
     found = text_metrics(predictions, [["cat", "a dog"], ["a dog"], ["x "]], ["exact"])

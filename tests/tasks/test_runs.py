@@ -15,7 +15,7 @@ from lorakit.cli import tasks as command
 from lorakit.cli.main import main
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import DataError, Interrupted, SpecError
-from lorakit.formats import load_adapter
+from lorakit.formats import load_adapter, save_adapter
 from lorakit.tasks.names import TASKS
 from lorakit.train import Full, Trainer, TrainSettings, train_together
 from lorakit.train.host import hosting
@@ -219,6 +219,47 @@ def test_data_that_got_another_label_is_not_that_of_the_run(benches, tmp_path):
     with pytest.raises(DataError, match="'new' is none of a, b, c") as told:
         Trainer.resume(tmp_path / "run")
     assert "This run began with other data. To go on with it, put the old" in str(told.value)
+
+
+def test_judging_answers(benches, tmp_path, capsys):
+    """Rows that share a prompt are one item, and answers may be as long as their references."""
+    bench = benches["t5"]
+    long = " ".join(["w1"] * 70)
+    rows = [("w1 w2", "w3"), ("w4", long), ("w1 w2", "w5"), ("w1 w2", "w3"), ("w6", "w7")]
+    data = [{"prompt": prompt, "completion": answer} for prompt, answer in rows]
+    file = small.write_rows(tmp_path / "rows.jsonl", data)
+    flags = ["--base", str(bench.folder), "--data", str(file), "--metrics", "exact", "--json"]
+    flags += ["--save", str(tmp_path / "saved"), "--limit"]
+    assert main(["eval", *flags, "2"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["data"]["items"] == 2
+    assert json.loads(told.out)["data"]["rows"] == 4
+    size = len(bench.base().tokenizer(long, add_special_tokens=False)["input_ids"])
+    assert f"Answers of at most {size + 16} tokens, greedy" in told.err
+    saved = [json.loads(line) for line in (tmp_path / "saved").read_text().splitlines()]
+    assert [(one["prompt"], one["references"]) for one in saved] == [
+        ("w1 w2", ["w3", "w5"]), ("w4", [long])
+    ]  # fmt: skip
+    assert main(["eval", *flags, "3", "--max-new-tokens", "2"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["data"]["rows"] == 5
+    assert "Answers of at most 2 tokens, greedy" in told.err
+
+
+def test_the_row_whose_loss_is_not_finite_is_named(benches, tmp_path, capsys):
+    bench = benches["t5"]
+    base = bench.base()
+    adapter = bench.attached(base).snapshot("a")
+    with torch.no_grad():
+        for site in adapter.low_rank.values():
+            site.B.mul_(1e38)
+    save_adapter(adapter.with_(base=base.identity), tmp_path / "huge")
+    flags = ["--base", str(bench.folder), "--adapter", str(tmp_path / "huge"), "--json"]
+    assert main(["eval", *flags, "--data", str(bench.file), "--limit", "2"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["models"][1]["loss"] is None
+    where = bench.data(base).where(0)
+    assert f"huge: the loss of 2 of 2 rows is not a finite number, first at {where}" in told.err
 
 
 def test_the_names_of_tasks_are_repeated_in_the_command_line():

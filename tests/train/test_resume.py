@@ -276,9 +276,31 @@ def test_validation_made_by_a_program_must_be_given_again(shop):
     out = interrupted(shop, validation=valid)
     sections = folder.RunFolder(out).read_settings()
     assert sections["validation"] is None
-    with pytest.raises(InputError, match=r"validation data did not come from files .*validation=…"):
+    with pytest.raises(InputError, match=r"where its validation data came from.*validation=…"):
         Trainer.resume(out)
     Trainer.resume(out, validation=valid)
+
+
+def test_a_stopped_run_whose_data_nobody_recorded_says_how_to_go_on(shop):
+    base = shop.base()
+    data, valid = (
+        shop.data(base, tiny.write_rows(shop.out / f"{n}.jsonl", tiny.rows(20, seed=n)))
+        for n in (4, 5)
+    )
+    trainer = Trainer(
+        base, SPEC, data, TrainSettings(steps=4, samples=0), shop.out / "run",
+        validation=valid, callbacks=[Signal(2)],
+    )  # fmt: skip
+    with pytest.raises(Interrupted) as stopped:
+        trainer.run()
+    call = f"Trainer.resume({str(shop.out / 'run')!r}, data=…, validation=…)"
+    assert f"Go on with: {call}" in str(stopped.value)
+    with pytest.raises(InputError, match="holds a run already") as taken:
+        trainer.run()
+    assert f"Go on with it: {call}; or give" in str(taken.value)
+    with pytest.raises(InputError, match="did not record where its data came from"):
+        Trainer.resume(shop.out / "run")
+    assert Trainer.resume(shop.out / "run", data=data, validation=valid).steps == 4
 
 
 def test_a_changed_base_is_refused(shop):

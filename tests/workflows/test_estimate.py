@@ -128,6 +128,22 @@ def test_the_command_prints_components_and_changes(base, rows, capsys):
     assert "was measured earlier (--measure measures it again)" in out
 
 
+def test_shorter_rows_that_are_advised_can_be_asked_for(base, tmp_path, capsys):
+    completion = "the cat " * 40
+    rows = [{"prompt": f"what is {n}", "completion": completion} for n in range(20)]
+    flags = ["--base", base, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--json"]
+    flags += ["--device", "cpu", "--batch-size", "16", "--micro-batch-tokens", "4096"]
+    code, out, _ = run(capsys, *flags)
+    assert code == 0
+    advised = [one["flags"].split() for one in json.loads(out)["options"]]
+    shorter = [one for one in advised if "--max-length" in one]
+    assert shorter
+    for one in shorter:
+        assert run(capsys, *flags, *one)[0] == 0
+    length = shorter[0][:2]
+    assert run(capsys, *flags, *length)[0] == 2
+
+
 def test_json_is_one_object_that_adds_up(base, rows, capsys):
     code, out, _ = run(capsys, "--base", base, "--data", rows, "--json", "--device", "cpu")
     found = json.loads(out)

@@ -276,18 +276,20 @@ def candidate(
     end: str = "finished",
     noise: float = 1e-3,
     start: float = 2.0,
+    prompts: int = 40,
     **values,
 ) -> Candidate:
     """With losses before the first step and after 20, 40 and 80, as many as are given."""
     seen = {
-        step: drawn(loss, seed=number, noise=noise)
+        step: drawn(loss, number=prompts, seed=number, noise=noise)
         for step, loss in zip((20, 40, 80), losses, strict=False)
     }
     shown = {"lr": lr, "rank": rank, **values}
     reason = {"left": "weaker", "failed": "the loss is nan"}.get(end, "")
     return Candidate(  # type: ignore[arg-type]
-        number, shown, seen, end, reason, lr, rank, parameters=1000, start=drawn(start)
-    )
+        number, shown, seen, end, reason, lr, rank, parameters=1000,
+        start=drawn(start, number=prompts),
+    )  # fmt: skip
 
 
 def said(choice: Choice, about: str) -> str:
@@ -461,6 +463,23 @@ def test_training_that_made_nothing_better_is_said():
     table[0] = candidate(0, 4e-3, 64, 1.8, 1.6, 1.4999, start=1.5)
     assert choose(table, SPACE, 80).number == 0
     assert choose(table, SPACE, 80).equals == (0,)
+
+
+@pytest.mark.parametrize("prompts", [2, 7, 8])
+def test_few_prompts_tell_nothing_and_that_is_said(prompts):
+    candidates = [
+        candidate(n, 1e-3, rank, loss, loss, loss, prompts=prompts)
+        for n, (rank, loss) in enumerate([(16, 1.5), (4, 1.4), (64, 1.3)])
+    ]
+    choice = choose(candidates, SPACE, 80)
+    assert choice.number == 2
+    if prompts < 8:
+        assert [reason.about for reason in choice.reasons] == ["chosen", "few"]
+        assert f"{prompts} prompts of validation rows cannot tell" in text_of(choice, "few")
+        assert "--valid" in text_of(choice, "few")
+    else:
+        assert said(choice, "few") == ""
+        assert said(choice, "default") == "better than the default"
 
 
 def test_nobody_is_left():
@@ -828,14 +847,27 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(shop, tmp
         (SpecError, "nothing to choose", {"plan": Plan(search={
             "lr": Choices((1e-3,)), "rank": Choices((2,)), "targets": Choices(("mlp",))})}),
         (TargetError, "nowhere", {"plan": Plan(search={"targets": Choices(("mlp", "nowhere"))})}),
-        (TargetError, "rank 64 is above", {"plan": Plan(search={"rank": Choices((2, 64))})}),
+        (TargetError, "rank 64 is above.*fit: --rank 2$",
+         {"plan": Plan(search={"rank": Choices((2, 64))})}),
+        (TargetError, 'rank 64 is above.*fit: --search "rank=2,4"$',
+         {"plan": Plan(search={"rank": Choices((2, 4, 64))})}),
     ]  # fmt: skip
     for kind, says, options in cases:
-        with pytest.raises(kind, match=says):
+        with pytest.raises(kind, match=f"(?s){says}"):
             shop.tune(out, **options)
     assert not out.exists()
     with pytest.raises(SpecError, match="at least 2"):
         Plan(candidates=1)
+
+
+def test_few_prompts_are_said_before_anything_is_trained(shop, tmp_path):
+    class Stop(Watcher):
+        def on_note(self, text):
+            raise InterruptedError(text)
+
+    settings = TrainSettings(steps=9, validation_fraction=0.05)
+    with pytest.raises(InterruptedError, match="4 prompts of validation rows cannot tell"):
+        shop.tune(tmp_path / "out", settings=settings, watcher=Stop())
 
 
 def test_other_data_is_refused_when_a_search_goes_on(shop, tmp_path):

@@ -26,6 +26,8 @@ OF_CAUSAL = ("system", "format", "loss_on")
 #: why a flag about answers cannot act
 LABEL = "its answer is a label"
 AS_IT_IS = "how many inputs are answered at a time is the task's own choice"
+#: why one cannot act in ``eval``, with the flags that ask for answers
+UNANSWERED = "answers are made for {} alone"
 #: PEFT's task type → the task, of adapters that say no more
 _BY_TYPE = {"SEQ_CLS": "classify", "SEQ_2_SEQ_LM": "seq2seq", "FEATURE_EXTRACTION": "embed"}
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.adapters import BASE_NAME, attach_adapters, mixes_of, use_tokenizer
 from lorakit.cli.bases import load_base_from
+from lorakit.cli.judged import say_not_finite
 from lorakit.cli.output import console, emit_json, plain, plural, printable_stdout, say
-from lorakit.cli.tasks.choosing import AS_IT_IS, LABEL, OF_CAUSAL, kind_for, refuse, row_spec
+from lorakit.cli.tasks.choosing import (
+    AS_IT_IS,
+    LABEL,
+    OF_CAUSAL,
+    UNANSWERED,
+    kind_for,
+    refuse,
+    row_spec,
+)
 from lorakit.errors import SpecError
 
 if TYPE_CHECKING:
@@ -19,8 +29,14 @@ if TYPE_CHECKING:
     from lorakit.tasks.kinds import RowKind
     from lorakit.tasks.rows import RowData
 
-#: longest answer where nobody said
-_ANSWER_TOKENS = 64
+
+@dataclass(frozen=True)
+class _Item:
+    """What is asked once, and all that the data has for it."""
+
+    asked: Any
+    references: list[str]
+    rows: list[int]
 
 
 def evaluate(
@@ -38,7 +54,7 @@ def evaluate(
     named = kind_class(task)
     if not options.metrics and options.save is None:
         ways = "--metrics or --save" if named.text_metrics else "--save"
-        idle |= dict.fromkeys(("show", "max_new_tokens"), f"answers are made for {ways} alone")
+        idle |= dict.fromkeys(("show", "max_new_tokens"), UNANSWERED.format(ways))
     elif not named.text_metrics:
         idle["max_new_tokens"] = LABEL
     refuse(options, task, idle)
@@ -60,25 +76,69 @@ def evaluate(
     task_on = kind.on(base.model, handle)
     for note in task_on.notes:
         say(f"note: {note}")
-    indices = list(range(len(data)))[: options.limit]
+    items = _items(kind, data)[: options.limit]
+    length = _answer_length(options, kind, base, items)
     judged = [
-        _judged(options, kind, base, handle, name, mix, data, indices, task_on)
+        _judged(options, kind, base, handle, name, mix, data, items, length, task_on)
         for name, mix in mixes.items()
     ]
     if options.save is not None:
-        _save(Path(options.save), kind, data, indices, judged)
+        _save(Path(options.save), items, judged)
+    num_rows = sum(len(item.rows) for item in items)
     if options.json:
         emit_json(
             {
                 "models": [{k: v for k, v in one.items() if k != "answers"} for one in judged],
                 "base": base.ref,
                 "task": task,
-                "data": {"files": data.report.files, "digest": data.digest, "rows": len(indices)},
+                "data": {
+                    "files": data.report.files,
+                    "digest": data.digest,
+                    "items": len(items),
+                    "rows": num_rows,
+                },
             }
         )
         return 0
-    _print(judged, kind, data, indices, options.show)
+    counts = plural(num_rows, "row")
+    if len(items) < num_rows:
+        counts = f"{plural(len(items), 'item')}, {counts}"
+    _print(judged, items, counts, options.show)
     return 0
+
+
+def _items(kind: RowKind, data: RowData) -> list[_Item]:
+    """Rows that share a prompt are one item, in the order of first appearance; one whose answer
+    is no text stands alone, for it has no references."""
+    groups: dict[bytes | int, list[int]] = {}
+    for i in range(len(data)):
+        groups.setdefault(data.prompt_key(i) if kind.text_metrics else i, []).append(i)
+    return [
+        _Item(
+            kind.asked(data, rows[0]),
+            list(dict.fromkeys(kind.expected(data, i) for i in rows)),
+            rows,
+        )
+        for rows in groups.values()
+    ]
+
+
+def _answer_length(
+    options: argparse.Namespace, kind: RowKind, base: Base, items: Sequence[_Item]
+) -> int:
+    """Tokens that an answer may have, which is said; 0 where no text is generated."""
+    from lorakit.evaluate.comparison import BEYOND
+
+    if not kind.text_metrics or not (options.metrics or options.save is not None):
+        return 0
+    length: int = options.max_new_tokens or 0
+    if not length:
+        texts = [text for item in items for text in item.references]
+        # a translator may write what it answers with other tokens than what it is asked
+        ids = base.require_tokenizer()(text_target=texts, add_special_tokens=False)["input_ids"]
+        length = max(map(len, ids)) + BEYOND
+    say(f"Answers of at most {length} tokens, greedy")
+    return length
 
 
 def _check_metrics(options: argparse.Namespace, kind: RowKind) -> None:
@@ -98,41 +158,36 @@ def _judged(
     name: str,
     mix: Any,
     data: RowData,
-    indices: Sequence[int],
+    items: Sequence[_Item],
+    length: int,
     task: Any,
 ) -> dict[str, Any]:
     from lorakit.cli.meter import meter
     from lorakit.evaluate import example_losses, mean_loss
     from lorakit.evaluate.metrics import text_metrics
 
+    indices = [i for item in items for i in item.rows]
     with meter() as tell:
         losses = example_losses(
             base.model, handle, mix, data, indices, task=task,
             on_batch=lambda done, total: tell(f"{name}: loss", done, total),
         )  # fmt: skip
     result = mean_loss(losses)
+    say_not_finite(name, result, data, indices)
     metrics = dict(kind.metrics(result.loss, data, indices, losses.outputs))
     found: dict[str, Any] = {"name": name, "loss": result.loss}
     if "perplexity" in metrics:
         found["perplexity"] = metrics.pop("perplexity")
     answers: list[str] = []
     if options.metrics or options.save is not None:
-        inputs = [kind.asked(data, i) for i in indices]
-        length = options.max_new_tokens or _ANSWER_TOKENS
-        answers = kind.predict(base, handle, mix, inputs, length)
+        answers = kind.predict(base, handle, mix, [item.asked for item in items], length)
     if options.metrics:
-        references = [[kind.expected(data, i)] for i in indices]
+        references = [item.references for item in items]
         metrics |= text_metrics(answers, references, options.metrics)
     return {**found, "metrics": metrics, "answers": answers}
 
 
-def _save(
-    path: Path,
-    kind: RowKind,
-    data: RowData,
-    indices: Sequence[int],
-    judged: Sequence[Mapping[str, Any]],
-) -> None:
+def _save(path: Path, items: Sequence[_Item], judged: Sequence[Mapping[str, Any]]) -> None:
     import json
 
     from lorakit.core.files import write_atomic
@@ -141,25 +196,21 @@ def _save(
         json.dumps(
             plain(
                 {
-                    "prompt": str(kind.asked(data, i)),
-                    "references": [kind.expected(data, i)],
+                    "prompt": str(item.asked),
+                    "references": item.references,
                     "models": [{"name": j["name"], "answer": j["answers"][n]} for j in judged],
                 }
             ),
             allow_nan=False,
         )
-        for n, i in enumerate(indices)
+        for n, item in enumerate(items)
     ]
     write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
     say(f"Answers written to {path}")
 
 
 def _print(
-    judged: Sequence[Mapping[str, Any]],
-    kind: RowKind,
-    data: RowData,
-    indices: Sequence[int],
-    show: int,
+    judged: Sequence[Mapping[str, Any]], items: Sequence[_Item], counts: str, show: int
 ) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -175,11 +226,12 @@ def _print(
     for one, values in zip(judged, rows, strict=True):
         table.add_row(escape(str(one["name"])), *(f"{value:.4g}" for value in values.values()))
     out.print(table)
-    out.print(f"[dim]{plural(len(indices), 'row')}[/dim]")
-    for n, i in enumerate(indices[: show if judged[0]["answers"] else 0]):
+    out.print(f"[dim]{counts}[/dim]")
+    for n, item in enumerate(items[: show if judged[0]["answers"] else 0]):
         out.print()
-        out.print(escape(str(kind.asked(data, i))), soft_wrap=True)
-        out.print(f"  expected: {escape(kind.expected(data, i))}", soft_wrap=True)
+        out.print(escape(str(item.asked)), soft_wrap=True)
+        for text in item.references:
+            out.print(f"  expected: {escape(text)}", soft_wrap=True)
         for one in judged:
             text = escape(f"{one['name']}: {one['answers'][n]}")
             out.print(f"  {text}", soft_wrap=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorakit.data.rows import plural
 from lorakit.errors import TrainingError, clipped
 from lorakit.workflows.tuning.space import Choices, Range, Space, described, shown
 from lorakit.workflows.tuning.table import Candidate, Difference, Losses, difference
@@ -19,6 +20,9 @@ from lorakit.workflows.tuning.table import Candidate, Difference, Losses, differ
 EDGE = 0.1
 #: rates that are at most so many times apart show what another setting does
 NEAR = 1.5
+#: prompts of the validation rows below which their spread says too little of the noise: of three,
+#: the standard error itself is off by half
+LEAST_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,8 @@ class Reason:
     """A sentence, and what it rests on."""
 
     about: str
-    """``chosen``, ``start``, ``equal``, ``default``, ``rank``, ``rate``, ``failed``, or a
-    setting's name."""
+    """``chosen``, ``start``, ``few``, ``equal``, ``default``, ``rank``, ``rate``, ``failed``, or
+    a setting's name."""
     says: str
     """What is found, as one word for programs, such as ``"more rank buys nothing"``."""
     text: str
@@ -72,8 +76,12 @@ def choose(candidates: Sequence[Candidate], space: Space, steps: int) -> Choice:
     best = min(able, key=lambda c: (_kept(c).mean, c.number))
     equals = [c for c in able if c is best or difference(_kept(c), _kept(best)).equal]
     chosen = min(equals, key=lambda c: (c.rank, _kept(c).mean, c.number))
+    prompts = len(_kept(chosen).counts)
     found: Iterable[Reason]
-    if chosen.improved:
+    if chosen.improved and prompts < LEAST_PROMPTS:
+        few = Reason("few", "too few prompts", too_few(prompts), {"prompts": prompts})
+        found = [few, *_about_equals(chosen, best, equals)]
+    elif chosen.improved:
         found = [
             *_about_equals(chosen, best, equals),
             *_about_default(chosen, candidates),
@@ -89,6 +97,15 @@ def choose(candidates: Sequence[Candidate], space: Space, steps: int) -> Choice:
         *_about_failures(candidates),
     )
     return Choice(chosen.number, reasons, tuple(c.number for c in equals))
+
+
+def too_few(prompts: int) -> str:
+    """What is said of fewer than :data:`LEAST_PROMPTS`."""
+    return (
+        f"{plural(prompts, 'prompt')} of validation rows cannot tell whether a difference is more "
+        f"than noise, so nothing is said of the settings; it takes {LEAST_PROMPTS} at least. Give "
+        "more with --valid or --validation-fraction."
+    )
 
 
 # --- comparing ---------------------------------------------------------------------------------

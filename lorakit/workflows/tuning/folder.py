@@ -33,6 +33,7 @@ from lorakit.core.files import (
 )
 from lorakit.errors import InputError, collected
 from lorakit.optional import require
+from lorakit.train.folder import resuming
 from lorakit.train.origin import check_content, plain
 from lorakit.workflows.tuning.table import Losses
 
@@ -67,8 +68,8 @@ class TuneFolder:
         with clear_disk_errors(self.path):
             if self.settings.exists():
                 raise InputError(
-                    f"{self.path} holds a search already. Go on with it: lorakit tune --resume "
-                    f"{self.path}; or give another --out."
+                    f"{self.path} holds a search already. Go on with it: {self.resuming()}; or "
+                    "give another --out."
                 )
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise InputError(
@@ -95,6 +96,14 @@ class TuneFolder:
             except FileExistsError:
                 self.check_new()  # another process was faster
                 raise
+
+    def resuming(self) -> str:
+        """What goes on with the search there: a command line, or a call from Python."""
+        try:
+            sections = self.read()
+        except InputError:  # which is told when it is resumed
+            sections = {}
+        return resuming(self.path, sections, "lorakit tune", "resume_tune")
 
     def read(self) -> dict[str, Any]:
         """What ``tune.yaml`` holds.
