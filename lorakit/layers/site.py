@@ -92,7 +92,7 @@ class SiteForward:
         if plan.uniform == () or not (used & self.low_rank.keys() or used & self.replaced.keys()):
             return self.base(*args, **kwargs)  # whatever part of the tokens it sees
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or x.is_nested:
             return self._without_rows(plan, x, args, kwargs)
         if plan.uniform is None and (self.routed or self.relative):
             raise RoutingError(
@@ -127,7 +127,7 @@ class SiteForward:
     def _without_rows(
         self, plan: Plan, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """The output where the first argument is no tensor, and nothing tells the rows.
+        """The output where the first argument is no plain tensor, and nothing tells the rows.
 
         Raises:
             RoutingError: more is asked for than one adapter's trained module in its place.
@@ -135,9 +135,15 @@ class SiteForward:
         shares = plan.uniform or ()
         used = plan.routing.names
         if used & self.low_rank.keys():
+            nested = isinstance(x, Tensor)
             raise RoutingError(
-                f"{self.path} was called with a {type(x).__name__} first, where its adapter needs "
-                "the tensor that it changes. Leave it out with exclude"
+                f"{self.path} was called with a {'nested tensor' if nested else type(x).__name__} "
+                "first, where its adapter needs the tensor that it changes. "
+                + (
+                    "Make torch's encoder with enable_nested_tensor=False"
+                    if nested
+                    else "Leave it out with exclude"
+                )
             )
         replaced = [share for share in shares if share.name in self.replaced]
         if not is_sole(replaced):

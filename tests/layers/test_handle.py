@@ -289,6 +289,16 @@ def test_a_linear_of_an_encoder_acts_in_training_and_after():
     assert traces(model) == before
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_that_packs_its_padding_is_named():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1).eval()
+    attach(model, LoRASpec(rank=2, targets="linear1"))
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    with torch.no_grad(), pytest.raises(RoutingError, match="enable_nested_tensor=False"):
+        model(torch.randn(2, 3, 16), src_key_padding_mask=padding)
+
+
 class Pair(nn.Module):
     """A head that is not called with a tensor."""
 
