@@ -31,16 +31,12 @@ from lorakit.layers.bank import LowRankParameters
 from lorakit.layers.dropout import expert_keys, keyed_dropout, keys_of, site_number
 from lorakit.layers.forwards import Forwards
 from lorakit.layers.grouped import filled, grouped_product
-from lorakit.layers.kinds import expert_shapes
+from lorakit.layers.kinds import agrees, expert_shapes
 from lorakit.layers.routing import Plan, Share
 from lorakit.layers.site import OutsideOfGraphs, is_sole
 
 #: transformers' ways of running experts that are computed here
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-
-#: largest difference from the module's own output, relative to its largest number
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
-_ROUNDING_HALF = 3e-2
 
 
 def check_experts(modules: Mapping[str, nn.Module]) -> None:
@@ -98,9 +94,7 @@ def _disagreement(module: Any) -> str | None:
             return f"it does not run as fused experts do ({type(error).__name__}: {error})"
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
         return "its output is no tensor of the tokens' shape"
-    scale = expected.abs().max().clamp_min(1e-30)
-    limit = _ROUNDING.get(expected.dtype, _ROUNDING_HALF)
-    if bool((found - expected).abs().max() <= limit * scale):
+    if agrees(found, expected):
         return None
     return "it computes something else than gate · up, then down, by expert"
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lorakit.bases.identity import check_base, identify
 from lorakit.core.adapter import Adapter, hollow
 from lorakit.core.identity import BaseIdentity
 from lorakit.core.sites import LowRank, Prefix, Replace, Site
 from lorakit.core.spec import LoRASpec
-from lorakit.errors import LorakitError, RoutingError, TargetError, collected
+from lorakit.errors import FormatError, LorakitError, RoutingError, TargetError, collected
 from lorakit.layers.bank import Bank, LowRankParameters, ReplaceParameters
 from lorakit.layers.dora import check_dense
 from lorakit.layers.experts import ExpertsForward, check_experts
@@ -132,6 +134,8 @@ class Handle:
         self._sites: dict[str, SiteForward] = {}
         self._prefixes = Prefixes(self._forwards)
         self._fronts: dict[str, PrefixForward] = {}
+        #: hooks that do nothing, and keep torch off the fused path around a site
+        self._openers: dict[str, RemovableHandle] = {}
         #: parameters whose gradient we switched off
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._frozen:
@@ -199,6 +203,7 @@ class Handle:
             adapter, trainable = what, bool(trainable)
             self._check_base(adapter, name, allow_other=allow_other_base)
         owners = self._places.owners(adapter)
+        _check_shared(adapter, owners)
         check_dense(
             {p: owners[p][1] for p, s in adapter.low_rank.items() if s.magnitude is not None}
         )
@@ -211,31 +216,18 @@ class Handle:
             owner_path, owner = owners[path]
             if isinstance(site, Prefix):
                 front = self._front(owner_path, owner)
-                front.prefixes[name] = PrefixParameters(
-                    bank.get(f"{path}.prefix_key"), bank.get(f"{path}.prefix_value")
-                )
+                front.prefixes[name] = PrefixParameters(bank, path)
                 self._prefixes.lengths[name] = site.length
                 continue
             forward = self._site(owner_path, owner)
             if isinstance(site, LowRank):
-                parameters = LowRankParameters(
-                    bank.get(f"{path}.lora_A"),
-                    bank.get(f"{path}.lora_B"),
-                    None if site.bias is None else bank.get(f"{path}.lora_bias"),
-                    site.scaling,
-                    "linear" if site.kind == "router" else site.kind,
-                    dropout,
-                    None if site.magnitude is None else bank.get(f"{path}.lora_magnitude"),
-                    (bank.get(f"{path}.start_A"), bank.get(f"{path}.start_B"))
-                    if subtract
-                    else None,
-                )
-                forward.put(name, path, parameters)
+                kind = "linear" if site.kind == "router" else site.kind
+                forward.put(name, path, LowRankParameters(bank, path, site.scaling, kind, dropout))
             else:
-                own = forward.replaced.setdefault(name, ReplaceParameters({}))
+                own = forward.replaced.setdefault(name, ReplaceParameters(bank))
                 prefix = path[len(owner_path) + 1 :]  # "bias" where the path is a parameter's
                 for key in site.tensors_by_name:
-                    own.by_name[key or prefix] = bank.get(f"{path}.{key}" if key else path)
+                    own.put(key or prefix, f"{path}.{key}" if key else path)
         # what is trained moves away from these values; only a subtracted start is needed again
         source = hollow(adapter) if trainable and not subtract else adapter
         self._banks[name], self._sources[name] = bank, source
@@ -275,6 +267,8 @@ class Handle:
             if not site.low_rank and not site.replaced:
                 _restore(site)
                 del self._sites[path]
+                if path in self._openers:
+                    self._openers.pop(path).remove()
         self._forwards.names = self.names
 
     def detach(self) -> None:
@@ -302,8 +296,9 @@ class Handle:
         self._banks.clear()
         self._sources.clear()
         self._subtracted.clear()
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._openers.values()):
             hook.remove()
+        self._openers.clear()
         CapturingGenerate.remove(self.model)
         self.model._modules.pop(CHILD, None)
         for parameter in self._frozen:
@@ -333,7 +328,8 @@ class Handle:
         one that holds when it is entered, which in a new thread is after the thread's start.
 
         Raises:
-            RoutingError: an adapter that is not attached, or another thread is choosing too.
+            RoutingError: an adapter that is not attached, a weight that is not finite, or another
+                thread is choosing too.
             SpecError: prefixes would be blended, or one given a weight.
         """
         with self._forwards.choose(self.routing(mix, rows=rows, expand=expand, order=order)):
@@ -419,8 +415,8 @@ class Handle:
     def flat(self, name: str = "default") -> nn.Parameter:
         """A trainable adapter as one flat parameter; its ``grad`` is what the sites add to.
 
-        Optimise this instead of :meth:`parameters`; clear ``grad`` with ``zero_()``, not by
-        setting it to ``None``.
+        Gradients that the tensors of :meth:`parameters` have by then are in it. Optimise this
+        instead of them; clear ``grad`` with ``zero_()``, not by setting it to ``None``.
         """
         self._known([name])
         return self._banks[name].flat()
@@ -461,7 +457,17 @@ class Handle:
             site = _forward_of(module)(module, path, self._forwards)
             module.__dict__["forward"] = site
             self._sites[path] = site
+            if self._in_fused_layer(path):
+                # torch calls a layer's modules one by one where any of them has a hook
+                self._openers[path] = module.register_forward_pre_hook(_nothing)
         return self._sites[path]
+
+    def _in_fused_layer(self, path: str) -> bool:
+        """Whether a module lies in one whose forward, in eval, reads the weights by itself."""
+        above = itertools.accumulate(path.split("."), lambda one, more: f"{one}.{more}")
+        holders = [self.model, *map(self.model.get_submodule, list(above)[:-1])]
+        fused = nn.TransformerEncoderLayer.forward
+        return any(type(holder).forward is fused for holder in holders if path)
 
     def _front(self, path: str, module: nn.Module) -> PrefixForward:
         if path not in self._fronts:
@@ -557,6 +563,35 @@ def _forward_of(module: nn.Module) -> type[SiteForward]:
     if is_router(module):
         return RouterForward
     return ExpertsForward if expert_shapes(module) else SiteForward
+
+
+def _nothing(module: nn.Module, args: Any) -> None:
+    """A hook that is there, and no more."""
+
+
+def _check_shared(adapter: Adapter, owners: Mapping[str, tuple[str, nn.Module]]) -> None:
+    """A module has one change of an adapter's, whatever its paths; merging refuses a second too.
+
+    Raises:
+        FormatError: two of the adapter's sites are one place of the model. All are listed.
+    """
+    met: dict[tuple[str, str], str] = {}
+    problems = []
+    for path, site in adapter.sites.items():
+        last = path.rpartition(".")[2]
+        if isinstance(site, Replace):
+            parts = [key or last for key in site.tensors_by_name]
+        else:
+            parts = [last if isinstance(site, LowRank) and site.kind == "experts" else ""]
+        places = [(owners[path][0], part) for part in parts]
+        twice = [met[place] for place in places if place in met]
+        problems += [f"{path}: it is the same module as {other}" for other in twice[:1]]
+        met.update(dict.fromkeys(places, path))
+    if problems:
+        raise FormatError(
+            collected("The adapter has several sites for one module of this model", problems)
+            + "\nKeep one of its paths; the module is shared, and so is its adapter."
+        )
 
 
 def _key(name: str) -> str:

@@ -193,6 +193,8 @@ def initial(
         whole.update(_norms(model, whole))
     for path, module in whole.items():
         _refuse_running_statistics(path, module)
+        if any(whole[other] is module for other in sites if other in whole):
+            continue  # one module under several paths has one site
         sites[path] = Replace({n: p.detach().clone() for n, p in module.named_parameters()})
     if spec.bias != "none":
         sites.update(_biases(model, spec, sites, whole))

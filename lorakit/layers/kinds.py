@@ -2,6 +2,9 @@
 
 Legend: r rank, ``A``/``B`` as in ``core.sites``. A module is known by its features alone
 (``in_features``, ``out_features``), so a layer quantised by any library is a black box that works.
+A subclass of torch's own classes may do something else in its ``forward`` (look up positions that
+it counts itself, standardise its weight), which a change of the product does not follow; so one
+call of it is compared with the product.
 
 A mixture of experts has two kinds of its own. *Experts* are one module whose parameters hold a
 matrix for each expert, ``[E, d_out, d_in]`` or ``[E, d_in, d_out]``, as transformers 5 makes them
@@ -11,10 +14,13 @@ gives back what it made of that linear's output.
 
 from __future__ import annotations
 
+import math
 import re
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,6 +30,18 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 #: how the classes of routers are called
 _ROUTER = re.compile(r"(Router|Gate)$")
+
+#: largest difference of two computations of one output, relative to its largest number
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+_ROUNDING_HALF = 3e-2
+
+#: torch's classes whose subclasses may compute something else
+_ORDINARY = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: rows of a linear's trial; many numbers of groups divide it
+_ROWS = 48
+#: subclass of a linear → whether its first instance was one; a trial of each would take long
+_linears: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,8 @@ def shape_of(module: Any) -> Shape | None:
     """How ``module`` can be adapted; ``None`` if it cannot, or by its parameters alone."""
     if is_router(module):
         return Shape("router", int(module.weight.shape[1]), int(module.weight.shape[0]))
+    if not is_product(module):
+        return None
     if isinstance(module, nn.Embedding):
         return Shape("embedding", module.num_embeddings, module.embedding_dim)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -83,6 +103,60 @@ def shape_of(module: Any) -> Shape | None:
     if isinstance(d_in, int) and isinstance(d_out, int):
         return Shape("linear", d_in, d_out)
     return None
+
+
+def is_product(module: Any) -> bool:
+    """Whether a module computes what its class in torch does, so that a low-rank change fits.
+
+    Others than subclasses of those with a ``forward`` of their own are believed.
+    """
+    kind = next((one for one in _ORDINARY if isinstance(module, one)), None)
+    if kind is None or type(module).forward is kind.forward:
+        return True
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
+        return True  # quantised
+    if kind is not nn.Linear:
+        return _agrees_once(module, kind, weight)
+    if type(module) not in _linears:
+        _linears[type(module)] = _agrees_once(module, kind, weight)
+    return _linears[type(module)]
+
+
+@torch.no_grad()
+def _agrees_once(module: Any, kind: type[nn.Module], weight: Tensor) -> bool:
+    """Whether the output for one input is the product's; a linear's in its shape alone.
+
+    A linear may round its weight in its own way, and need a device that it is not on yet.
+    """
+    to: dict[str, Any] = {"device": weight.device}
+    if kind is nn.Linear:
+        x = weight.new_ones(_ROWS, module.in_features)
+        expected = weight.new_empty(_ROWS, module.out_features, device="meta")
+    elif kind is nn.Embedding:
+        last = module.num_embeddings - 1
+        x = torch.tensor([[last, 0, last // 2]], **to)
+        expected = F.embedding(x, weight) * getattr(module, "embed_scale", 1.0)
+    else:
+        spread = zip(module.kernel_size, module.dilation, strict=True)
+        size = [module.in_channels, *(2 * ((k - 1) * d + 1) for k, d in spread)]
+        x = torch.linspace(-1, 1, math.prod(size), **to).to(weight.dtype).view(1, *size)
+        expected = module._conv_forward(x, weight, module.bias)
+    try:
+        found = type(module).forward(module, x)
+    except Exception:  # whatever a module of another make raises
+        return kind is nn.Linear
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return expected.is_meta or agrees(found, expected)
+
+
+def agrees(found: Tensor, expected: Tensor) -> bool:
+    """Whether two computations of one output differ by no more than rounding."""
+    found, expected = found.nan_to_num(), expected.nan_to_num()
+    scale = expected.abs().max().clamp_min(1e-30)
+    limit = _ROUNDING.get(expected.dtype, _ROUNDING_HALF)
+    return bool((found - expected).abs().max() <= limit * scale)
 
 
 def is_router(module: Any) -> bool:

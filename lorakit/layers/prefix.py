@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import RoutingError, SpecError
 from lorakit.layers.attention import product
+from lorakit.layers.bank import Bank
 from lorakit.layers.forwards import Forwards
 from lorakit.layers.routing import Plan, Routing
 
@@ -45,12 +46,27 @@ _acting: dict[int, Front] = {}
 
 
 class PrefixParameters:
-    """A prefix as an attention module uses it; the tensors are parameters of a ``Bank``."""
+    """A prefix as an attention module uses it; its tensors are looked up in a bank at each use.
 
-    __slots__ = ("key", "value")
+    Args:
+        bank: of the adapter.
+        path: of the site in it.
+    """
 
-    def __init__(self, key: nn.Parameter, value: nn.Parameter) -> None:
-        self.key, self.value = key, value
+    __slots__ = ("_bank", "_path")
+
+    def __init__(self, bank: Bank, path: str) -> None:
+        self._bank, self._path = bank, path
+
+    @property
+    def key(self) -> nn.Parameter:
+        """[n, H_kv, d]"""
+        return self._bank.get(f"{self._path}.prefix_key")
+
+    @property
+    def value(self) -> nn.Parameter:
+        """[n, H_kv, d]"""
+        return self._bank.get(f"{self._path}.prefix_value")
 
     @property
     def length(self) -> int:

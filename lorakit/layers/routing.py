@@ -6,6 +6,7 @@ row count known: what the sites read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -24,13 +25,23 @@ Order = Literal["interleave", "tile"]
 
 
 def as_mix(value: MixLike) -> Mix:
-    """``None`` → the bare base; a name → weight one; a mapping → a blend."""
+    """``None`` → the bare base; a name → weight one; a mapping → a blend.
+
+    Raises:
+        RoutingError: it is none of these, or a weight is not finite.
+    """
     if value is None:
         return ()
     if isinstance(value, str):
         return ((value, 1.0),)
     if isinstance(value, Mapping):
-        return tuple((str(name), float(weight)) for name, weight in value.items())
+        mix = tuple((str(name), float(weight)) for name, weight in value.items())
+        for name, weight in mix:
+            if not math.isfinite(weight):
+                raise RoutingError(
+                    f"the weight of adapter {name!r} is {weight}, which is not finite"
+                )
+        return mix
     raise RoutingError(
         f"a row's adapters are {value!r}; expected a name, None for the bare base, "
         'or weights such as {"a": 0.7, "b": 0.3}'

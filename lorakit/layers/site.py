@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ def is_sole(shares: Sequence[Share]) -> bool:
     """Whether one adapter alone acts, on all rows at weight 1."""
     return len(shares) == 1 and shares[0].rows is None and bool(shares[0].weight == 1.0)
 
+
+#: how models call their embeddings of distances (T5, MPNet, wav2vec 2, BERT's relative_key)
+_RELATIVE = re.compile(r"(^|_)rel(ative)?_|distance")
 
 _serials = itertools.count()
 _traced: set[int] = set()
@@ -58,6 +62,10 @@ class SiteForward:
         self._serial = next(_serials)
         #: experts see the tokens that a router sends them, so a row's number means nothing there
         self.routed = "experts" in path.split(".")
+        #: tables of relative positions are asked for [T, T], where T may be the number of rows
+        self.relative = isinstance(module, nn.Embedding) and bool(
+            _RELATIVE.search(path.rpartition(".")[2])
+        )
         self._inside = False
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,16 +88,19 @@ class SiteForward:
     def _eager(self, *args: Any, **kwargs: Any) -> Any:
         self.called = True
         plan = self.forwards.plan()
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if plan.uniform == () or not isinstance(x, Tensor):
-            return self.base(*args, **kwargs)
         used = plan.routing.names
-        if not (used & self.low_rank.keys() or used & self.replaced.keys()):
+        if plan.uniform == () or not (used & self.low_rank.keys() or used & self.replaced.keys()):
             return self.base(*args, **kwargs)  # whatever part of the tokens it sees
-        if plan.uniform is None and self.routed:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Tensor) or x.is_nested:
+            return self._without_rows(plan, x, args, kwargs)
+        if plan.uniform is None and (self.routed or self.relative):
             raise RoutingError(
                 f"{self.path} is an expert and sees routed tokens, not rows; all rows of a batch "
                 "must use the same adapters here"
+                if self.routed
+                else f"{self.path} looks up distances between positions, which all rows of a batch "
+                "share; all of them must use the same adapters here"
             )
         shares = plan.shares(self._count(plan, x), x.device)
         replaced = [s for s in shares if s.name in self.replaced] if self.replaced else []
@@ -112,6 +123,39 @@ class SiteForward:
         return self.called or self._serial in _traced
 
     # --- eager -----------------------------------------------------------------------------
+
+    def _without_rows(
+        self, plan: Plan, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The output where the first argument is no plain tensor, and nothing tells the rows.
+
+        Raises:
+            RoutingError: more is asked for than one adapter's trained module in its place.
+        """
+        shares = plan.uniform or ()
+        used = plan.routing.names
+        if used & self.low_rank.keys():
+            nested = isinstance(x, Tensor)
+            raise RoutingError(
+                f"{self.path} was called with a {'nested tensor' if nested else type(x).__name__} "
+                "first, where its adapter needs the tensor that it changes. "
+                + (
+                    "Make torch's encoder with enable_nested_tensor=False"
+                    if nested
+                    else "Leave it out with exclude"
+                )
+            )
+        replaced = [share for share in shares if share.name in self.replaced]
+        if not is_sole(replaced):
+            raise RoutingError(self._mixed)
+        return self._with_parameters(replaced[0], args, kwargs)
+
+    @property
+    def _mixed(self) -> str:
+        return (
+            f"{self.path} was trained whole and is not called as tensor → tensor, so its "
+            "rows cannot be mixed. Use one adapter, at weight 1, for the whole batch"
+        )
 
     def _count(self, plan: Plan, x: Tensor) -> int:
         """Rows, or tokens of a packed batch, that this site sees."""
@@ -295,10 +339,7 @@ class SiteForward:
             return self._with_parameters(shares[0], args, kwargs)
         base = self.base(*args, **kwargs)
         if not isinstance(base, Tensor) or len(args) != 1 or kwargs:
-            raise RoutingError(
-                f"{self.path} was trained whole and is not called as tensor → tensor, so its "
-                "rows cannot be mixed. Use one adapter, at weight 1, for the whole batch"
-            )
+            raise RoutingError(self._mixed)
         is_ids = not x.is_floating_point()
         flat = plan.routing.axis == "token"
         y = base.reshape(-1, base.shape[-1]) if flat else base

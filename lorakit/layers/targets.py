@@ -18,7 +18,7 @@ from torch import nn
 
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import TargetError, collected
-from lorakit.layers.kinds import Shape, expert_shapes, shapes_in
+from lorakit.layers.kinds import Shape, expert_shapes, is_product, shapes_in
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,16 @@ def resolve_targets(model: nn.Module, spec: LoRASpec) -> list[Target]:
             problems.append(_nothing("target", word, everything, adaptable))
         unsuitable = [p for p in found if p not in adaptable]
         if unsuitable:
-            kind = type(everything[unsuitable[0]]).__name__
+            module = everything[unsuitable[0]]
             problems.append(
-                f"target {word!r} matches {unsuitable[0]} ({kind}), which is no linear, "
-                "convolution, embedding or fused experts"
+                f"target {word!r} matches {unsuitable[0]} ({type(module).__name__}), which "
+                + (
+                    "is no linear, convolution, embedding or fused experts"
+                    if is_product(module)
+                    else "computes something else than the product with its weight, so that a "
+                    "low-rank change of it does not act there; leave it out, or name it in "
+                    "train_modules"
+                )
             )
         chosen.update(found)
     for word in spec.exclude:

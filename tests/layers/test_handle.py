@@ -12,7 +12,14 @@ from torch import nn
 from lorakit import LoRASpec
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Replace
-from lorakit.errors import BaseError, FormatError, LorakitError, SpecError, TargetError
+from lorakit.errors import (
+    BaseError,
+    FormatError,
+    LorakitError,
+    RoutingError,
+    SpecError,
+    TargetError,
+)
 from lorakit.layers import attach, handle_of
 
 from .. import models
@@ -254,19 +261,176 @@ class Encoder(nn.Module):
         return self.layer(x)
 
 
-@pytest.mark.parametrize("target", ["linear1", "linear2", "out_proj"])
-def test_a_target_that_a_fused_path_never_calls_raises(target):
+def test_a_target_that_a_fused_path_never_calls_raises():
     model = Encoder().eval()
-    attach(model, LoRASpec(rank=2, targets=target))
-    with pytest.raises(TargetError, match=f"never called.*\n.*{target}"), torch.no_grad():
+    attach(model, LoRASpec(rank=2, targets="out_proj"))
+    with pytest.raises(TargetError, match=r"never called.*\n.*out_proj"), torch.no_grad():
         model(torch.randn(2, 3, 16))
 
 
-def test_a_linear_of_an_encoder_works_where_it_is_called():
+def test_a_linear_of_an_encoder_acts_in_training_and_after():
+    """In eval torch would take its fused path, which reads the linears' weights."""
     model = Encoder().train()
-    handle = attach(model, LoRASpec(rank=2, targets="linear1"))
-    model(torch.randn(2, 3, 16)).sum().backward()
+    model.layer.dropout.p = model.layer.dropout1.p = model.layer.dropout2.p = 0.0
+    model.layer.self_attn.dropout = 0.0
+    before = traces(model)
+    handle = attach(model, LoRASpec(rank=2, targets=("linear1", "linear2")))
+    x = torch.randn(2, 3, 16)
+    model(x).sum().backward()
     assert handle.parameters()[1].grad.abs().sum() > 0
+    models.randomize(handle)
+    expected = model(x).detach()
+    for one in (model.eval(), copy.deepcopy(model)):
+        with torch.no_grad():
+            assert torch.allclose(one(x), expected, atol=1e-6)
+    with torch.no_grad(), handle.use(None):
+        assert not torch.allclose(model(x), expected, atol=1e-3)
+    handle.detach()
+    assert traces(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_that_packs_its_padding_is_named():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1).eval()
+    attach(model, LoRASpec(rank=2, targets="linear1"))
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    with torch.no_grad(), pytest.raises(RoutingError, match="enable_nested_tensor=False"):
+        model(torch.randn(2, 3, 16), src_key_padding_mask=padding)
+
+
+class Pair(nn.Module):
+    """A head that is not called with a tensor."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Module()
+        self.head.inner = nn.Linear(4, 3)
+        self.head.__class__ = type("Head", (nn.Module,), {"forward": getattr(self, f"_{how}")})
+        self.how = how
+
+    @staticmethod
+    def _tuple(head, parts):
+        return head.inner(parts[0] + parts[1])
+
+    @staticmethod
+    def _keyword(head, mask=None, hidden=None):
+        return head.inner(hidden)
+
+    def forward(self, x):
+        z = self.body(x)
+        return self.head((z, x)) if self.how == "tuple" else self.head(mask=None, hidden=z)
+
+
+@pytest.mark.parametrize("how", ["tuple", "keyword"])
+def test_a_module_trained_whole_needs_no_tensor_first(how):
+    model = Pair(how)
+    handle = attach(model, LoRASpec(rank=2, targets="body", train_modules=("head",)))
+    x = torch.randn(2, 4)
+    before = model(x)
+    before.sum().backward()
+    weight = next(p for p in handle.parameters() if p.shape == (3, 4))
+    assert weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        weight.add_(1.0)
+    assert not torch.equal(model(x), before)
+    for routing in ({"rows": ["default", None]}, {"mix": {"default": 0.5}}):
+        with handle.use(**routing), pytest.raises(RoutingError, match=r"head .*cannot be mixed"):
+            model(x)
+
+
+def test_a_low_rank_site_called_without_a_tensor_raises():
+    class First(nn.Linear):
+        def forward(self, x):
+            return super().forward(x[0] if isinstance(x, tuple) else x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = First(4, 4)
+
+        def forward(self, x):
+            return self.one((x,))
+
+    model = Model()
+    attach(model, LoRASpec(rank=2, targets="one"))
+    with pytest.raises(RoutingError, match="one was called with a tuple first"):
+        model(torch.randn(2, 4))
+
+
+def test_values_put_in_the_parameters_place_act():
+    """By ``load_state_dict(assign=True)``, and by ``functional_call``, with gradients."""
+    spec = LoRASpec(rank=2, targets=("q_proj",), train_modules=("lm_head",), prefix=2)
+    model = models.llama()
+    twin = copy.deepcopy(model)
+    models.randomize(attach(model, spec))
+    expected = output(model, "llama")
+    values = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    again = attach(twin, spec)
+    assert not torch.equal(output(twin, "llama"), expected)
+    mine = {n: p.requires_grad_() for n, p in values.items() if n.startswith("lorakit_adapters")}
+    with torch.no_grad():
+        found = torch.func.functional_call(twin, mine, (), inputs("llama")).logits
+    assert torch.equal(found, expected)
+    found = torch.func.functional_call(twin, mine, (), inputs("llama")).logits
+    gradients = torch.autograd.grad(found.square().sum(), list(mine.values()))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    twin.load_state_dict({n: p.detach() for n, p in values.items()}, assign=True)
+    assert torch.equal(output(twin, "llama"), expected)
+    twin(**inputs("llama")).logits.square().sum().backward()
+    assert all(p.grad is not None for p in again.parameters())
+    flat = again.flat()
+    assert flat.grad.abs().sum() > 0
+    with torch.no_grad():
+        flat.zero_()
+    assert not torch.equal(output(twin, "llama"), expected)
+
+
+def test_a_module_under_two_paths_has_one_site():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    low = LowRank(torch.ones(2, 4), torch.ones(4, 2), 1.0)
+    whole = Replace({"weight": torch.ones(4, 4)})
+    for sites in ({"a": low, "b": low}, {"a": whole, "b": whole}):
+        with pytest.raises(FormatError, match="b: it is the same module as a"):
+            attach(Twice(), Adapter(sites))
+    bias = {"a": low, "b.bias": Replace({"": torch.ones(4)})}
+    attach(Twice(), Adapter(bias))
+    handle = attach(Twice(), LoRASpec(targets="none", train_modules=("a", "b")))
+    assert list(handle.snapshot().sites) == ["a"]
+
+
+def test_the_flat_gradient_has_what_was_there_before():
+    model = models.llama()
+    handle = attach(model, LoRASpec(rank=2))
+    models.randomize(handle)
+
+    def backward():
+        model(**inputs("llama")).logits.square().mean().backward()
+
+    backward()
+    expected = torch.cat([p.grad.flatten() for p in handle.parameters()])
+    assert torch.equal(handle.flat().grad, expected), "a backward before the first flat()"
+    backward()
+    assert torch.equal(handle.flat().grad, 2 * expected)
+    model.double().float()
+    assert torch.equal(handle.flat().grad, 2 * expected), "moved"
+    handle.arrange("default", lambda name: name.endswith("lora_B"))
+    found = torch.cat([p.grad.flatten() for p in handle.parameters()])
+    assert torch.equal(found, handle.flat().grad), "arranged"
+    assert torch.equal(found.sort().values, (2 * expected).sort().values)
+    model.zero_grad()
+    backward()
+    assert torch.equal(handle.flat().grad.sort().values, expected.sort().values), "zero_grad"
+    handle.flat().grad = None
+    assert handle.flat().grad.abs().sum() == 0, "cleared"
 
 
 def test_first_adapter_is_active_and_names_are_checked():

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit import LoRASpec
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank
+from lorakit.errors import TargetError
 from lorakit.layers import attach
 
 from ..models import randomize
@@ -89,6 +90,53 @@ def test_scaled_embedding():
     ids = torch.tensor([[1, 2, 9]])
     before, after, A, B, s = run(layer, ids, 2)
     assert difference(after, before + 3.0 * s * A.T[ids.numpy()] @ B.T) <= LIMIT
+
+
+class Positions(nn.Embedding):
+    """It counts its positions itself, as those of BART, LED and Whisper do."""
+
+    def forward(self, ids, past=0):
+        return super().forward(past + torch.arange(ids.shape[1]).expand(ids.shape))
+
+
+class Normed(nn.Embedding):
+    def forward(self, ids):
+        return nn.functional.normalize(super().forward(ids), dim=-1)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Grouped(nn.Linear):
+    """A linear for each group of its input, as DeepSeek-V4 has it."""
+
+    def forward(self, x):
+        weight = self.weight.view(3, -1, x.shape[-1]).transpose(1, 2)
+        y = torch.bmm(x.reshape(-1, 3, x.shape[-1]).transpose(0, 1), weight).transpose(0, 1)
+        return y.reshape(*x.shape[:-2], 3, -1)
+
+
+class Own(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Positions(9, 4), Normed(9, 4), Standardised(2, 4, 3), Grouped(4, 6)],
+    ids=lambda module: type(module).__name__,
+)
+def test_what_computes_something_else_is_refused(module):
+    model = nn.ModuleDict({"inner": module, "other": Own(4, 4)})
+    for targets in ("inner", r".*inner"):
+        with pytest.raises(TargetError):
+            attach(model, LoRASpec(rank=1, targets=targets))
+    with pytest.raises(TargetError, match=f"{type(module).__name__}.*something else than the prod"):
+        attach(model, LoRASpec(rank=1, targets="inner"))
+    handle = attach(model, LoRASpec(rank=1))
+    assert list(handle.snapshot().sites) == ["other"], "a forward of its own that is the product"
 
 
 def naive_conv(x, weight, stride, padding, dilation, groups=1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 
@@ -232,6 +233,26 @@ def test_runs_of_tokens_in_a_packed_batch(llama, ids):
             with handle.use(mix):
                 alone = model(ids[i : i + 1]).logits[0]
             assert (joint[7 * i : 7 * i + 7] - alone).abs().max() <= LIMIT
+
+
+@pytest.mark.parametrize("length", [5, 3])
+def test_a_table_of_distances_has_no_rows(length):
+    """T5 looks up [T, T], and T may be the number of rows."""
+    model = models.t5()
+    handle = attach(model, LoRASpec(rank=2, targets=("relative_attention_bias", "q")), "a")
+    ids = torch.randint(3, 100, (3, length))
+    with handle.use(rows=["a"] * 3):
+        model(input_ids=ids, decoder_input_ids=ids)
+    words = "relative_attention_bias looks up distances"
+    with handle.use(rows=["a", None, None]), pytest.raises(RoutingError, match=words):
+        model(input_ids=ids, decoder_input_ids=ids)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_raises(llama, weight):
+    for routing in ({"mix": {"a": weight}}, {"rows": [{"b": 0.5, "a": weight}]}):
+        with pytest.raises(RoutingError, match=r"'a' is (nan|inf), which is not finite"):
+            llama[1].routing(**routing)
 
 
 def test_guidance_tiles_the_batch():
