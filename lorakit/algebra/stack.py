@@ -56,12 +56,15 @@ def exactly(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _common(products: Sequence[float]) -> float:
-    """The product that most others are a power of two away from; the first of those."""
+    """The product that most others are a power of two away from; of those the largest in size.
+
+    Then no ratio to it is large, and B grows out of no dtype.
+    """
 
     def num_exact(candidate: float) -> int:
         return sum(math.frexp(abs(product / candidate))[0] == 0.5 for product in products)
 
-    return max(products, key=num_exact)
+    return max(products, key=lambda product: (num_exact(product), abs(product)))
 
 
 def _stack_a(sites: Sequence[LowRank]) -> Tensor:

@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
     out = planned.write(options.out, overwrite=options.overwrite)
     if options.json:
         emit_json(_facts(options, planned, out))
-    say(f"Wrote {plural(len(planned.adapter.sites), 'site')} as {planned.target.title} to {out}")
+    say(f"Wrote {plural(len(planned.sites), 'site')} as {planned.target.title} to {out}")
     return 0
 
 
@@ -171,8 +171,8 @@ def _facts(options: argparse.Namespace, planned: Plan, out: Path | None) -> dict
         "to": planned.target.name,
         "for": options.runtime,
         "out": None if out is None else str(out),
-        "sites": len(planned.adapter.sites),
-        "parameters": planned.adapter.num_parameters,
+        "sites": len(planned.sites),
+        "parameters": sum(site.num_parameters for site in planned.sites.values()),
         "notes": list(planned.notes),
         "lost": dict(planned.lost),
     }

@@ -208,9 +208,18 @@ def finish_(rows: Tensor, recipe: Recipe, begin: int) -> None:
         return
     if recipe.outputs_in_rows:
         length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        rows.mul_(recipe.magnitude[begin : begin + len(rows), None] / length)
+        rows.mul_(stretch(recipe.magnitude[begin : begin + len(rows), None], length))
     else:
-        rows.mul_(recipe.magnitude / torch.linalg.vector_norm(rows, dim=0))
+        rows.mul_(stretch(recipe.magnitude, torch.linalg.vector_norm(rows, dim=0)))
+
+
+def stretch(magnitude: Tensor, length: Tensor) -> Tensor:
+    """What brings a DoRA's weights to their trained length: ``magnitude / length``, of one dtype.
+
+    An output whose weights are all zero has no direction and stays as it is: its factor is 1.
+    """
+    some = length > 0
+    return torch.where(some, magnitude / torch.where(some, length, 1.0), 1.0)
 
 
 def _add_experts_(rows: Tensor, term: Term, begin: int) -> None:
@@ -257,7 +266,7 @@ def check_rows(
     if recipe.magnitude is not None:
         magnitude, dim = recipe.magnitude.detach().double(), 1 if recipe.outputs_in_rows else 0
         magnitude = magnitude[rows, None] if dim else magnitude
-        scale = magnitude / exact.norm(dim=dim, keepdim=True)
+        scale = stretch(magnitude, exact.norm(dim=dim, keepdim=True))
         exact, size = exact * scale, size * scale.abs()
         num_products += exact.shape[dim] + 3  # the norm is a sum over these
     compute = compute_dtype_for(before.dtype, asked)

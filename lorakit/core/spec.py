@@ -52,7 +52,8 @@ class LoRASpec:
     exclude: tuple[str, ...] = ()
     """Paths, suffixes or regular expressions that are left out again."""
     layers: str | None = None
-    """Blocks to adapt, such as ``"0-11"``, ``"20-"`` or ``"0,4,8"``; ``None`` means all."""
+    """Blocks to adapt, such as ``"0-11"``, ``"20-"`` or ``"0,4,8"``; ``None`` means all. A target
+    that is a whole path (``"lm_head"``) is adapted in any case."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Regular expression that ends a path → the rank there."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lorakit.core.adapter import Adapter
 from lorakit.core.files import atomic_file, atomic_folder, clear_disk_errors
+from lorakit.core.sites import Site
 from lorakit.errors import FormatError, collected
 from lorakit.formats.format import Content, Format, Hints, Reading
 from lorakit.formats.opening import open_source
@@ -32,6 +33,11 @@ class Plan:
     files: Mapping[str, Content]
     notes: tuple[str, ...]
     lost: Mapping[str, str]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Path → site, of those that the files hold."""
+        return {p: site for p, site in self.adapter.sites.items() if p not in self.lost}
 
     def write(self, out: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the files; a crash leaves all of them or none.

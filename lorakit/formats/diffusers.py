@@ -29,7 +29,7 @@ from lorakit.core.spec import LoRASpec
 from lorakit.errors import FormatError, collected
 from lorakit.formats.carried import adapter_of, header_of
 from lorakit.formats.format import Hints, Reading, Source, Written
-from lorakit.formats.header import read_header
+from lorakit.formats.header import KEY, read_header
 from lorakit.formats.peft.config import as_number, read_config
 from lorakit.formats.peft.match import fitting_spec, scalings
 from lorakit.formats.picture_names import stored_text_path, text_path
@@ -78,8 +78,12 @@ _PROCESSOR = re.compile(r"(.+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _place(key: str) -> tuple[str, str, str] | None:
-    """Component, path and part of a key; ``None`` if it is not one of the format's."""
+def _place(key: str, *, projected: bool = False) -> tuple[str, str, str] | None:
+    """Component, path and part of a key; ``None`` if it is not one of the format's.
+
+    Args:
+        projected: see :func:`_is_projected`.
+    """
     component, _, rest = key.partition(".")
     if component not in COMPONENTS:
         if component not in _ROOTS:
@@ -94,20 +98,36 @@ def _place(key: str) -> tuple[str, str, str] | None:
             leaf = f"{which}_proj"
         else:
             leaf = "to_out.0" if which == "out" else f"to_{which}"
-        return component, text_path(component, f"{path}.{leaf}"), "A" if side == "down" else "B"
+        rest, part = f"{path}.{leaf}", "A" if side == "down" else "B"
+        return component, text_path(component, rest, projected=projected), part
     for end, part in _PARTS.items():
         if rest.endswith(end):
-            return component, text_path(component, rest.removesuffix(end)), part
+            path = rest.removesuffix(end)
+            return component, text_path(component, path, projected=projected), part
     return None
 
 
+def _is_projected(source: Source, configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the first text encoder is a CLIP with a projection, as SD3's: its paths begin with
+    ``text_model``, as all files write them.
+
+    The paths that were adapted are in a file of ours. In others a transformer beside two CLIPs is
+    SD3's: Flux has a T5 for the second, and SDXL a UNet.
+    """
+    if KEY in source.metadata:
+        return "text_model" in str(configs.get("text_encoder", {}).get("target_modules"))
+    return any(key.startswith("transformer.") for key in source.shapes) and any(
+        key.startswith("text_encoder_2.text_model.") for key in source.shapes
+    )
+
+
 def _components(
-    tensors: Mapping[str, Tensor], lost: dict[str, str], problems: list[str]
+    tensors: Mapping[str, Tensor], projected: bool, lost: dict[str, str], problems: list[str]
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Component → path → part → tensor."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key in sorted(tensors):
-        place = _place(key)
+        place = _place(key, projected=projected)
         if place is None:
             lost[key] = "is no name of diffusers' format"
             continue
@@ -194,8 +214,9 @@ def read_diffusers(source: Source) -> Reading:
     """
     lost: dict[str, str] = {}
     problems: list[str] = []
-    components = _components(source.tensors, lost, problems)
     configs = _configs(source, problems)
+    projected = _is_projected(source, configs)
+    components = _components(source.tensors, projected, lost, problems)
     sites: dict[str, Site] = {}
     for component, modules in components.items():
         factors = _scalings(component, modules, configs.get(component), problems)
@@ -307,11 +328,13 @@ def _tensors(component: str, sites: Mapping[str, LowRank]) -> dict[str, Tensor]:
     """The tensors under the names that diffusers' own training scripts write.
 
     In text encoders those are the middle-aged ones: with ``lora_A``, its loader fails on a file
-    that adapts none of the attention there.
+    that adapts none of the attention there. A magnitude has its parameter's own name there, for
+    transformers loads it, which passes over the short one that the denoiser needs.
     """
-    down, up = ("lora_A", "lora_B")
+    down, up, length = ("lora_A", "lora_B", "lora_magnitude_vector")
     if component.startswith("text_encoder"):
         down, up = ("lora_linear_layer.down", "lora_linear_layer.up")
+        length = "lora_magnitude_vector.weight"
     tensors: dict[str, Tensor] = {}
     with_bias = any(site.bias is not None for site in sites.values())
     for path, site in sites.items():
@@ -324,7 +347,7 @@ def _tensors(component: str, sites: Mapping[str, LowRank]) -> dict[str, Tensor]:
         if site.magnitude is not None:
             ones = [1] * (site.A.ndim - 2)
             magnitude = site.magnitude.reshape(1, -1, *ones) if ones else site.magnitude
-            tensors[f"{key}.lora_magnitude_vector"] = magnitude
+            tensors[f"{key}.{length}"] = magnitude
     return tensors
 
 

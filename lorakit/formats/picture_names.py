@@ -327,14 +327,19 @@ def family_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str | None]:
     return "sd1", "nothing tells SD1 from SDXL here; the names are SD1's. Say the family otherwise"
 
 
-def text_path(component: str, path: str) -> str:
-    """A text encoder's path as transformers 5 has it, with ``text_model`` in it or not."""
-    flat = path.replace(".", "_")
-    tables = {"text_encoder": (CLIP,), "text_encoder_2": (_CLIP_PROJECTED_BARE,)}
-    for names in tables.get(component, ()):
-        if found := names.read(flat):
-            return found.paths[0]
-    return path
+def text_path(component: str, path: str, *, projected: bool = False) -> str:
+    """A text encoder's path as transformers 5 has it, with ``text_model`` in it or not.
+
+    Args:
+        projected: whether the first encoder has a projection too, as SD3's.
+    """
+    tables = {
+        "text_encoder": _CLIP_PROJECTED_BARE if projected else CLIP,
+        "text_encoder_2": _CLIP_PROJECTED_BARE,
+    }
+    names = tables.get(component)
+    found = None if names is None else names.read(path.replace(".", "_"))
+    return path if found is None else found.paths[0]
 
 
 def stored_text_path(component: str, path: str) -> str:

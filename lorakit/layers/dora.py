@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.bases.stored import packed_weight
+from lorakit.core.merging import stretch
 from lorakit.errors import BaseError, TargetError, collected
 
 #: numbers that are cast at a time, so that a half-precision weight is never copied whole
@@ -94,7 +95,8 @@ class Magnitude:
             own: the weight that this adapter puts in the module's place, if it does.
         """
         if torch.compiler.is_compiling():
-            return self._ratio(self._lengths(module, A, B, scaling, own))
+            lengths = self._lengths(module, A, B, scaling, own)
+            return stretch(self.value.to(lengths.dtype), lengths)
         frozen = not (A.requires_grad or B.requires_grad or self.value.requires_grad)
         stored = _stored(module) if own is None else [own]
         key = tuple(_state(t) for t in (*stored, A, B, self.value)) if frozen else None
@@ -108,14 +110,9 @@ class Magnitude:
         ):
             lengths = self._lengths(module, A, B, scaling, own)
             if key is not None:
-                self._factor = (key, self._ratio(lengths))
+                self._factor = (key, stretch(self.value.to(lengths.dtype), lengths))
                 return self._factor[1]
-        return self._ratio(lengths)
-
-    def _ratio(self, lengths: Tensor) -> Tensor:
-        some = lengths > 0
-        ratio = self.value.to(lengths.dtype) / torch.where(some, lengths, 1.0)
-        return torch.where(some, ratio, 1.0)
+        return stretch(self.value.to(lengths.dtype), lengths)
 
     @torch.no_grad()
     def _lengths(

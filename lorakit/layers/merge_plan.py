@@ -229,7 +229,16 @@ class _Planner:
     # --- parameters ----------------------------------------------------------------------------
 
     def _change(self, draft: _Draft) -> Change | None:
-        name, parameter = draft.name, getattr(draft.module, draft.key)
+        name = draft.name
+        if not _is_held(draft.module, draft.key):  # nor asked for: that alone may change its state
+            self._problem(
+                name, "its module holds no such tensor: it is packed, or computed from others at "
+                "each forward (weight_norm, spectral_norm, pruning), which would undo the change; "
+                "keep the adapter attached, or make it a plain weight first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)",
+            )  # fmt: skip
+            return None
+        parameter = getattr(draft.module, draft.key)
         if draft.magnitude is not None and (
             draft.touched != {draft.owner} or draft.value is not None
         ):
@@ -270,6 +279,15 @@ def check_in_memory(changes: Iterable[Change]) -> None:
             collected("These weights are not in memory (offloaded, or never loaded)", away, limit=5)
             + "\nLoad the whole model, or merge its files: lorakit merge."
         )
+
+
+def _is_held(module: nn.Module, key: str) -> bool:
+    """Whether what the module calls ``key`` is stored there.
+
+    A parametrization is a property that computes a new tensor, and its older form a hook that sets
+    a plain attribute.
+    """
+    return key in module._parameters or key in module._buffers
 
 
 def _parameter(path: str, site: LowRank) -> str:

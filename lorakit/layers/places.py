@@ -7,10 +7,12 @@ hundredth adapter costs what the first did.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lorakit.core.adapter import Adapter
 from lorakit.core.sites import LowRank, Prefix, Replace, Site
@@ -65,12 +67,19 @@ class Places:
         return self._first_path[path]
 
     def holders(self) -> dict[int, set[str]]:
-        """Id of a parameter → its paths; several where modules share it."""
+        """Id of a parameter → the paths of all that a change of it changes, its own among them.
+
+        Several where modules share it, or where another parameter lies in the same memory.
+        """
         found: dict[int, set[str]] = {}
         for path, parameter in self._parameters.items():
             holder, _, key = path.rpartition(".")
             first = self.first_path(holder)
             found.setdefault(id(parameter), set()).add(f"{first}.{key}" if first else key)
+        own = {key: frozenset(paths) for key, paths in found.items()}
+        for one, other in _overlapping({id(p): p for p in self._parameters.values()}):
+            found[one] |= own[other]
+            found[other] |= own[one]
         return found
 
     def home(self, path: str) -> tuple[torch.device, torch.dtype]:
@@ -170,6 +179,29 @@ class Places:
                 f"at rank {site.rank} this model needs {expected[0]} and {expected[1]}"
             ]
         return []
+
+
+def _overlapping(tensors: Mapping[int, Tensor]) -> Iterator[tuple[int, int]]:
+    """Pairs that share memory; slices of one tensor, as of a fused projection, do not."""
+    by_storage: dict[int, list[tuple[int, int, bool, int]]] = {}
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or is_lazy(tensor) or not tensor.numel():
+            continue
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = 1 + sum((n - 1) * step for n, step in steps)
+        size, start = tensor.element_size(), int(tensor.storage_offset()) * tensor.element_size()
+        # the storage's own address and not its data's, which is 0 for all on meta
+        by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(
+            (start, start + int(span) * size, span == tensor.numel(), key)
+        )
+    for places in by_storage.values():
+        places.sort()
+        for number, (start, end, dense, key) in enumerate(places):
+            for later, _, _, other in places[number + 1 :]:
+                if later >= end:
+                    break
+                if dense or later == start:  # else it may lie in a gap, as a slice of columns does
+                    yield key, other
 
 
 def _prefix_misfit(owner: Any, site: Prefix) -> list[str]:

@@ -76,7 +76,8 @@ def resolve_targets(model: nn.Module, spec: LoRASpec) -> list[Target]:
     inside = list(whole_modules(model, spec.train_modules))
     chosen = {p for p in chosen if not any(p == w or p.startswith(w + ".") for w in inside)}
     if spec.layers is not None:
-        chosen = _in_layers(chosen, spec.layers, model, problems)
+        # as in PEFT, a module named by its whole path, such as the head, is meant wherever it lies
+        chosen = _in_layers(chosen, spec.layers, model, problems) | (chosen & set(wanted))
     if not chosen and not problems and wanted:
         problems.append("the targets, less the excluded, leave nothing to adapt")
     ranks, alphas = (

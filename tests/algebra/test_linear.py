@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -263,8 +265,21 @@ def test_weights_that_make_no_sum(given):
 
 
 def test_a_sum_outside_a_dtype_is_refused():
+    site = one(0).low_rank[Q]
+    huge = Adapter({Q: dataclasses.replace(site, B=1e6 * site.B)})
     with pytest.raises(FormatError, match="NaN or Inf"):
-        combine([(one(0), 1.0), (one(1), 1e6)], dtype=torch.float16)
+        combine([(huge, 1.0), (one(1), 1.0)], dtype=torch.float16)
+
+
+@pytest.mark.parametrize("method", ["linear", "svd"])
+def test_weights_far_apart_fit_a_narrow_dtype_in_any_order(method):
+    """The larger one becomes the scaling, so that no factor grows."""
+    given = [(one(0, dtype=torch.float16), 1e-3), (one(1, dtype=torch.float16), 1e3)]
+    for pairs in (given, given[::-1]):
+        found = change(combine(pairs, method=method, dtype=torch.float16), Q)
+        expected = sum(weight * change(adapter, Q) for adapter, weight in pairs)
+        size = expected.abs().max()
+        assert (found - expected).abs().max() < 4e-3 * size  # fp16 has eleven bits
 
 
 # --- history -----------------------------------------------------------------------------------

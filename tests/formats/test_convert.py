@@ -587,7 +587,10 @@ def test_losses_are_listed_and_nothing_is_written(tmp_path, capsys):
     assert not out.exists()
     assert main([*command, "--allow-loss"]) == 0
     said = capsys.readouterr()
-    assert json.loads(said.out)["out"] == str(out)
+    facts = json.loads(said.out)
+    assert facts["out"] == str(out)
+    assert facts["sites"] == len(full.sites)
+    assert f"Wrote {len(full.sites)} sites" in said.err
     assert "lost: model.norm" in said.err
     assert_same_changes(full, load_adapter(out), FLOAT32)
 

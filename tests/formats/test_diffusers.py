@@ -82,6 +82,26 @@ def test_bias_and_magnitude():
     assert_equal(adapter, reading.adapter)
 
 
+SD3 = (
+    "transformer.transformer_blocks.0.attn.to_q",
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+    "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
+)
+
+
+@pytest.mark.parametrize("paths", [SD3, SD3[:2], SD3[1:2], (*SD3, "text_encoder.text_projection")])
+def test_sd3_keeps_the_names_of_its_first_encoder(paths):
+    """It has a projection, and transformers then names its layers as the file does."""
+    adapter = Adapter({path: site() for path in paths})
+    assert_equal(adapter, round_trip(FORMAT, adapter)[0].adapter)
+
+
+def test_sd3_of_other_tools(tmp_path):
+    tensors = {k: v for path in SD3 for k, v in pair(path).items()}
+    reading = read(FORMAT, file_of(tmp_path, tensors))
+    assert sorted(reading.adapter.sites) == sorted(SD3)
+
+
 def file_of(folder, tensors, metadata=None):
     path = folder / "x.safetensors"
     write_safetensors(path, tensors, metadata or {})

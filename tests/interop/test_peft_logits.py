@@ -89,7 +89,8 @@ def test_dense_layers_that_are_called_as_experts_were(targets, tmp_path):
 
 def spec_of(case: Case) -> LoRASpec:
     """The case's settings; a head that PEFT adds by itself is named, a bias of B we do not make."""
-    spec = LoRASpec.from_peft({"r": 4, "lora_alpha": 8, **case.config})
+    config = {name: value for name, value in case.config.items() if name != "lora_bias"}
+    spec = LoRASpec.from_peft({"r": 4, "lora_alpha": 8, **config})
     heads = AUTOMATIC_HEADS.get(case.config.get("task_type", ""), ())[:1]
     return dataclasses.replace(spec, train_modules=(*spec.train_modules, *heads))
 

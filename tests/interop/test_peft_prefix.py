@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 
@@ -67,6 +68,15 @@ def test_a_prefix_alone_is_pefts(make, tmp_path):
     for path, site in adapter.prefixes.items():
         assert torch.equal(again.prefixes[path].key, site.key)
         assert torch.equal(again.prefixes[path].value, site.value)
+
+
+def test_a_prefix_without_a_task_acts_in_peft(tmp_path):
+    """Without one PEFT's model runs the base as if there were none."""
+    mine, bare, adapter = trained(llama, LoRASpec(targets="none", prefix=3), tmp_path / "a")
+    save_adapter(adapter.with_(task_type=None), tmp_path / "b")
+    theirs = PeftModel.from_pretrained(bare, tmp_path / "b")
+    with torch.no_grad():
+        close(mine, theirs(IDS).logits)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -154,6 +164,14 @@ def test_a_new_bias_that_peft_would_pass_over_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="lorakit"):
         save_adapter(adapter.with_(base=base), tmp_path / "b")
     assert "PEFT has no place" in caplog.text
+    caplog.clear()
+    assert adapter.base is None  # the spec says it alone
+    save_adapter(adapter, tmp_path / "c")
+    assert "PEFT has no place" in caplog.text
+    caplog.clear()
+    old = adapter.with_(spec=dataclasses.replace(adapter.spec, bias="all"))
+    save_adapter(old, tmp_path / "d")
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 import lorakit
 from lorakit import Adapter, LoRASpec, attach
@@ -21,6 +22,7 @@ from lorakit.core.merging import Recipe, Term, check_rows, merge_
 from lorakit.core.sites import LowRank, Replace
 from lorakit.errors import BaseError, FormatError, InputError, LorakitError
 from lorakit.layers import merge
+from lorakit.layers.merge_plan import plan_merge
 from tests import models
 
 
@@ -123,6 +125,27 @@ def test_dora(name):
     with pytest.raises(FormatError, match="merged alone"):
         merge(model, [adapter, Adapter({"0": site})])
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(3, 4), nn.Embedding(4, 3)], ids=["rows", "columns"])
+def test_dora_leaves_an_output_of_zeros(module):
+    """It has no direction that could be brought to a length; attached it is left alone too."""
+    model = wrapped(copy.deepcopy(module))
+    columns = isinstance(module, nn.Embedding)
+    site = site_for(model[0])
+    with torch.no_grad():
+        (model[0].weight.T if columns else model[0].weight)[1] = 0
+        site.B[1] = 0
+    d_out = site.B.shape[0]
+    adapter = Adapter({"0": site_for(model[0], magnitude=draw(d_out, seed=5).abs() + 0.5)})
+    adapter.low_rank["0"].B[1] = 0
+    x = torch.arange(4)[None] if columns else draw(2, 3)
+    handle = attach(model, adapter)
+    attached = model(x)
+    handle.detach()
+    merge(model, adapter)
+    assert not (model[0].weight.T if columns else model[0].weight)[1].any()
+    assert (model(x) - attached).abs().max() <= 1e-12
 
 
 def test_a_grouped_convolution_within_its_groups():
@@ -373,6 +396,54 @@ def test_tied_weights():
     undo()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert same(model, before)
+
+
+def test_weights_in_the_same_memory_are_tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    adapter = Adapter({"0": site_for(model[0])})
+    refused(model, adapter, FormatError, r"0\.weight: it is tied to 1\.weight")
+    other = model[1].weight.detach().clone()
+    undo = merge(model, adapter, untie=True)
+    assert torch.equal(model[1].weight, other)
+    assert not torch.equal(model[0].weight, other)
+    undo()
+    model[1].weight = nn.Parameter(model[0].weight.data[1:3])  # a part of it, as of a joined one
+    refused(model, adapter, FormatError, r"tied to 1\.weight")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_slices_of_one_tensor_are_not_tied(device):
+    rows, columns = torch.randn(8, 4, device=device), torch.randn(4, 8, device=device)
+    model = nn.ModuleList(nn.Linear(4, 4, device=device) for _ in range(4))
+    halves = rows[:4], rows[4:], columns[:, :4], columns[:, 4:]
+    for module, half in zip(model, halves, strict=True):
+        module.weight = nn.Parameter(half)
+    adapter = Adapter({name: site_for(model[int(name)]) for name in "0123"})
+    assert len(plan_merge(model, [(adapter, 1.0)])) == 4
+    model[1].weight = nn.Parameter(rows[3:7])
+    with pytest.raises(FormatError, match=r"1\.weight: it is tied to 0\.weight"):
+        plan_merge(model, [(adapter, 1.0)])
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3), dim=2),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+        lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+        lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 2),
+    ],
+    ids=["weight_norm", "spectral_norm", "hook", "pruned"],
+)
+def test_computed_weights_are_refused(computed):
+    """A change of what the next forward computes again would be lost without a word."""
+    model = nn.Sequential(computed())
+    adapter = Adapter({"0": site_for(model[0])})
+    refused(model, adapter, FormatError, r"0\.weight: its module holds no such tensor: .* computed")
+    module = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    nn.utils.parametrize.remove_parametrizations(module[0], "weight")  # as the message says
+    merge(module, Adapter({"0": site_for(module[0])}))
 
 
 def test_settings_that_cannot_act():

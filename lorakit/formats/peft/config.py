@@ -59,7 +59,8 @@ MAPPED = {
 #: fields about the file's origin, which are kept with an adapter and written again
 FILE_FACTS = ("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "revision")
 
-#: fields that say something about the file or the session, not about the adapter's settings
+#: fields that say something about the file or the session, not about the adapter's settings; a
+#: file's tensors show ``lora_bias``
 HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -129,6 +130,11 @@ def spec_from_config(raw: Mapping[str, Any]) -> LoRASpec:
             "layers_to_transform does not act on target_parameters in PEFT; name the parameters "
             "by their whole paths instead"
         )
+    if raw.get("lora_bias"):
+        problems.append(
+            "lora_bias = True: it trains a bias behind each B, which is read from files and cannot "
+            'be begun here; leave it out, or give bias="all" or our bias="new" instead'
+        )
     if problems or spec is None:
         raise SpecError(collected("This PEFT config cannot be taken over", problems))
     heads = AUTOMATIC_HEADS.get(str(_plain(raw.get("task_type"))), ())
@@ -172,7 +178,7 @@ def read_config(
             rank=raw.get("r", 8),
             alpha=float(raw.get("lora_alpha", 8)),
             targets=targets if isinstance(targets, str) else tuple(sorted(set(targets))),
-            exclude=_names(raw.get("exclude_modules")),
+            exclude=_excluded(raw.get("exclude_modules")),
             layers=",".join(map(str, sorted(set(layers)))) if layers else None,
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
@@ -342,6 +348,14 @@ def _layered(targets: Sequence[str], layers: Sequence[int], pattern: Any) -> str
     numbers = "|".join(str(n) for n in sorted(set(layers)))
     ends = "|".join(re.escape(name) for name in sorted(set(targets)))
     return rf"(?:.*\.)?(?:{blocks})\.(?:{numbers})\.(?:.*\.)?(?:{ends})"
+
+
+def _excluded(value: Any) -> tuple[str, ...]:
+    """Names, or the one expression that PEFT matches with a whole path, which a name would not be.
+
+    Here a plain name is the end of a path.
+    """
+    return (f"(?:{value})",) if isinstance(value, str) and value else _names(value)
 
 
 def _plain(value: Any) -> Any:

@@ -33,12 +33,15 @@ class Selection:
     """The three fields by which PEFT selects modules."""
 
     target_modules: str | tuple[str, ...]
-    exclude_modules: tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] | None = None
 
     def selects(self, path: str) -> bool:
         """Whether PEFT adapts the module at this path, as far as these fields go."""
-        if _ends_with_any(path, self.exclude_modules):
+        if isinstance(self.exclude_modules, str):
+            if re.fullmatch(self.exclude_modules, path):
+                return False
+        elif _ends_with_any(path, self.exclude_modules):
             return False
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, path) is not None
@@ -110,7 +113,7 @@ def selection_in(config: Mapping[str, Any]) -> Selection:
     exclude = config.get("exclude_modules") or ()
     return Selection(
         targets if isinstance(targets, str) else tuple(targets),
-        (exclude,) if isinstance(exclude, str) else tuple(exclude),
+        exclude if isinstance(exclude, str) else tuple(exclude),
         (layers,) if isinstance(layers, int) else (None if layers is None else tuple(layers)),
     )
 

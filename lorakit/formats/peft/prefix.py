@@ -77,7 +77,8 @@ def files_of(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor], list[
         "peft_type": ALONE,
         "prefix_projection": False,
         "revision": None if adapter.base is None else adapter.base.revision,
-        "task_type": adapter.task_type,
+        # without one PEFT's model is of no task, and runs the base as if there were no prefix
+        "task_type": adapter.task_type or "CAUSAL_LM",
         "token_dim": heads * size,
     }
     return config, {TENSOR: torch.stack(layers, dim=1).reshape(n, -1)}, paths

@@ -143,13 +143,16 @@ def _plan_prefix(adapter: Adapter) -> tuple[dict[str, Any], Header, dict[str, Te
 def _warn_of_new_biases(adapter: Adapter) -> None:
     """PEFT puts a bias of a file into the base's own, and passes over it where there is none.
 
-    Without any low-rank site it refuses the folder by itself.
+    Where the base is not known, the spec says whether there are new ones. Without any low-rank site
+    PEFT refuses the folder by itself.
     """
-    shapes = adapter.base.shapes if adapter.base is not None and adapter.low_rank else {}
+    shapes = adapter.base.shapes if adapter.base is not None else {}
+    if not adapter.low_rank or not (shapes or adapter.spec.bias == "new"):
+        return
     new = [
         path
         for path, site in adapter.replaced.items()
-        if shapes and path.endswith(".bias") and "" in site.tensors_by_name and path not in shapes
+        if path.endswith(".bias") and "" in site.tensors_by_name and path not in shapes
     ]
     if new:
         logger.warning(

@@ -33,7 +33,7 @@ from lorakit.bases.identity import check_base
 from lorakit.bases.source import find_source
 from lorakit.core.adapter import Adapter
 from lorakit.core.files import atomic_file
-from lorakit.core.merging import Recipe
+from lorakit.core.merging import Recipe, stretch
 from lorakit.errors import BaseError, InputError, TrainingError
 from lorakit.workflows.merge.gguf_check import Checked, check_rows
 from lorakit.workflows.merge.gguf_plan import PlannedTensor, Weighted, make_plan
@@ -230,7 +230,7 @@ def _changed(before: Tensor, recipe: Recipe, begin: int) -> Tensor:
     for term in recipe.terms:
         after.addmm_(term.left[rows], term.right, alpha=term.factor)
     if recipe.magnitude is not None:
-        after *= (recipe.magnitude[rows] / after.norm(dim=1))[:, None]
+        after *= stretch(recipe.magnitude[rows], after.norm(dim=1))[:, None]
     return after
 
 

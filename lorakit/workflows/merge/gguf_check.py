@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorakit.bases.gguf_base import BaseTensor, GgufBase, from_gguf
 from lorakit.core.gguf_names import norm_offset, row_order
+from lorakit.core.merging import stretch
 from lorakit.errors import TrainingError, collected
 from lorakit.workflows.merge.gguf_plan import Change
 
@@ -93,7 +94,7 @@ def _row(
         product = B @ A[:, there] if site.kind == "embedding" else B[there] @ A
         total = total + change.weight * site.scaling * product
         if site.magnitude is not None:
-            total = total * (site.magnitude[there].double() / total.norm())
+            total = total * stretch(site.magnitude[there].double(), total.norm())
     return total
 
 

@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from lorakit.core.spec import LoRASpec
-from lorakit.errors import SpecError
+from lorakit.errors import SpecError, TargetError
 from lorakit.formats.peft.config import (
     FILE_FACTS,
     FOREIGN,
@@ -20,6 +20,8 @@ from lorakit.formats.peft.config import (
     read_config,
     spec_from_config,
 )
+from lorakit.layers.targets import resolve_targets
+from tests import models
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -83,7 +85,8 @@ def test_every_mapped_field():
         ({"init_lora_weights": "orthogonal"}, {"init": "orthogonal"}),
         ({"target_modules": "all-linear"}, {"targets": "all-linear"}),
         ({"target_modules": r".*\.q"}, {"targets": r".*\.q"}),
-        ({"exclude_modules": r".*\.0\..*"}, {"exclude": (r".*\.0\..*",)}),
+        ({"exclude_modules": r".*\.0\..*"}, {"exclude": (r"(?:.*\.0\..*)",)}),
+        ({"exclude_modules": "q"}, {"exclude": ("(?:q)",)}),
         ({"rank_pattern": None}, {"rank_pattern": {}}),
     ],
 )
@@ -117,6 +120,41 @@ def test_foreign(field):
         spec_from_config({"target_modules": ["q"], field: FOREIGN_VALUES[field]})
     for off in (None, False, [], {}):
         assert spec_from_config({"target_modules": ["q"], field: off})
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*q_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]},
+    ],
+)
+def test_the_same_modules_are_chosen(fields):
+    """By PEFT in its own copy of the model, which is the oracle."""
+    theirs = peft.get_peft_model(models.llama(), peft.LoraConfig(r=2, **fields))
+    expected = {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    spec = LoRASpec.from_peft({"r": 2, "lora_alpha": 8, **fields})
+    assert {target.path for target in resolve_targets(models.llama(), spec)} == expected
+
+
+def test_a_string_of_excluded_modules_is_an_expression_of_whole_paths():
+    """In PEFT it leaves out nothing, so q_proj is adapted; here it is said and nothing begins."""
+    spec = LoRASpec.from_peft({"target_modules": ["q_proj"], "exclude_modules": "q_proj"})
+    with pytest.raises(TargetError, match=r"exclude '\(\?:q_proj\)' matches nothing"):
+        resolve_targets(models.llama(), spec)
+
+
+def test_a_new_bias_of_b_is_refused():
+    with pytest.raises(SpecError, match="lora_bias"):
+        LoRASpec.from_peft(peft.LoraConfig(target_modules=["q"], lora_bias=True))
+    raw = {"target_modules": ["q"], "lora_bias": True}
+    assert read_config(raw, trained=True)[1] == []
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
