@@ -56,6 +56,15 @@ def opened(content: bytes, *, extra: str = "images") -> Any:
     return turned.convert("RGBA" if transparent else "RGB")
 
 
+def laid_on(picture: Any, colour: str) -> Any:
+    """What :func:`opened` gives in RGB, with a colour where it is transparent."""
+    if picture.mode != "RGBA":
+        return picture
+    image = require("PIL.Image", extra="images", purpose="reading pictures")
+    ground = image.new("RGBA", picture.size, colour)
+    return image.alpha_composite(ground, picture).convert("RGB")
+
+
 def _eight_bits(greys: np.ndarray) -> np.ndarray:
     """[H, W] of 16 bits as uint8; Pillow's own conversion cuts off what is above 255.
 

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from lorakit.core.files import atomic_file, cache_dir
 from lorakit.core.safetensors_io import read_safetensors, write_safetensors
-from lorakit.data.pictures import opened
+from lorakit.data.pictures import laid_on, opened
 from lorakit.errors import FormatError
 from lorakit.images.base import PictureBase, quiet_diffusers
 from lorakit.images.buckets import Placed
 from lorakit.images.families import latent_range
-from lorakit.images.pictures import Picture, greys_of, laid_on
+from lorakit.images.pictures import Picture, greys_of
 from lorakit.optional import require
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.data.pictures import opened
+from lorakit.data.pictures import laid_on, opened
 from lorakit.data.readers import table
 from lorakit.errors import DataError, collected
 from lorakit.optional import require
@@ -442,15 +442,6 @@ def _looked_at(content: bytes, where: str) -> Any:
         return opened(content)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-
-
-def laid_on(picture: Any, colour: str) -> Any:
-    """What :func:`opened` gives in RGB, with a colour where it is transparent."""
-    if picture.mode != "RGBA":
-        return picture
-    image = require("PIL.Image", extra="images", purpose="reading pictures")
-    ground = image.new("RGBA", picture.size, colour)
-    return image.alpha_composite(ground, picture).convert("RGB")
 
 
 def greys_of(mask: Any) -> Any:

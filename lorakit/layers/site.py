@@ -95,12 +95,11 @@ class SiteForward:
         if not isinstance(x, Tensor) or x.is_nested:
             return self._without_rows(plan, x, args, kwargs)
         if plan.uniform is None and (self.routed or self.relative):
+            sees = "looks up distances between positions"
+            if self.routed:
+                sees = "is an expert and sees routed tokens"
             raise RoutingError(
-                f"{self.path} is an expert and sees routed tokens, not rows; all rows of a batch "
-                "must use the same adapters here"
-                if self.routed
-                else f"{self.path} looks up distances between positions, which all rows of a batch "
-                "share; all of them must use the same adapters here"
+                f"{self.path} {sees}, not rows; all rows of a batch must use the same adapters here"
             )
         shares = plan.shares(self._count(plan, x), x.device)
         replaced = [s for s in shares if s.name in self.replaced] if self.replaced else []

@@ -19,7 +19,6 @@ from lorakit.data.rows import Row, RowError, plural, shown
 from lorakit.errors import BaseError, DataError, InputError
 from lorakit.layers import Handle
 from lorakit.layers.routing import MixLike
-from lorakit.optional import require
 from lorakit.tasks.classify import chosen_labels, class_of, class_sums, labels_of, said
 from lorakit.tasks.forwards import RowTask
 from lorakit.tasks.kinds import Labelled
@@ -155,11 +154,7 @@ def opened(content: bytes, name: str) -> Any:
         picture = pictures.opened(content, extra="vision")
     except DataError as error:
         raise RowError("a picture that cannot be used", f"{name}: {error}") from None
-    if picture.mode == "RGB":
-        return picture
-    image = require("PIL.Image", extra="vision", purpose="reading pictures")
-    ground = image.new("RGBA", picture.size, "white")
-    return image.alpha_composite(ground, picture).convert("RGB")
+    return pictures.laid_on(picture, "white")
 
 
 def file_content(value: Any, file: str, what: str) -> tuple[bytes, AskedFile]:

@@ -181,6 +181,16 @@ def test_a_picture_that_moves_is_named():
         opened(moving, "a.gif")
 
 
+def test_of_a_photo_with_a_second_view_the_first_is_read():
+    """Phones write such for depth and for wide colours; it is no film."""
+    views = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    photo = written(views[0], "MPO", save_all=True, append_images=views[1:])
+    assert Image.open(io.BytesIO(photo)).n_frames == 2
+    red, _, blue = opened(photo, "a.jpg").getpixel((4, 4))
+    assert red > 250
+    assert blue < 5
+
+
 def test_what_is_transparent_lies_on_white():
     read = opened(written(Image.new("RGBA", (2, 2), (0, 0, 255, 51)), "PNG"), "it")
     assert (read.mode, read.getpixel((0, 0))) == ("RGB", (204, 204, 255))
