@@ -48,7 +48,8 @@ class Columns:
 
     kind: Kind
     names: Mapping[str, str]
-    """Our field → their column."""
+    """Our field → their column; a chat is in ``messages``, or parted in ``prompt`` and
+    ``completion``."""
     unused: tuple[str, ...]
     """Columns of the first row that nothing reads."""
     template: Template | None = None
@@ -128,17 +129,20 @@ def checked_text(value: Any, where: str, field: str) -> str:
     return value
 
 
-def find_columns(spec: DataSpec, present: Sequence[str], where: str, notes: list[str]) -> Columns:
+def find_columns(
+    spec: DataSpec, first: Mapping[str, Any], where: str, notes: list[str]
+) -> Columns:
     """Recognise the kind from ``map``, the template, or the columns' names.
 
     Args:
-        present: the columns of the first readable row.
+        first: the first readable row; of its values only whether a prompt is a list of messages.
         where: that row, for messages.
 
     Raises:
         DataError: a mapped column does not exist, kinds are mixed, or nothing is recognised;
             the message lists the columns that there are.
     """
+    present = list(map(str, first))
     template = parse_template(spec.template, notes) if spec.template is not None else None
     wanted = dict(spec.map)
     asked = list(wanted.values()) + list(template.columns if template else ())
@@ -163,6 +167,8 @@ def find_columns(spec: DataSpec, present: Sequence[str], where: str, notes: list
     for optional in _NEEDS[kind][1]:
         if optional not in names and optional in present:
             names[optional] = optional
+    if kind == "prompt/completion" and isinstance(first.get(names["prompt"]), list):
+        kind = "messages"
     used = set(names.values()) | ({"tools"} if kind == "messages" else set())
     return Columns(kind, names, tuple(c for c in present if c not in used))
 

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from lorakit.data.columns import Columns
-from lorakit.data.messages import Message, is_trained, read_messages, with_system
+from lorakit.data.messages import (
+    HALVES,
+    Message,
+    is_trained,
+    read_halves,
+    read_messages,
+    with_system,
+)
 from lorakit.data.rendering import Rendering
 from lorakit.data.rows import RowError
 from lorakit.data.spec import DataSpec, LossOn
@@ -75,7 +82,11 @@ class Encoder:
             return Sample("", columns.text(values, "text"))
         if columns.kind != "messages":
             return Sample(*columns.prompt_and_completion(values))
-        chat = read_messages(columns.value(values, "messages"), columns.names["messages"])
+        if "messages" in columns.names:
+            chat = read_messages(columns.value(values, "messages"), columns.names["messages"])
+        else:
+            halves = {columns.names[half]: columns.value(values, half) for half in HALVES}
+            chat = read_halves(*halves.items())
         messages = with_system(chat, self.system)
         last = [message for message in messages if is_trained(message)][-1]
         return Sample("", last["content"], tuple(messages), _tools(values.get("tools")))

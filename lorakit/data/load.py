@@ -49,7 +49,7 @@ def load_data(
     notes: list[str] = []
     problems = Problems()
     rows, first = _first_good(open_all(spec.path, notes), problems)
-    columns = find_columns(spec, list(map(str, first.values)), first.where, notes)
+    columns = find_columns(spec, first.values, first.where, notes)
     rendering = make_rendering(tokenizer, spec.format, system=spec.system, kind=columns.kind)
     work = _Work(spec, Encoder(spec, columns, rendering), limit, problems)
     _check_loss(spec, columns)
@@ -95,7 +95,7 @@ def kind_of_rows(spec: DataSpec) -> Kind:
         DataError: a file cannot be read, or its columns are not understood.
     """
     _, first = _first_good(open_all(spec.path, []), Problems())
-    return find_columns(spec, list(map(str, first.values)), first.where, []).kind
+    return find_columns(spec, first.values, first.where, []).kind
 
 
 @dataclass

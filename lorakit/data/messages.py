@@ -26,6 +26,10 @@ _ROLES = {
 }
 
 
+#: the fields of a chat that is parted into what is asked and what is to be learnt
+HALVES = "prompt", "completion"
+
+
 def read_messages(value: Any, column: str) -> list[Message]:
     """The messages of one row, each with ``role`` and ``content``.
 
@@ -36,6 +40,35 @@ def read_messages(value: Any, column: str) -> list[Message]:
         RowError: it is no list of messages, a role is unknown, a content is missing, or there
             is no assistant's turn to learn from.
     """
+    messages = _listed(value, column)
+    _check_trained(messages, column)
+    return messages
+
+
+def read_halves(asked: tuple[str, Any], answered: tuple[str, Any]) -> list[Message]:
+    """The messages of one row that parts them, as TRL's conversational prompts and completions do.
+
+    Nothing of the prompt is learnt, an earlier turn of the assistant neither. A completion that is
+    text is one turn of the assistant.
+
+    Args:
+        asked: the column, and what it holds.
+        answered: alike.
+
+    Raises:
+        RowError: as of :func:`read_messages`.
+    """
+    column, value = answered
+    before = [{**one, "weight": 0} for one in _listed(asked[1], asked[0])]
+    if isinstance(value, str):
+        content = checked_text(value, f"column '{column}'", "completion")
+        return [*before, {"role": "assistant", "content": content}]
+    messages = _listed(value, column)
+    _check_trained(messages, column)
+    return [*before, *messages]
+
+
+def _listed(value: Any, column: str) -> list[Message]:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):  # the message below says what was found
             value = json.loads(value)
@@ -45,14 +78,16 @@ def read_messages(value: Any, column: str) -> list[Message]:
             f"column '{column}' is {shown(value)}; expected a list of messages such as "
             '{"role": "user", "content": "…"}',
         )
-    messages = [_message(one, f"column '{column}' message {n}") for n, one in enumerate(value, 1)]
+    return [_message(one, f"column '{column}' message {n}") for n, one in enumerate(value, 1)]
+
+
+def _check_trained(messages: list[Message], column: str) -> None:
     if not any(is_trained(one) for one in messages):
         roles = ", ".join(one["role"] for one in messages[:6])
         raise RowError(
             "no assistant turn",
             f"column '{column}' has no assistant's turn to learn from (roles: {roles})",
         )
-    return messages
 
 
 def is_trained(message: Message) -> bool:

@@ -106,3 +106,54 @@ def test_sharegpt_and_openai_dialects_are_one(tmp_path):
         assert data.report.kind == "messages"
         ids.append(data[0].ids.tolist())
     assert ids == [ids[0]] * 4
+
+
+def test_a_chat_may_be_parted_into_prompt_and_completion(tmp_path):
+    tokenizer = make_tokenizer()
+    asked = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "w"},
+    ]
+    answer = {"role": "assistant", "content": "b"}
+    unlearnt = [asked[0], {**asked[1], "weight": 0}, asked[2]]
+    rows = [
+        {"messages": [*unlearnt, answer]},
+        {"prompt": asked, "completion": [answer]},
+        {"prompt": asked, "completion": "b"},
+        {"question": asked, "answer": json.dumps([answer])[1:-1]},  # text, though it looks like one
+    ]
+    found = []
+    for n, row in enumerate(rows):
+        data = load_data(DataSpec(write_jsonl(tmp_path / f"{n}.jsonl", [row])), tokenizer)
+        assert (data.report.kind, data.report.loss_on) == ("messages", "assistant")
+        found.append(data[0])
+    for one in found[1:3]:
+        assert one.ids.tolist() == found[0].ids.tolist()
+        assert one.supervised.tolist() == found[0].supervised.tolist()
+    assert found[3].ids.tolist() != found[0].ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [], "completion": "b"}, r"column 'prompt' is .*; expected a list of messages"),
+        (
+            {"prompt": "u", "completion": "b"},
+            "column 'prompt' is text \"u\"; expected a list of messages",
+        ),
+        ({"prompt": [{"role": "user", "content": "u"}], "completion": []}, "column 'completion'"),
+        (
+            {
+                "prompt": [{"role": "user", "content": "u"}],
+                "completion": [{"role": "user", "content": "v"}],
+            },
+            "column 'completion' has no assistant's turn to learn from",
+        ),
+        ({"prompt": [{"role": "user", "content": "u"}], "completion": " "}, "completion' is empty"),
+    ],
+)
+def test_a_parted_chat_that_cannot_be_learnt_is_named(tmp_path, row, message):
+    good = {"prompt": [{"role": "user", "content": "u"}], "completion": "b"}
+    with pytest.raises(DataError, match=message):
+        load_data(DataSpec(write_jsonl(tmp_path / "a.jsonl", [good, row])), make_tokenizer())
