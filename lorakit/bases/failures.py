@@ -14,6 +14,9 @@ from lorakit.errors import BaseError, LorakitError, MissingDependencyError
 
 _log = logging.getLogger(__name__)
 
+#: classes of the hub's client, and of what it reaches the hub with
+_OFFLINE = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "TimeoutException"}
+
 
 @contextlib.contextmanager
 def explained(location: str, what: str, *, how_to_get: str | None = None) -> Iterator[None]:
@@ -41,6 +44,14 @@ def explained(location: str, what: str, *, how_to_get: str | None = None) -> Ite
             raise
         _log.debug("loading %s from %s", what, location, exc_info=True)
         raise _explanation(location, what, error, how_to_get) from error
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether this says that the hub was not reached (or may not be: offline mode)."""
+    chain = list(_chain(error))
+    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
+    text = " ".join(str(link) for link in chain)
+    return bool(kinds & _OFFLINE) or "offline mode" in text or "couldn't connect" in text.lower()
 
 
 def _explanation(
@@ -149,13 +160,7 @@ def _remote(
             f"There is no model {hub_id} on the hub, or you may not see it (`hf auth login`), and "
             f"no folder of that name here.{hint}"
         )
-    offline = {
-        "OfflineModeIsEnabled",
-        "LocalEntryNotFoundError",
-        "ConnectError",
-        "TimeoutException",
-    }
-    if kinds & offline or "offline mode" in text or "couldn't connect" in text.lower():
+    if unreachable(chain[0]):
         advice = hint or " Go online, or give a folder or a .gguf file."
         return f"The hub cannot be reached, and {hub_id} was not downloaded before.{advice}"
     if "does not appear to have a file named" in text or "no file named" in text:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from lorakit.bases.failures import explained
+from lorakit.bases.failures import explained, unreachable
 from lorakit.bases.source import Source
 from lorakit.errors import BaseError
 from lorakit.optional import require
@@ -34,3 +36,29 @@ def fetch(source: Source, say: Callable[[str], None]) -> Path:
     if not folder:
         raise BaseError(f"{source.location} was not downloaded; give a folder.")
     return Path(folder)
+
+
+def loading_options(source: Source, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """What transformers' ``from_pretrained`` is given beside a base's place.
+
+    Where the hub cannot be reached, only what is cached is looked for: its client would try again
+    for half a minute, for every file.
+    """
+    options: dict[str, Any] = {
+        "revision": source.revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    if source.kind == "hub" and not is_reachable(source.location, source.revision):
+        options["local_files_only"] = True
+    return options
+
+
+@functools.cache
+def is_reachable(hub_id: str, revision: str | None) -> bool:
+    """Whether the hub answers; asked once a process. What it says, the load itself will tell."""
+    hub = require("huggingface_hub", extra="train", purpose="reading a model from the hub")
+    try:
+        hub.HfApi().model_info(hub_id, revision=revision, timeout=10)
+    except Exception as error:
+        return not unreachable(error)
+    return True

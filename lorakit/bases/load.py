@@ -16,6 +16,7 @@ from torch import nn
 
 from lorakit.bases import affine, half
 from lorakit.bases.failures import explained
+from lorakit.bases.fetch import loading_options
 from lorakit.bases.gguf_cache import Say, cached_base
 from lorakit.bases.identity import identify
 from lorakit.bases.placement import Placement, choose_placement
@@ -184,10 +185,7 @@ def _load(
     placement = choose_placement(device, dtype)
     source = find_source(ref, revision)
     located = locate(source, say)
-    options: dict[str, Any] = {
-        "revision": source.revision,
-        "trust_remote_code": trust_remote_code,
-    }
+    options = loading_options(source, trust_remote_code=trust_remote_code)
     model, notes, new = _load_model(source, located, placement, quantize, task, num_labels, options)
     tokenizer: Any | None = None
     tokenizer_notes: list[str] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.bases.failures import explained
+from lorakit.bases.fetch import loading_options
 from lorakit.bases.gguf_cache import cached_if_there
 from lorakit.bases.gguf_file import read_header
 from lorakit.bases.gguf_tokenizer import gguf_tokenizer
@@ -46,7 +47,7 @@ def load_tokenizer(
     """
     require("transformers", extra="train", purpose="reading a tokenizer")
     source = find_source(ref, revision)
-    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": trust_remote_code}
+    options = loading_options(source, trust_remote_code=trust_remote_code)
     folder = _made_already(source)
     if folder is not None:
         return read_tokenizer(folder, **options)[0]
@@ -67,7 +68,7 @@ def base_config(
     from transformers import AutoConfig
 
     source = find_source(ref, revision)
-    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": trust_remote_code}
+    options = loading_options(source, trust_remote_code=trust_remote_code)
     location = _made_already(source) or source.location
     with (
         quiet_transformers(),

@@ -142,7 +142,8 @@ def _from_hub_id(text: str) -> Source:
             f"{text!r} is neither a file or folder here nor a hub id such as 'owner/name' or "
             "'owner/name@revision'."
         )
-    hint = None
+    close = [] if "/" in text else difflib.get_close_matches(text.lower(), ALIASES, cutoff=0.7)
+    hint = f"Did you mean {close[0]!r}?" if close else None
     parent = Path(text).parent
     if parent != Path(".") and os.path.isdir(parent):  # a mistyped folder looks just like an id
         hint = not_found(Path(text))

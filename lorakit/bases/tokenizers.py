@@ -37,11 +37,13 @@ def read_tokenizer(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    local_files_only: bool = False,
     how_to_get: str | None = None,
 ) -> tuple[Any, list[str]]:
     """Load the tokenizer of a folder or a hub id.
 
     Args:
+        local_files_only: take it from the hub's cache alone.
         how_to_get: what to do where the hub cannot be reached.
 
     Returns:
@@ -61,7 +63,10 @@ def read_tokenizer(
 
     with quiet_transformers(), explained(location, "the tokenizer", how_to_get=how_to_get):
         tokenizer = AutoTokenizer.from_pretrained(
-            location, revision=revision, trust_remote_code=trust_remote_code
+            location,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=local_files_only,
         )
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise BaseError(

@@ -129,9 +129,7 @@ def checked_text(value: Any, where: str, field: str) -> str:
     return value
 
 
-def find_columns(
-    spec: DataSpec, first: Mapping[str, Any], where: str, notes: list[str]
-) -> Columns:
+def find_columns(spec: DataSpec, first: Mapping[str, Any], where: str, notes: list[str]) -> Columns:
     """Recognise the kind from ``map``, the template, or the columns' names.
 
     Args:

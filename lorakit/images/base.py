@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lorakit.bases.failures import explained
+from lorakit.bases.fetch import is_reachable
 from lorakit.bases.identity import identify
 from lorakit.bases.load import Base
 from lorakit.bases.placement import Placement, choose_placement
@@ -148,7 +149,11 @@ def load_pipeline(
     _check_place(location)
     (say or _log.info)(f"Reading the pipeline {location}")
     with quiet_transformers(), explained(location, "the pipeline"), quiet_diffusers():
-        told = _index_of(diffusers, location, revision)
+        options: dict[str, Any] = {"revision": revision} if revision else {}
+        if not Path(location).expanduser().is_dir() and not is_reachable(location, revision):
+            options["local_files_only"] = True
+        # a pipeline's model_index.json
+        told = dict(diffusers.DiffusionPipeline.load_config(location, **options))
         named = str(told.get("_class_name"))
         family = BY_PIPELINE.get(named)
         if family is None:
@@ -156,7 +161,6 @@ def load_pipeline(
                 f"{location} is a {named}; pictures are trained with "
                 f"{', '.join(sorted(BY_PIPELINE))}"
             )
-        options: dict[str, Any] = {"revision": revision} if revision else {}
         if named == "StableDiffusionPipeline":
             options |= {"safety_checker": None, "requires_safety_checker": False}
             if (told.get("vae") or [None])[0] is None:
@@ -267,12 +271,6 @@ def _check_place(location: str) -> None:
         )
     if not path.exists() and (location.startswith((".", "/", "~")) or location.count("/") > 1):
         raise BaseError(f"{location} does not exist; give a folder of diffusers, or a hub id")
-
-
-def _index_of(diffusers: Any, location: str, revision: str | None) -> dict[str, Any]:
-    """What a pipeline's ``model_index.json`` says."""
-    options = {"revision": revision} if revision else {}
-    return dict(diffusers.DiffusionPipeline.load_config(location, **options))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,9 @@ import transformers
 
 from lorakit.bases import base_config, check_base, context_length, identify, load_base
 from lorakit.bases import load_tokenizer as read_tokenizer
+from lorakit.bases.fetch import is_reachable, loading_options
 from lorakit.bases.identity import sample_positions
+from lorakit.bases.source import find_source
 from lorakit.core.adapter import Adapter
 from lorakit.core.identity import compare_identities
 from lorakit.core.sites import LowRank
@@ -430,6 +432,32 @@ def test_a_hub_id_offline(tmp_path: Path, monkeypatch) -> None:
         assert "nobody/nothing-here" in str(caught.value)
         assert "cannot be reached" in str(caught.value)
         assert "Go online" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reason", "options"),
+    [
+        ("RepositoryNotFoundError", {}),
+        ("OfflineModeIsEnabled", {"local_files_only": True}),
+    ],
+)
+def test_a_hub_that_is_not_reached_is_asked_once(monkeypatch, reason: str, options) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def answer(_, hub_id: str, **settings):
+        asked.append((hub_id, settings["revision"]))
+        kind = getattr(huggingface_hub.errors, reason)
+        raise kind.__new__(kind)
+
+    is_reachable.cache_clear()
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answer)
+    for _ in range(2):
+        found = loading_options(find_source("owner/once@v1"), trust_remote_code=True)
+        assert found == {"revision": "v1", "trust_remote_code": True, **options}
+    assert asked == [("owner/once", "v1")]
+    is_reachable.cache_clear()
 
 
 def test_the_alias_offline_without_its_wheel(monkeypatch) -> None:

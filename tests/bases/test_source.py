@@ -22,6 +22,8 @@ def test_hub_ids() -> None:
     assert find_source("owner/model@refs/pr/3").revision == "refs/pr/3"
     assert find_source("owner/model", "main").revision == "main"
     assert find_source("gpt2").kind == "hub"
+    assert find_source("gpt2").how_to_get is None
+    assert find_source("SmolLM").how_to_get == "Did you mean 'smollm2'?"
     assert resolve_base("owner/model@abc") == "owner/model"
 
 
