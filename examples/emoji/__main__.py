@@ -54,13 +54,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pictures of a caption; default 1",
     )
-    manners = ("usual", "against")
+    manners = ("usual", "late")
     judge.add_argument(
         "--manner",
         nargs="+",
         choices=manners,
         default=manners,
-        help="weight 1 as any program would, or a lower one with --against; default: both",
+        help="weight 1 as any program would; or late, with --against; default: both",
     )
     judge.add_argument(
         "--no-sheets", dest="sheets", action="store_false", help="only judge; numbers.json is all"

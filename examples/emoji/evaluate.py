@@ -5,13 +5,15 @@ classifier says which share looks like the style; that number stands beside what
 of the style's real pictures, of the real pictures that the base learnt from, and of the base's own.
 *Way* is how far the adapter went from the base's share to the real one. *Shown* is the share of
 pictures whose nearest real emoji is the one that the caption names. An adapter draws in two
-manners: as diffusers would with it, and at a lower weight against its opposite (`--against`).
+manners: as diffusers would with it, and *late*, where the base makes the first steps, and the
+adapter acts on the rest, against its opposite (`--adapter-start`, `--against`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,33 @@ import torch
 from examples.emoji import captions, data, sheets
 from examples.emoji.judge import AMONG, Judges, Nearest, shares
 
-#: mix of adapters, captions, what guidance pushes away from → pictures [N, 32, 32, 3] uint8
+#: mix of adapters, captions, further fields of their cells → pictures [N, 32, 32, 3] uint8
 Draw = Callable[..., np.ndarray]
-#: manner → style → the adapter's weight, and what it is multiplied by where guidance pushes away;
-#: the second was chosen on the captions of ``known`` with other noise
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How an adapter draws."""
+
+    weight: float = 1.0
+    against: float = 1.0
+    """What the weight is multiplied by where guidance pushes away."""
+    start: float = 0.0
+    """Share of the steps that the base makes before."""
+
+    def fields(self) -> dict[str, float]:
+        """Of a cell, beside its mix."""
+        return {"against": self.against, "start": self.start}
+
+
+#: manner → style → how; the second was chosen on the captions of ``known`` with other noise
 MANNERS = {
-    "usual": dict.fromkeys(data.STYLES, (1.0, 1.0)),
-    "against": {"twemoji": (0.4, -1.0), "openmoji": (0.4, -1.0), "high-contrast": (0.48, -1.0)},
+    "usual": dict.fromkeys(data.STYLES, Manner()),
+    "late": {
+        "twemoji": Manner(0.7, -1.0, 0.5),
+        "openmoji": Manner(0.7, -1.0, 0.5),
+        "high-contrast": Manner(0.8, -1.0, 0.35),
+    },
 }
 PARTS: tuple[captions.Part, ...] = ("known", "new")
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -74,8 +96,8 @@ def judged(
                 "base": seen(by_base),
             }
             for manner in manners:
-                weight, against = MANNERS[manner][style]
-                drawn = draw({style: weight}, told, against)
+                how = MANNERS[manner][style]
+                drawn = draw({style: how.weight}, told, **how.fields())
                 places = nearest.places(drawn, rows * each)
                 adapter = {"share": judges.share(drawn, style), "shown": shares(places)}
                 numbers[manner] = {
@@ -199,8 +221,8 @@ def report(
     for name, other in others:
         handle.add(other, name)
 
-    def draw(mix: Any, told: list[str], against: float = 1.0) -> np.ndarray:
-        return sheets.draw_cells(base, handle, mix, told, steps=steps, against=against)
+    def draw(mix: Any, told: list[str], **fields: float) -> np.ndarray:
+        return sheets.draw_cells(base, handle, mix, told, steps=steps, **fields)
 
     found = judged(judges, pictures, draw, each=each, manners=manners)
     if not with_sheets:
@@ -263,8 +285,8 @@ def beside_sheets(pictures: data.Pictures, draw: Draw, out: Path) -> None:
             "base": draw(None, told),
         }
         for style in data.STYLES:
-            weight, against = MANNERS["against"][style]
-            columns[f"{style}"] = draw({style: weight}, told, against)
+            how = MANNERS["late"][style]
+            columns[f"{style}"] = draw({style: how.weight}, told, **how.fields())
             columns[f"{style}, real"] = [pictures.of(style, one) for one in emoji]
         rows = list(zip(*columns.values(), strict=True))
         sheets.table(rows, told, list(columns)).save(out / f"beside-{part}.png")

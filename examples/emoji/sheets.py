@@ -72,16 +72,19 @@ def draw_cells(
     captions: Sequence[str],
     *,
     steps: int = STEPS,
-    against: float = 1.0,
+    **fields: float,
 ) -> np.ndarray:
     """One picture per caption by a `lorakit.images` base and its adapters, [N, 32, 32, 3] uint8.
 
     The seed of a picture is its place, whatever the adapters are.
+
+    Args:
+        fields: of every cell, such as ``against`` and ``start``.
     """
     from lorakit.images.drawing import Cell, draw
 
     cells = [
-        Cell(caption, seed=seed, mix=mix, steps=steps, guidance=GUIDANCE, against=against)
+        Cell(caption, seed=seed, mix=mix, steps=steps, guidance=GUIDANCE, **fields)
         for seed, caption in enumerate(captions)
     ]
     return (np.stack(draw(base, handle, cells, batch=32)) * 255).round().astype(np.uint8)

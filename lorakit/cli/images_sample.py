@@ -12,9 +12,12 @@ examples:
       --grid "weight=0,0.5,1 seed=1,2,3"
   lorakit images sample --base B --adapter a --adapter b --prompt "a house" --prompt "a tree" \\
       --grid "prompt adapter" --out p
+  lorakit images sample --base B --adapter runs/style --prompt "a house" --against -1 --out p \\
+      --grid "start=0,0.2,0.4 weight=0.4,0.6,0.8"
 
-A grid has one or two of weight, adapter, prompt, seed and step (denoising steps); rows come first.
-prompt and adapter alone mean all that were given, and the base beside the adapters.
+A grid has one or two of weight, adapter, prompt, seed, step (denoising steps) and start (the share
+of them after which adapters begin); rows come first. prompt and adapter alone mean all that were
+given, and the base beside the adapters.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.adapters import add_adapter_arguments, attach_adapters, check_names, load_adapters
-from lorakit.cli.flags import check_text, finite_float, non_negative_float, positive_int
+from lorakit.cli.flags import check_text, finite_float, fraction, non_negative_float, positive_int
 from lorakit.cli.output import add_json_argument, emit_json, plural, say
 from lorakit.errors import InputError
 
@@ -63,6 +66,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "everywhere (default), 0 the bare base, -1 the opposite. Below 1 styles are stronger: "
         "lower their weights with it, and more of the prompt may be kept",
     )
+    asking.add_argument(
+        "--adapter-start",
+        type=fraction,
+        metavar="X",
+        help="share of the steps that the bare base makes before the adapters act, 0 (default) to "
+        "below 1: what is where comes about early, how it is drawn later",
+    )
     for name in ("width", "height"):
         asking.add_argument(
             f"--{name}", type=positive_int, metavar="PIXELS", help="default: the base's own"
@@ -70,8 +80,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     asking.add_argument(
         "--grid",
         metavar="AXES",
-        help="a contact sheet too, over one or two of weight, adapter, prompt, seed and step: "
-        '"weight=0,0.5,1 seed=1,2,3"',
+        help="a contact sheet too, over one or two of weight, adapter, prompt, seed, step and "
+        'start: "weight=0,0.5,1 seed=1,2,3"',
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -150,6 +160,8 @@ def run(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
     if options.against != 1 and not options.adapter:
         raise InputError("--against is given, and no adapter that it could weigh; give --adapter")
+    if options.adapter_start and not options.adapter:
+        raise InputError("--adapter-start is given, and no adapter that could; give --adapter")
     names = [one.name for one in options.adapter]
     weights = {one.name: 1.0 if one.weight is None else one.weight for one in options.adapter}
     from lorakit.images.base import check_text_length
@@ -168,6 +180,7 @@ def run(options: argparse.Namespace) -> int:
         options.width,
         options.height,
         options.against,
+        options.adapter_start or 0.0,
     )
     axes: tuple[Axis, ...] = ()
     if options.grid is not None:
@@ -313,6 +326,7 @@ def _facts(
         "steps": cell.steps,
         "guidance": base.family.guidance if cell.guidance is None else cell.guidance,
         "against": cell.against,
+        "adapter_start": cell.start,
         "size": f"{picture.shape[1]}x{picture.shape[0]}",
         "base": base.ref,
         "adapters": [
@@ -356,9 +370,13 @@ def _check_grid(options: argparse.Namespace, axes: tuple[Axis, ...], prompts: li
         problems.append(f"{len(prompts)} prompts are given; put prompt into --grid, or give one")
     if options.seed is not None and len(options.seed) > 1 and "seed" not in names:
         problems.append(f"{len(options.seed)} seeds are given; put seed=… into --grid, or give one")
-    for axis, value in (("seed", options.seed), ("step", options.steps)):
+    alone = (
+        ("seed", "--seed", options.seed),
+        ("step", "--steps", options.steps),
+        ("start", "--adapter-start", options.adapter_start),
+    )
+    for axis, flag, value in alone:
         if axis in names and value is not None:
-            flag = "--steps" if axis == "step" else "--seed"
             problems.append(f"{flag} and {axis} in --grid are both given; give one of them")
     if problems:
         raise InputError("; ".join(problems))

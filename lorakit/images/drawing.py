@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,11 @@ class Cell:
     1: the style is on both sides, and guidance sharpens the caption alone, as everywhere. 0: the
     bare base draws it, and guidance sharpens the style too, so that adapters can act at lower
     weights. Below 0: more so. (Guiding by a worse model: Karras et al., arXiv 2406.02507.)"""
+    start: float = 0.0
+    """Share of the steps that the bare denoiser makes before the adapters act on it, in [0, 1).
+    What is where comes about in the first steps, how it is drawn in later ones (Choi et al., arXiv
+    2204.00227), so that a style that starts late leaves more of what the prompt says. Adapters of
+    text encoders read the prompt throughout."""
 
 
 def check_cells(base: PictureBase, cells: Sequence[Cell]) -> None:
@@ -81,6 +87,12 @@ def check_cells(base: PictureBase, cells: Sequence[Cell]) -> None:
             problems.append(
                 f"guidance is {min(low):g}, at which {what} cannot act; give more than 1"
             )
+    problems += [
+        f"the adapters would start after the last of {steps} steps; start is {start:g}, a share of "
+        "the steps: give less, or more steps"
+        for start, steps in sorted({(cell.start, cell.steps) for cell in cells})
+        if not 0 <= start < 1 or bare_steps(start, steps) >= steps
+    ]
     if problems:
         raise SpecError(collected("These pictures cannot be drawn", problems))
 
@@ -110,7 +122,7 @@ def drawn(
     groups: dict[Any, list[int]] = {}
     for place, cell in enumerate(cells):
         size = cell.width, cell.height
-        alike = cell.steps, cell.guidance, cell.against, *size, cell.negative is None
+        alike = cell.steps, cell.guidance, cell.against, cell.start, *size, cell.negative is None
         groups.setdefault(alike, []).append(place)
     for places in groups.values():
         for start in range(0, len(places), batch):
@@ -146,13 +158,45 @@ def _forward(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) ->
         others: list[MixLike] = [_scaled(mix, first.against) for mix in mixes]
         options.update(_encoded(base, handle, mixes, others, options))
         mixes, tiles = others + mixes, False  # as the pipelines order them
-    with _routed(handle, mixes, tiled=tiles):
+    with _routed(handle, mixes, tiled=tiles), _bare_until(base, handle, first.start):
         latents = pipe(**options)[0]
     if base.family.name == "flux":
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
     # one by one, as the decoder takes more memory for a picture than the denoiser
     each = [decoded(base, latent[None])[0] for latent in latents]
     return [pixels.permute(1, 2, 0).cpu().numpy() for pixels in each]
+
+
+def bare_steps(start: float, steps: int) -> int:
+    """Steps before the first one that adapters act on, of a cell that starts late."""
+    return math.ceil(start * steps - 1e-9)  # 0.55 · 20 is 11, and a bit
+
+
+@contextlib.contextmanager
+def _bare_until(base: PictureBase, handle: Handle | None, start: float) -> Iterator[None]:
+    """The denoiser without adapters for this share of a pipeline's steps; all else with them."""
+    if handle is None or not start:
+        yield
+        return
+    done = 0
+    with contextlib.ExitStack() as bare:
+
+        def before(*_: Any) -> None:
+            nonlocal done
+            # of some schedulers a step takes several forwards, each a time of theirs
+            if done < bare_steps(start, len(base.pipe.scheduler.timesteps)):
+                bare.enter_context(handle.use(None))
+            done += 1
+
+        hooks = [
+            base.denoiser.register_forward_pre_hook(before),
+            base.denoiser.register_forward_hook(lambda *_: bare.close(), always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _scaled(mix: MixLike, factor: float) -> MixLike:

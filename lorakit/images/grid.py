@@ -11,7 +11,7 @@ from typing import Any
 from lorakit.errors import InputError, SpecError, collected
 from lorakit.images.drawing import Cell
 
-AXES = ("weight", "adapter", "prompt", "seed", "step")
+AXES = ("weight", "adapter", "prompt", "seed", "step", "start")
 #: more would be a sheet that nobody can look at
 _MOST_CELLS = 400
 
@@ -23,7 +23,7 @@ class Axis:
     name: str
     values: tuple[Any, ...]
     """``weight``: factors; ``adapter``: names, ``None`` for the base; ``prompt``: texts; ``seed``
-    and ``step`` (denoising steps): whole numbers."""
+    and ``step`` (denoising steps): whole numbers; ``start``: shares of the steps."""
 
     def labels(self) -> list[str]:
         """For the sheet."""
@@ -31,8 +31,8 @@ class Axis:
             return [str(value) for value in self.values]
         if self.name == "adapter":
             return ["base" if value is None else str(value) for value in self.values]
-        if self.name == "weight":
-            return [f"weight {value:g}" for value in self.values]
+        if self.name in ("weight", "start"):
+            return [f"{self.name} {value:g}" for value in self.values]
         return [f"{self.name} {value}" for value in self.values]  # to the last digit
 
 
@@ -68,6 +68,8 @@ def parse_grid(text: str, prompts: Sequence[str], adapters: Sequence[str]) -> tu
         problems.append(f"{len(axes)} axes are given; a table has one or two")
     if not adapters and "weight" in names:
         problems.append("weight: there is no adapter to weigh; give --adapter")
+    if not adapters and "start" in names:
+        problems.append("start: there is no adapter that could; give --adapter")
     if problems:
         raise InputError(collected(f"--grid {text!r} is not understood", problems))
     size = len(axes[0].values) * (len(axes[1].values) if len(axes) > 1 else 1)
@@ -94,7 +96,7 @@ def _values(
             there = ", ".join(adapters) or "none"
             raise InputError(f"no adapter is called {', '.join(unknown)}; there are: {there}, base")
         return tuple(None if word == "base" else word for word in words)
-    if name == "weight":
+    if name in ("weight", "start"):
         return tuple(_number(word) for word in words)
     numbers = [_whole(word, 1 if name in ("step", "prompt") else 0) for word in words]
     if name == "prompt":
@@ -139,7 +141,6 @@ def _cell(first: Cell, chosen: Mapping[str, Any], weights: Mapping[str, float]) 
     factor = chosen.get("weight", 1.0)
     mix = {name: weight * factor for name, weight in mix.items() if weight * factor}
     changes: dict[str, Any] = {"mix": mix or None}
-    for axis, name in (("prompt", "prompt"), ("seed", "seed"), ("step", "steps")):
-        if axis in chosen:
-            changes[name] = chosen[axis]
+    fields = {"prompt": "prompt", "seed": "seed", "step": "steps", "start": "start"}
+    changes |= {name: chosen[axis] for axis, name in fields.items() if axis in chosen}
     return dataclasses.replace(first, **changes)

@@ -50,6 +50,8 @@ def _as_parameters(facts: Mapping[str, Any]) -> str:
     told = [f"{word}: {facts[name]}" for name, word in names.items() if facts.get(name) is not None]
     if facts.get("against", 1) != 1:
         told.append(f"Against: {facts['against']:g}")
+    if facts.get("adapter_start"):
+        told.append(f"Adapter start: {facts['adapter_start']:g}")
     if facts.get("base"):
         told.append(f"Model: {facts['base']}")
     for one in facts.get("adapters") or ():

@@ -73,12 +73,13 @@ def test_train_sample_and_convert(folder, tmp_path, capsys):
     assert header["ss_resolution"] == "(16, 16)"
     assert header["ss_sd_model_name"] == "sd"
     assert header["ss_base_model_version"] == "sd_v1"
-    flags = ["--adapter", str(kohya), "--prompt", "a", "--steps", "1", "--out", str(tmp_path / "k")]
-    flags += ["--width", "16", "--height", "16", "--against", "-0.5"]
+    flags = ["--adapter", str(kohya), "--prompt", "a", "--steps", "2", "--out", str(tmp_path / "k")]
+    flags += ["--width", "16", "--height", "16", "--against", "-0.5", "--adapter-start", "0.25"]
     assert main(["images", "sample", *base(), *flags]) == 0
     with Image.open(next((tmp_path / "k").glob("*.png"))) as one:
-        assert json.loads(one.text["lorakit"])["against"] == -0.5
-        assert "Against: -0.5" in one.text["parameters"]
+        told = json.loads(one.text["lorakit"])
+        assert (told["against"], told["adapter_start"]) == (-0.5, 0.25)
+        assert "Against: -0.5, Adapter start: 0.25" in one.text["parameters"]
 
 
 def test_a_run_for_each_folder_of_styles(tmp_path, capsys):
@@ -206,6 +207,8 @@ BAD_SAMPLE = [
         ["--prompt", "a", "--steps", "3", "--grid", "step=4,5"],
         "--steps and step in --grid are both",
     ),
+    (["--prompt", "a", "--adapter-start", "1"], "expected a number from 0 to below 1"),
+    (["--prompt", "a", "--adapter-start", "0.5"], "no adapter that could"),
     (["--prompt", "a", "--text-tokens", "0"], "at least 1"),
     (["--prompt", "a", "--width", "17"], "must be a multiple of 4"),
     (["--prompt", "a", "--against", "it"], "'it'"),

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from torch.utils._pytree import tree_map
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map
 import lorakit
 from lorakit.core.spec import LoRASpec
 from lorakit.errors import InputError, SpecError
-from lorakit.images.drawing import Cell, draw
+from lorakit.images.drawing import Cell, bare_steps, draw
 from lorakit.images.grid import cells_of, parse_grid
 from lorakit.images.sheets import as_image, png, sheet
 from lorakit.images.targets import picture_targets
@@ -137,6 +138,84 @@ def test_guidance_may_push_away_from_other_weights(family, against, negative, mo
         assert np.abs(mine[0] - other).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("family", "scheduler", "bare"),
+    [
+        ("sd", None, 2),
+        ("sd", HeunDiscreteScheduler, 4),  # 4 steps are 7 forwards
+        pytest.param("sdxl", None, 2, marks=pytest.mark.slow),
+        ("sd3", None, 2),
+        ("flux", None, 2),
+    ],
+)
+def test_adapters_may_start_late(family, scheduler, bare, monkeypatch):
+    """Compared with a merged model whose denoiser is the bare one's for the first forwards; who
+    starts late draws beside who does not, and nothing stays behind."""
+    base = loaded(family)
+    if scheduler is not None:
+        monkeypatch.setattr(base.pipe, "scheduler", scheduler())
+    spec = LoRASpec(rank=2, targets=picture_targets(base, "all-linear", text=True))
+    handle = lorakit.attach(base.model, spec, "a")
+    usual = Cell("a red thing", seed=3, mix="a", width=16, height=16, steps=4)
+    late = dataclasses.replace(usual, start=0.5)
+    try:
+        randomize(handle, 0.1)
+        mine = draw(base, handle, [late, usual, dataclasses.replace(late, mix=None)])
+        (again,) = draw(base, handle, [usual])
+        adapter = handle.snapshot("a")
+    finally:
+        handle.detach()
+    assert np.array_equal(mine[1], again)
+    merged = copy.deepcopy(base)
+    lorakit.merge(merged.model, [(adapter, 1.0)])
+    ours, plain, done = merged.denoiser.forward, base.denoiser.forward, []
+
+    def forward(*args, **options):
+        done.append(None)
+        return (plain if len(done) <= bare else ours)(*args, **options)
+
+    monkeypatch.setattr(merged.denoiser, "forward", forward)
+    (theirs,) = draw(merged, None, [dataclasses.replace(usual, mix=None)])
+    assert np.abs(mine[0] - theirs).max() <= 1e-4
+    (without,) = draw(base, None, [dataclasses.replace(usual, mix=None)])
+    assert np.abs(mine[2] - without).max() <= 1e-4
+    for other in mine[1:]:
+        assert np.abs(mine[0] - other).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("start", "steps", "bare"), [(0.0, 20, 0), (0.35, 20, 7), (0.55, 20, 11), (0.3, 4, 2)]
+)
+def test_the_first_step_of_an_adapter(start, steps, bare):
+    """Step k of n acts from k / n on."""
+    assert bare_steps(start, steps) == bare
+    assert all((k < bare) == (round(k / steps, 9) < start) for k in range(steps))
+
+
+@pytest.mark.parametrize("start", [-0.1, 0.8, 1.0, float("nan")])
+def test_an_adapter_that_would_never_act(start):
+    with pytest.raises(SpecError, match="after the last of 4 steps; start is"):
+        draw(loaded("sd"), None, [Cell("a", start=start, steps=4, width=16, height=16)])
+
+
+def test_a_picture_that_fails_leaves_no_hook(monkeypatch):
+    base = loaded("sd")
+    spec = LoRASpec(rank=2, targets=picture_targets(base, "all-linear"))
+    handle = lorakit.attach(base.model, spec, "a")
+    cell = Cell("a red thing", seed=3, mix="a", width=16, height=16, steps=4)
+    try:
+        randomize(handle, 0.1)
+        (before,) = draw(base, handle, [cell])
+        with monkeypatch.context() as patch:
+            patch.setattr(base.denoiser.conv_in, "forward", lambda x: x.no_such_thing)
+            with pytest.raises(AttributeError):
+                draw(base, handle, [dataclasses.replace(cell, start=0.5)])
+        (after,) = draw(base, handle, [cell])
+    finally:
+        handle.detach()
+    assert np.array_equal(before, after)
+
+
 def test_what_cannot_be_drawn():
     base = loaded("flux")
     with pytest.raises(SpecError, match=r"width is 18(.|\n)*negative prompt"):
@@ -181,6 +260,9 @@ def test_grids():
     assert seeds.labels() == ["seed 1234567", "seed 1234568"]
     (_, only) = parse_grid("step=5,10", ["p"], [])
     assert [c.steps for c in cells_of((_, only), Cell("p"), {})[0]] == [5, 10]
+    (_, late) = parse_grid("start=0,0.25", ["p"], ["a"])
+    assert late.labels() == ["start 0", "start 0.25"]
+    assert [c.start for c in cells_of((_, late), Cell("p"), {"a": 1.0})[0]] == [0, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +285,8 @@ def test_bad_grids(text, message):
         parse_grid(text, ["p"], ["a"])
     with pytest.raises(InputError, match="there is no adapter to weigh"):
         parse_grid("weight=1", ["p"], [])
+    with pytest.raises(InputError, match="start: there is no adapter that could"):
+        parse_grid("start=0.2", ["p"], [])
 
 
 def test_sheets_and_what_pngs_tell(tmp_path):
