@@ -65,7 +65,8 @@ def _transformers_model(folder: Path, config: dict[str, Any]) -> nn.Module | str
         transformers = require("transformers", extra="train", purpose="knowing the modules")
     except MissingDependencyError as error:
         return str(error)
-    architecture = getattr(transformers, str(named), None)
+    with quiet_transformers():  # the class is imported here, and what it can make use of
+        architecture = getattr(transformers, str(named), None)
     if architecture is None:
         return f"transformers has no {named}"
     try:
