@@ -15,7 +15,6 @@ leaves no half model.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,6 @@ from lorakit.errors import InputError
 
 if TYPE_CHECKING:
     from lorakit.core.adapter import Adapter
-    from lorakit.tasks.kinds import RowKind
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -122,11 +120,12 @@ def _to_safetensors(
             "dtype give --dtype"
         )
     from lorakit.workflows.merge.files import merge_files
+    from lorakit.workflows.merge.heads import trained_for, why_in_memory
     from lorakit.workflows.merge.memory import merge_in_memory
 
     pairs = [(adapter, weights[name]) for name, adapter in named.items()]
     found: dict[str, Any] = {"text": None}
-    kind = _kind_of(named)
+    kind = trained_for(named)
 
     def compare(folder: Path) -> None:
         if options.verify and kind is not None:
@@ -136,7 +135,7 @@ def _to_safetensors(
 
     # without the weights nothing runs the base's own code; rows are those of files
     more: dict[str, Any] = {"verify": options.verify}
-    why = None if kind is None else _why_in_memory(options.base, kind, named)
+    why = None if kind is None else why_in_memory(options.base, kind, named)
     if why is not None and not options.in_memory:
         say(f"note: merged in memory, and saved by transformers: {why}")
     in_memory = options.in_memory or why is not None
@@ -167,45 +166,6 @@ def _to_safetensors(
         **vars(merged),
         "text": found["text"],
     }
-
-
-def _kind_of(named: dict[str, Adapter]) -> RowKind | None:
-    """What the adapters were trained for; ``None`` where that is to continue text, or not said.
-
-    Raises:
-        InputError: different things.
-    """
-    from lorakit.cli.tasks.choosing import TASKS
-    from lorakit.tasks.kinds import RowKind
-    from lorakit.tasks.registry import kind_of
-
-    told = [adapter.provenance.get("task") for adapter in named.values()]
-    kinds = [kind_of(one) for one in told if isinstance(one, Mapping) and one.get("name") in TASKS]
-    if any(kind != kinds[0] for kind in kinds):
-        raise InputError(
-            f"the adapters {' and '.join(named)} were trained for different tasks, labels or "
-            "settings; merge them one at a time"
-        )
-    return kinds[0] if kinds and isinstance(kinds[0], RowKind) else None
-
-
-def _why_in_memory(base: str, kind: RowKind, named: dict[str, Adapter]) -> str | None:
-    """Why the files of a base are not those of the model that the adapters were trained on, which
-    has another head; ``None`` where they are."""
-    from lorakit.bases.config import read_config
-    from lorakit.tasks.kinds import Labelled, known_labels
-
-    config = read_config(base)
-    stored = {str(name) for name in config.get("architectures") or ()}
-    trained = {adapter.base.architecture for adapter in named.values() if adapter.base is not None}
-    if stored and trained - stored - {""}:
-        return (
-            f"the adapter is of a {', '.join(sorted(trained - stored))}, and the files of {base} "
-            f"are those of a {', '.join(sorted(stored))}"
-        )
-    if isinstance(kind, Labelled) and kind.labels != known_labels(config):
-        return f"the head of {base} has other labels than {', '.join(kind.labels[:8])}"
-    return None
 
 
 def _compare(options: argparse.Namespace, pairs: list[Any], folder: Path) -> Any:
