@@ -6,15 +6,22 @@ module does the same at its top and imports what it needs inside ``run``.
 
 from __future__ import annotations
 
+import _thread
 import argparse
+import contextlib
 import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from lorakit import __version__
 from lorakit.errors import InputError, Interrupted, LorakitError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 #: command → (module, line of help), in the order in which somebody meets them
 COMMANDS = {
@@ -90,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        code = int(options.run(options) or 0)
+        with _no_interrupt_lost():
+            code = int(options.run(options) or 0)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -117,6 +125,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lorakit {options.command}: {where}{reason}", file=sys.stderr)
         given = str(error.filename) in arguments and error.errno == errno.ENOENT
         return 2 if given or error.errno == errno.ENAMETOOLONG else 1
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Raise Ctrl-C again where it met a finaliser or the callback of a weak reference, which Python
+    lets no exception out of."""
+    before = sys.unraisablehook
+
+    def hook(found: UnraisableHookArgs) -> None:
+        if not issubclass(found.exc_type, KeyboardInterrupt):
+            before(found)
+            return
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _drop_stdout() -> None:

@@ -1,0 +1,53 @@
+"""The entry point itself: what it keeps from being lost."""
+
+import sys
+import time
+
+import pytest
+
+from lorakit.cli import inspect_
+from lorakit.cli.main import main
+
+
+class _Interrupting:
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_a_finaliser_still_ends_the_command(monkeypatch, capsys):
+    """Python would only print it, and the command would run on."""
+
+    def run(_):
+        _Interrupting()
+        for _ in range(100):
+            time.sleep(0.05)
+        return 0
+
+    monkeypatch.setattr(inspect_, "run", run)
+    before = sys.unraisablehook
+    assert main(["inspect", "anything"]) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
+    assert sys.unraisablehook is before
+
+
+def test_other_errors_of_finalisers_are_told_as_before(monkeypatch):
+    class Failing:
+        def __del__(self) -> None:
+            raise ValueError("of a finaliser")
+
+    told = []
+
+    def run(_):
+        Failing()
+        return 0
+
+    monkeypatch.setattr(inspect_, "run", run)
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(str(found.exc_value)))
+    assert main(["inspect", "anything"]) == 0
+    assert told == ["of a finaliser"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], []])
+def test_help_is_a_success(arguments, capsys):
+    assert main(arguments) == 0
+    assert "usage: lorakit" in capsys.readouterr().out
