@@ -127,6 +127,8 @@ def test_a_chat_may_be_parted_into_prompt_and_completion(tmp_path):
     for n, row in enumerate(rows):
         data = load_data(DataSpec(write_jsonl(tmp_path / f"{n}.jsonl", [row])), tokenizer)
         assert (data.report.kind, data.report.loss_on) == ("messages", "assistant")
+        parted = "the loss is on every assistant's turn of the completion" in data.report.lines()[1]
+        assert parted == ("messages" not in row)
         found.append(data[0])
     for one in found[1:3]:
         assert one.ids.tolist() == found[0].ids.tolist()
