@@ -48,7 +48,7 @@ MANNERS = {
     "late": {
         "twemoji": Manner(0.7, -1.0, 0.5),
         "openmoji": Manner(0.7, -1.0, 0.5),
-        "high-contrast": Manner(0.8, -1.0, 0.35),
+        "high-contrast": Manner(0.6, -4.0, 0.45),
     },
 }
 PARTS: tuple[captions.Part, ...] = ("known", "new")
