@@ -26,6 +26,7 @@ from lorakit.errors import InputError, LorakitError, SpecError
 from lorakit.train.callbacks import RunResult
 from lorakit.train.checkpoint import checkpoint_path, list_checkpoints, moments
 from lorakit.train.distributed import PeerLost
+from lorakit.train.heap import StillHeap
 from lorakit.train.host import Host, hosting
 from lorakit.train.interrupt import StopRequest
 from lorakit.train.loop import Loop, Stopped
@@ -114,6 +115,7 @@ class _Session:
     _exhausted: bool = False
     _places: list[_Place] = field(default_factory=list)
     _loop: Loop | None = None
+    _heap: StillHeap = field(default_factory=StillHeap)
     _group: str = field(default_factory=lambda: uuid.uuid4().hex)
     _round: int = 0
 
@@ -126,6 +128,7 @@ class _Session:
             if first is None:
                 raise InputError(_NOBODY)
             host = closing.enter_context(hosting(first.base.model))
+            closing.enter_context(self._heap)
             try:
                 try:
                     self._go_on(host, first, stop)
@@ -161,6 +164,7 @@ class _Session:
             self._save_if_due()
             if not self._places:
                 continue
+            self._heap.between_rounds()
             self._round += 1
             failed = loop.round()
             for place in list(self._places):
@@ -236,6 +240,7 @@ class _Session:
                     task, world=trainer.world, stop=stop, budget=self.budget, kind=kind
                 )
             self._places.append(place)
+            self._heap.changed()
         except Exception as error:
             self._close(closing, error)
             self._tell(number, trainer, error)
@@ -302,6 +307,7 @@ class _Session:
         if place not in self._places:
             return
         self._places.remove(place)
+        self._heap.changed()
         if self._loop is not None:
             self._loop.leave(place.run)
         failure = self._close(place.closing, outcome if isinstance(outcome, Exception) else None)
