@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from lorakit.bases.failures import explained, unreachable
 from lorakit.bases.source import Source
 from lorakit.errors import BaseError
 from lorakit.optional import require
+
+#: seconds for which a hub that was not reached is not asked again
+_PATIENCE = 60.0
 
 #: other copies of the weights; everything else belongs to the model
 _COPIES = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
@@ -53,12 +57,24 @@ def loading_options(source: Source, *, trust_remote_code: bool = False) -> dict[
     return options
 
 
-@functools.cache
 def is_reachable(hub_id: str, revision: str | None) -> bool:
-    """Whether the hub answers; asked once a process. What it says, the load itself will tell."""
+    """Whether the hub answers; not asked again where it did, nor within a minute where it did not.
+    What it says, the load itself will tell."""
+    key = hub_id, revision
+    if (missed := _asked.get(key)) is None or time.monotonic() - missed > _PATIENCE:
+        _asked[key] = time.monotonic() if _is_silent(hub_id, revision) else math.inf
+    return _asked[key] == math.inf
+
+
+#: id and revision → when the hub did not answer; infinity: it did
+_asked: dict[tuple[str, str | None], float] = {}
+
+
+def _is_silent(hub_id: str, revision: str | None) -> bool:
     hub = require("huggingface_hub", extra="train", purpose="reading a model from the hub")
+    patience = max(10, hub.constants.HF_HUB_ETAG_TIMEOUT)
     try:
-        hub.HfApi().model_info(hub_id, revision=revision, timeout=10)
+        hub.HfApi().model_info(hub_id, revision=revision, timeout=patience)
     except Exception as error:
-        return not unreachable(error)
-    return True
+        return unreachable(error)
+    return False

@@ -130,10 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _no_interrupt_lost() -> Iterator[None]:
     """Raise Ctrl-C again where it met a finaliser or the callback of a weak reference, which Python
-    lets no exception out of."""
+    lets no exception out of. Not where the process ignores it, as one behind ``&`` does."""
     before = sys.unraisablehook
+    again: threading.Timer | None = None
 
     def hook(found: UnraisableHookArgs) -> None:
+        nonlocal again
         if not issubclass(found.exc_type, KeyboardInterrupt):
             before(found)
             return
@@ -144,7 +146,11 @@ def _no_interrupt_lost() -> Iterator[None]:
     sys.unraisablehook = hook
     try:
         yield
+        if again is not None and not again.finished.is_set():
+            raise KeyboardInterrupt  # it would come when nobody waits for it any more
     finally:
+        if again is not None:
+            again.cancel()
         sys.unraisablehook = before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,6 +37,9 @@ _KNOWN: tuple[tuple[Kind, dict[str, str]], ...] = (
     ("prompt/completion", {"prompt": "source", "completion": "target"}),
     ("text", {"text": "text"}),
 )
+
+#: the keys that say whose a message is
+_WHO = {"role", "from"}
 
 _COMPLETIONS = ("completion", "output", "response", "answer", "target")
 
@@ -129,11 +133,25 @@ def checked_text(value: Any, where: str, field: str) -> str:
     return value
 
 
+def holds_messages(value: Any) -> bool:
+    """Whether this is a list of messages, or JSON of one, as CSV files hold it."""
+    if isinstance(value, str):
+        if not value.lstrip().startswith("["):
+            return False
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+        return bool(value) and all(isinstance(one, dict) and _WHO & one.keys() for one in value)
+    return isinstance(value, list)
+
+
 def find_columns(spec: DataSpec, first: Mapping[str, Any], where: str, notes: list[str]) -> Columns:
     """Recognise the kind from ``map``, the template, or the columns' names.
 
     Args:
-        first: the first readable row; of its values only whether a prompt is a list of messages.
+        first: the first readable row; of its values only whether a prompt is a list of messages,
+            or JSON of one.
         where: that row, for messages.
 
     Raises:
@@ -165,7 +183,7 @@ def find_columns(spec: DataSpec, first: Mapping[str, Any], where: str, notes: li
     for optional in _NEEDS[kind][1]:
         if optional not in names and optional in present:
             names[optional] = optional
-    if kind == "prompt/completion" and isinstance(first.get(names["prompt"]), list):
+    if kind == "prompt/completion" and holds_messages(first.get(names["prompt"])):
         kind = "messages"
     used = set(names.values()) | ({"tools"} if kind == "messages" else set())
     return Columns(kind, names, tuple(c for c in present if c not in used))

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lorakit.data.columns import checked_text
+from lorakit.data.columns import checked_text, holds_messages
 from lorakit.data.rows import RowError, shown
 
 Message = dict[str, Any]
@@ -24,7 +24,6 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-
 
 #: the fields of a chat that is parted into what is asked and what is to be learnt
 HALVES = "prompt", "completion"
@@ -48,8 +47,8 @@ def read_messages(value: Any, column: str) -> list[Message]:
 def read_halves(asked: tuple[str, Any], answered: tuple[str, Any]) -> list[Message]:
     """The messages of one row that parts them, as TRL's conversational prompts and completions do.
 
-    Nothing of the prompt is learnt, an earlier turn of the assistant neither. A completion that is
-    text is one turn of the assistant.
+    No turn of the prompt is one to learn, an earlier one of the assistant neither. A completion
+    that is text is one turn of the assistant, unless it is JSON of messages.
 
     Args:
         asked: the column, and what it holds.
@@ -60,7 +59,7 @@ def read_halves(asked: tuple[str, Any], answered: tuple[str, Any]) -> list[Messa
     """
     column, value = answered
     before = [{**one, "weight": 0} for one in _listed(asked[1], asked[0])]
-    if isinstance(value, str):
+    if isinstance(value, str) and not holds_messages(value):
         content = checked_text(value, f"column '{column}'", "completion")
         return [*before, {"role": "assistant", "content": content}]
     messages = _listed(value, column)

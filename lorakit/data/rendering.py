@@ -126,7 +126,7 @@ def make_rendering(
         if format == "plain":
             raise DataError(
                 "format: plain given, but the rows are chats; expected chat or auto. Give prompt "
-                "and completion columns to train without a chat template."
+                "and completion as texts to train without a chat template."
             )
         chosen, reason = "chat", "the rows are chats"
     elif format == "auto":

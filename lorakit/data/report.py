@@ -84,9 +84,12 @@ class DataReport:
             histogram=_histogram(lengths),
         )
 
-    def _in_the_completion(self) -> str:
-        parted = self.kind == "messages" and "completion" in self.columns
-        return " of the completion" if parted and self.loss_on == "assistant" else ""
+    def _spoken_loss(self) -> str:
+        spoken = _spoken_loss(self.loss_on)
+        if self.kind != "messages" or "completion" not in self.columns:
+            return spoken
+        parted = {"assistant": f"{spoken} of the completion", "completion": "its last turn"}
+        return parted.get(self.loss_on, spoken)
 
     def lines(self) -> list[str]:
         """A few sentences for the screen; every choice and every loss is among them."""
@@ -97,7 +100,7 @@ class DataReport:
             f"Data: {plural(self.used, 'example')} from {', '.join(self.files)} "
             f"({self.kind}: {columns})",
             f"Written as {self.format} ({self.format_reason}); the loss is on "
-            f"{_spoken_loss(self.loss_on)}{self._in_the_completion()}",
+            f"{self._spoken_loss()}",
             f"{plural(self.tokens, 'token')}, {self.supervised_tokens:,} supervised; lengths "
             f"{self.lengths['min']:,} to {self.lengths['max']:,}, median "
             f"{self.lengths['median']:,}, p95 {self.lengths['p95']:,}"

@@ -87,12 +87,14 @@ def check_cells(base: PictureBase, cells: Sequence[Cell]) -> None:
             problems.append(
                 f"guidance is {min(low):g}, at which {what} cannot act; give more than 1"
             )
-    problems += [
-        f"the adapters would start after the last of {steps} steps; start is {start:g}, a share of "
-        "the steps: give less, or more steps"
-        for start, steps in sorted({(cell.start, cell.steps) for cell in cells})
-        if not 0 <= start < 1 or bare_steps(start, steps) >= steps
-    ]
+    for start, steps in dict.fromkeys((cell.start, cell.steps) for cell in cells):
+        if not 0 <= start < 1:
+            problems.append(f"start is {start:g}; it is a share of the steps, from 0 to below 1")
+        elif bare_steps(start, steps) >= steps:
+            problems.append(
+                f"start is {start:g}, after the last of {steps} steps: no adapter would act; give "
+                "less, or more steps"
+            )
     if problems:
         raise SpecError(collected("These pictures cannot be drawn", problems))
 
@@ -115,10 +117,11 @@ def drawn(
         batch: pictures of one forward at most.
 
     Raises:
-        SpecError: what this base cannot draw.
+        SpecError: what this base cannot draw, or a start of adapters that the denoiser has not.
         RoutingError: an adapter that is not attached.
     """
     check_cells(base, cells)
+    _check_starts(base, handle, cells)
     groups: dict[Any, list[int]] = {}
     for place, cell in enumerate(cells):
         size = cell.width, cell.height
@@ -158,7 +161,8 @@ def _forward(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) ->
         others: list[MixLike] = [_scaled(mix, first.against) for mix in mixes]
         options.update(_encoded(base, handle, mixes, others, options))
         mixes, tiles = others + mixes, False  # as the pipelines order them
-    with _routed(handle, mixes, tiled=tiles), _bare_until(base, handle, first.start):
+    begin = bare_steps(first.start, first.steps)
+    with _routed(handle, mixes, tiled=tiles), _bare_until(base, handle, begin, first.steps):
         latents = pipe(**options)[0]
     if base.family.name == "flux":
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
@@ -167,15 +171,29 @@ def _forward(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) ->
     return [pixels.permute(1, 2, 0).cpu().numpy() for pixels in each]
 
 
+def _check_starts(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) -> None:
+    """Refuse a start that could not act. A cell without adapters may have one: it is the picture
+    that others are compared with."""
+    names = {name for cell in cells if cell.start for name, _ in as_mix(cell.mix)}
+    if handle is None or not names:
+        return
+    prefix = f"{base.family.denoiser}."
+    if not any(path.startswith(prefix) for name in names for path in handle.paths(name)):
+        raise SpecError(
+            f"start is given, and {', '.join(sorted(names))} change nothing in the denoiser, on "
+            "which adapters may start late; leave it out"
+        )
+
+
 def bare_steps(start: float, steps: int) -> int:
     """Steps before the first one that adapters act on, of a cell that starts late."""
     return math.ceil(start * steps - 1e-9)  # 0.55 · 20 is 11, and a bit
 
 
 @contextlib.contextmanager
-def _bare_until(base: PictureBase, handle: Handle | None, start: float) -> Iterator[None]:
-    """The denoiser without adapters for this share of a pipeline's steps; all else with them."""
-    if handle is None or not start:
+def _bare_until(base: PictureBase, handle: Handle | None, begin: int, steps: int) -> Iterator[None]:
+    """The denoiser without adapters before this step of a pipeline's; all else with them."""
+    if handle is None or not begin:
         yield
         return
     done = 0
@@ -184,7 +202,7 @@ def _bare_until(base: PictureBase, handle: Handle | None, start: float) -> Itera
         def before(*_: Any) -> None:
             nonlocal done
             # of some schedulers a step takes several forwards, each a time of theirs
-            if done < bare_steps(start, len(base.pipe.scheduler.timesteps)):
+            if done < math.ceil(begin * len(base.pipe.scheduler.timesteps) / steps):
                 bare.enter_context(handle.use(None))
             done += 1
 

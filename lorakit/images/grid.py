@@ -96,8 +96,10 @@ def _values(
             there = ", ".join(adapters) or "none"
             raise InputError(f"no adapter is called {', '.join(unknown)}; there are: {there}, base")
         return tuple(None if word == "base" else word for word in words)
-    if name in ("weight", "start"):
+    if name == "weight":
         return tuple(_number(word) for word in words)
+    if name == "start":
+        return tuple(_share(word) for word in words)
     numbers = [_whole(word, 1 if name in ("step", "prompt") else 0) for word in words]
     if name == "prompt":
         beyond = [number for number in numbers if number > len(prompts)]
@@ -111,6 +113,12 @@ def _number(word: str) -> float:
     if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", word) or abs(float(word)) > 1e6:
         raise InputError(f"{word!r} is no number")
     return float(word)
+
+
+def _share(word: str) -> float:
+    if not 0 <= (share := _number(word)) < 1:
+        raise InputError(f"{word!r} is no share of the steps, from 0 to below 1")
+    return share
 
 
 def _whole(word: str, least: int) -> int:

@@ -407,6 +407,11 @@ class Handle:
         now = source.with_(sites=sites)
         return since_start(now, source) if name in self._subtracted else now
 
+    def paths(self, name: str = "default") -> tuple[str, ...]:
+        """The modules that an adapter changes, by their paths in the model."""
+        self._known([name])
+        return tuple(self._sources[name].sites)
+
     def parameters(self, name: str = "default") -> list[nn.Parameter]:
         """An adapter's tensors on the model, in the order of :meth:`flat`."""
         self._known([name])

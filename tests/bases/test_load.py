@@ -16,9 +16,9 @@ import pytest
 import torch
 import transformers
 
-from lorakit.bases import base_config, check_base, context_length, identify, load_base
+from lorakit.bases import base_config, check_base, context_length, fetch, identify, load_base
 from lorakit.bases import load_tokenizer as read_tokenizer
-from lorakit.bases.fetch import is_reachable, loading_options
+from lorakit.bases.fetch import loading_options
 from lorakit.bases.identity import sample_positions
 from lorakit.bases.source import find_source
 from lorakit.core.adapter import Adapter
@@ -451,13 +451,29 @@ def test_a_hub_that_is_not_reached_is_asked_once(monkeypatch, reason: str, optio
         kind = getattr(huggingface_hub.errors, reason)
         raise kind.__new__(kind)
 
-    is_reachable.cache_clear()
+    monkeypatch.setattr(fetch, "_asked", {})
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answer)
     for _ in range(2):
         found = loading_options(find_source("owner/once@v1"), trust_remote_code=True)
         assert found == {"revision": "v1", "trust_remote_code": True, **options}
     assert asked == [("owner/once", "v1")]
-    is_reachable.cache_clear()
+
+
+def test_who_goes_online_is_asked_again_after_a_while(monkeypatch) -> None:
+    import huggingface_hub
+
+    def silent(*_, **__):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(fetch, "_asked", {})
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
+    assert not fetch.is_reachable("owner/x", None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
+    assert not fetch.is_reachable("owner/x", None)
+    monkeypatch.setattr(fetch, "_PATIENCE", -1.0)
+    assert fetch.is_reachable("owner/x", None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
+    assert fetch.is_reachable("owner/x", None)
 
 
 def test_the_alias_offline_without_its_wheel(monkeypatch) -> None:

@@ -30,6 +30,12 @@ def test_ctrl_c_in_a_finaliser_still_ends_the_command(monkeypatch, capsys):
     assert sys.unraisablehook is before
 
 
+def test_ctrl_c_in_the_last_finaliser_ends_the_command_and_not_its_caller(monkeypatch):
+    monkeypatch.setattr(inspect_, "run", lambda _: _Interrupting() and 0)
+    assert main(["inspect", "anything"]) == 130
+    time.sleep(0.2)  # nothing comes later
+
+
 def test_other_errors_of_finalisers_are_told_as_before(monkeypatch):
     class Failing:
         def __del__(self) -> None:

@@ -121,7 +121,8 @@ def test_a_chat_may_be_parted_into_prompt_and_completion(tmp_path):
         {"messages": [*unlearnt, answer]},
         {"prompt": asked, "completion": [answer]},
         {"prompt": asked, "completion": "b"},
-        {"question": asked, "answer": json.dumps([answer])[1:-1]},  # text, though it looks like one
+        {"prompt": json.dumps(asked), "completion": json.dumps([answer])},
+        {"question": asked, "answer": json.dumps(["b"])},  # text, though it is JSON
     ]
     found = []
     for n, row in enumerate(rows):
@@ -130,10 +131,50 @@ def test_a_chat_may_be_parted_into_prompt_and_completion(tmp_path):
         parted = "the loss is on every assistant's turn of the completion" in data.report.lines()[1]
         assert parted == ("messages" not in row)
         found.append(data[0])
-    for one in found[1:3]:
+    for one in found[1:4]:
         assert one.ids.tolist() == found[0].ids.tolist()
         assert one.supervised.tolist() == found[0].supervised.tolist()
-    assert found[3].ids.tolist() != found[0].ids.tolist()
+    assert found[4].ids.tolist() != found[0].ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "learnt", "told"),
+    [
+        (None, "axc", "every assistant's turn of the completion"),
+        ("completion", "c", "the loss is on its last turn"),
+        ("all", None, "the loss is on all tokens"),
+    ],
+)
+def test_what_is_learnt_of_a_parted_chat(tmp_path, loss_on, learnt, told):
+    tokenizer = make_tokenizer()
+    row = {
+        "prompt": [
+            {"role": "user", "content": "u"},
+            {"role": "assistant", "content": "p"},
+            {"role": "user", "content": "v"},
+        ],
+        "completion": [
+            {"role": "assistant", "content": "ax"},
+            {"role": "user", "content": "w"},
+            {"role": "assistant", "content": "c"},
+        ],
+    }
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    data = load_data(DataSpec(path, loss_on=loss_on), tokenizer)
+    assert told in data.report.lines()[1]
+    one = data[0]
+    if learnt is None:
+        assert one.supervised[1:].all()
+        return
+    ids = one.ids[one.supervised].tolist()
+    assert "".join(tokenizer.decode(ids, skip_special_tokens=True).split()) == learnt
+
+
+def test_plain_chats_are_refused_with_what_to_give(tmp_path):
+    row = {"prompt": [{"role": "user", "content": "u"}], "completion": "b"}
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(DataError, match="prompt and completion as texts"):
+        load_data(DataSpec(path, format="plain"), make_tokenizer())
 
 
 @pytest.mark.parametrize(

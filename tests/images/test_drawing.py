@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler
+from diffusers import HeunDiscreteScheduler, PNDMScheduler
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from torch.utils._pytree import tree_map
@@ -143,6 +144,7 @@ def test_guidance_may_push_away_from_other_weights(family, against, negative, mo
     [
         ("sd", None, 2),
         ("sd", HeunDiscreteScheduler, 4),  # 4 steps are 7 forwards
+        ("sd", partial(PNDMScheduler, skip_prk_steps=True), 3),  # 5, of which two share a time
         pytest.param("sdxl", None, 2, marks=pytest.mark.slow),
         ("sd3", None, 2),
         ("flux", None, 2),
@@ -192,10 +194,31 @@ def test_the_first_step_of_an_adapter(start, steps, bare):
     assert all((k < bare) == (round(k / steps, 9) < start) for k in range(steps))
 
 
-@pytest.mark.parametrize("start", [-0.1, 0.8, 1.0, float("nan")])
-def test_an_adapter_that_would_never_act(start):
-    with pytest.raises(SpecError, match="after the last of 4 steps; start is"):
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (-0.1, "start is -0.1; it is a share"),
+        (0.8, "start is 0.8, after the last of 4 steps"),
+        (1.0, "start is 1; it is a share"),
+        (float("nan"), "start is nan; it is a share"),
+    ],
+)
+def test_an_adapter_that_would_never_act(start, message):
+    with pytest.raises(SpecError, match=message):
         draw(loaded("sd"), None, [Cell("a", start=start, steps=4, width=16, height=16)])
+
+
+def test_a_start_of_what_is_not_on_the_denoiser_is_refused():
+    base = loaded("sd")
+    texts = [path for path in picture_targets(base, "all-linear", text=True) if "text" in path]
+    handle = lorakit.attach(base.model, LoRASpec(rank=2, targets=texts), "words")
+    cell = Cell("a red thing", mix="words", start=0.5, width=16, height=16, steps=2)
+    try:
+        with pytest.raises(SpecError, match="words change nothing in the denoiser"):
+            draw(base, handle, [cell])
+        draw(base, handle, [dataclasses.replace(cell, mix=None)])
+    finally:
+        handle.detach()
 
 
 def test_a_picture_that_fails_leaves_no_hook(monkeypatch):
@@ -275,6 +298,8 @@ def test_grids():
         ("seed=1 step=2 prompt", "3 axes"),
         ("seed=1.5", "no whole number"),
         ("step=0", "at least 1"),
+        ("start=1", "'1' is no share of the steps"),
+        ("start=-0.5", "'-0.5' is no share of the steps"),
         ("prompt=3", "there are 1 prompts"),
         ("adapter=c", "no adapter is called c; there are: a, base"),
         ("", "0 axes"),

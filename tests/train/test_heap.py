@@ -69,8 +69,14 @@ def test_garbage_from_before_is_taken_away_and_later_garbage_is_found_in_the_end
 
 
 def test_what_somebody_else_has_frozen_stays_so():
-    gc.freeze()
     try:
+        with StillHeap() as still:
+            for _ in range(3):
+                still.between_rounds()
+            mine = [[] for _ in range(100)]
+            gc.freeze()
+        assert gc.get_freeze_count()
+        assert len(mine) == 100
         with StillHeap() as still:
             for _ in range(9):
                 still.between_rounds()
