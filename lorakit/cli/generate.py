@@ -8,8 +8,8 @@ adapter that lorakit trained remembers which. --raw takes the text as it is.
   lorakit generate --base B --adapter a=0.7 --adapter b=0.3 --blend --prompt "…"
   cat letter.txt | lorakit generate --base B --adapter A --json
 
---prompts takes a text file with a prompt a line, or a file of rows that have a "prompt": JSONL,
-JSON, CSV or Parquet.
+--prompts takes a text file with a prompt a line, or a file of rows: JSONL, JSON, CSV or Parquet.
+Their "prompt" is a text or a list of messages; rows with "messages" are asked for the last answer.
 Without --prompt and --prompts, all of stdin is one prompt. One prompt for one model is printed
 as it grows; Ctrl-C ends it.
 """
@@ -17,7 +17,6 @@ as it grows; Ctrl-C ends it.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +32,16 @@ from lorakit.cli.adapters import (
 from lorakit.cli.bases import add_base_arguments, load_base_from
 from lorakit.cli.flags import check_text, non_negative_float, positive_int, probability, seed
 from lorakit.cli.output import add_json_argument, console, emit_json, printable_stdout, say
+from lorakit.cli.prompts import as_json, read_prompts, texts_of
 from lorakit.cli.training import note_defaults
-from lorakit.errors import DataError, InputError, collected
+from lorakit.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorakit.bases import Base
     from lorakit.core.adapter import Adapter
+    from lorakit.data.asked import Chat
     from lorakit.infer import Answer
     from lorakit.layers import Handle
 
@@ -110,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     """Load, answer, print."""
     _check(options)
     models = _models(options)
-    prompts = _read_prompts(options)
+    prompts = read_prompts(options.prompt, options.prompts)
     from lorakit.cli import tasks
     from lorakit.infer import answers, stream
     from lorakit.infer.generation.sampling import Sampling
@@ -120,7 +121,8 @@ def run(options: argparse.Namespace) -> int:
     task, why = tasks.chosen_task(options, None, adapters)
     if task not in (tasks.CAUSAL, "seq2seq"):  # those are written as in training, and streamed
         mixes = {model.name: model.mix for model in models}
-        return tasks.generate(options, task, why, mixes, prompts, adapters)
+        asked_texts = texts_of(prompts, f"this model is asked as of the task {task}")
+        return tasks.generate(options, task, why, mixes, asked_texts, adapters)
     base = load_base_from(options, task=_task(options))
     use_tokenizer(base, adapters)
     handle = attach_adapters(base, adapters, allow_other=options.allow_other_base)
@@ -147,7 +149,7 @@ def run(options: argparse.Namespace) -> int:
                 "base": base.ref,
                 "answers": [
                     {
-                        "prompt": prompts[i],
+                        "prompt": as_json(prompts[i]),
                         "model": model.name,
                         "text": answer.text,
                         "tokens": answer.num_tokens,
@@ -197,89 +199,6 @@ def _models(options: argparse.Namespace) -> list[_Model]:
     return found
 
 
-def _read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts of these flags.
-
-    Raises:
-        InputError: the file cannot be read, or holds no prompt.
-    """
-    if options.prompt:
-        return list(options.prompt)
-    if options.prompts not in (None, "-"):
-        return _prompts_of_file(options.prompts)
-    text = _stdin()
-    found = _lines(text) if options.prompts == "-" else [text.rstrip("\n")]
-    if not any(found):
-        raise InputError("stdin holds no prompt; give --prompt, --prompts FILE, or write to stdin")
-    return found
-
-
-def _stdin() -> str:
-    if sys.stdin is None:  # closed
-        return ""
-    if sys.stdin.isatty():
-        say("Type the prompt; end it with Ctrl-D")
-    try:
-        text = sys.stdin.read().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(f"stdin is not UTF-8 text: {error}") from error
-    check_text(text, "stdin")
-    return text
-
-
-def _prompts_of_file(path: str) -> list[str]:
-    from lorakit.data.readers import holds_rows
-
-    found = _prompts_of_rows(path) if holds_rows(path) else _lines(_text_of(path))
-    if not found:
-        raise InputError(f"--prompts {path} holds no prompt; write one on each line")
-    return found
-
-
-def _text_of(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-    except OSError as error:
-        raise InputError(f"--prompts {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompts {path} is not UTF-8 text: {error}") from error
-    check_text(text, f"--prompts {path}")
-    return text
-
-
-def _prompts_of_rows(path: str) -> list[str]:
-    """The column ``prompt`` of a file of rows.
-
-    Raises:
-        InputError: the file or some of its rows cannot be read; each is named.
-    """
-    from lorakit.data.columns import Columns
-    from lorakit.data.readers import open_rows
-    from lorakit.data.rows import RowError
-
-    columns = Columns("prompt/completion", {"prompt": "prompt"}, ())
-    notes: list[str] = []
-    found, problems = [], []
-    for row in open_rows(path, notes):
-        try:
-            if row.problem is not None:
-                raise RowError(row.reason, row.problem)
-            found.append(columns.text(row.values, "prompt"))
-        except RowError as error:
-            problems.append(f"{row.where}: {error}")
-    if problems:
-        raise InputError(collected(f"--prompts {path} has rows without a prompt", problems))
-    for note in notes:
-        say(note)
-    return found
-
-
-def _lines(text: str) -> list[str]:
-    # not splitlines, which also parts a line at signs that JSON and editors take as text
-    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-
-
 def _task(options: argparse.Namespace) -> str:
     from lorakit.bases import base_config
 
@@ -295,7 +214,7 @@ def _task(options: argparse.Namespace) -> str:
 def _write(
     model: _Model,
     options: argparse.Namespace,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Chat],
     base: Base,
     adapters: Mapping[str, Adapter],
 ) -> tuple[list[list[int]], list[int] | None]:
@@ -314,7 +233,8 @@ def _write(
         from lorakit.tasks.kinds import asked_of
 
         room = most_positions(base.model)
-        return [list(asked_of(base, prompt, room).ids) for prompt in prompts], None
+        texts = texts_of(prompts, "an encoder-decoder takes text as it is")
+        return [list(asked_of(base, text, room).ids) for text in texts], None
     learnt = {str(name): _learnt(adapters[name]) for name in model.parts}
     format, kind, reason = _format(options, learnt)
     system = options.system
@@ -326,9 +246,16 @@ def _write(
     except DataError as error:
         raise InputError(f"{model.name}: {error}") from error
     if options.raw or kind == "text":
-        ids = rendering.first_ids(list(prompts))
+        why = f"{model.name}: prompts are taken as they are ({reason})"
+        ids = rendering.first_ids(texts_of(prompts, why))
     else:
-        ids = [list(prompt.ids) for prompt in rendering.prompts(list(prompts))]
+        if rendering.chat is None:
+            why = f"{model.name}: prompts are written plain ({reason or rendering.reason})"
+            prompts = texts_of(prompts, why)
+        try:
+            ids = [list(prompt.ids) for prompt in rendering.prompts(prompts)]
+        except DataError as error:
+            raise InputError(f"{model.name}: {error}") from error
     how = "taken as they are" if options.raw or kind == "text" else f"written {rendering.format}"
     say(f"{model.name}: prompts are {how} ({reason or rendering.reason})")
     for note in rendering.notes:
@@ -440,7 +367,9 @@ def _print_growing(pieces: Any) -> None:
     print(flush=True)
 
 
-def _print(prompts: Sequence[str], models: Sequence[_Model], found: Sequence[Answer]) -> None:
+def _print(
+    prompts: Sequence[str | Chat], models: Sequence[_Model], found: Sequence[Answer]
+) -> None:
     from rich.rule import Rule
     from rich.table import Table
     from rich.text import Text
@@ -450,7 +379,7 @@ def _print(prompts: Sequence[str], models: Sequence[_Model], found: Sequence[Ans
     rows = [found[i * len(models) : (i + 1) * len(models)] for i in range(len(prompts))]
     for prompt, row in zip(prompts, rows, strict=True):
         if len(prompts) > 1:
-            out.print(Rule(Text(" ".join(prompt.split())[: out.width - 8]), align="left"))
+            out.print(Rule(Text(" ".join(str(prompt).split())[: out.width - 8]), align="left"))
         if beside:
             table = Table(box=None, header_style="bold", expand=True, padding=(0, 2, 0, 0))
             for model in models:

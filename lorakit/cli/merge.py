@@ -198,7 +198,8 @@ def _compare(options: argparse.Namespace, pairs: list[Any], folder: Path) -> Any
             trust_remote_code=options.trust_remote_code,
         )
     except BaseError as error:
-        say(f"note: not compared on text: {error}")
+        reason = str(error).replace(str(folder), "the merged model")  # it has no name yet
+        say(f"note: not compared on text: {reason}")
         return None
 
 

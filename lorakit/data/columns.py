@@ -22,11 +22,12 @@ _NEEDS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
 }
 
+#: what a column of whole chats is called
+CHATS = "messages", "conversations", "conversation"
+
 #: names that are recognised without ``map``, the first that fits
 _KNOWN: tuple[tuple[Kind, dict[str, str]], ...] = (
-    ("messages", {"messages": "messages"}),
-    ("messages", {"messages": "conversations"}),
-    ("messages", {"messages": "conversation"}),
+    *(("messages", {"messages": name}) for name in CHATS),
     ("prompt/completion", {"prompt": "prompt", "completion": "completion"}),
     ("instruction", {"instruction": "instruction", "output": "output"}),
     ("prompt/completion", {"prompt": "prompt", "completion": "response"}),

@@ -17,6 +17,7 @@ from lorakit.data.messages import (
     is_trained,
     read_halves,
     read_messages,
+    read_tools,
     with_system,
 )
 from lorakit.data.rendering import Rendering
@@ -89,7 +90,7 @@ class Encoder:
             chat = read_halves(*halves.items())
         messages = with_system(chat, self.system)
         last = [message for message in messages if is_trained(message)][-1]
-        return Sample("", last["content"], tuple(messages), _tools(values.get("tools")))
+        return Sample("", last["content"], tuple(messages), read_tools(values.get("tools")))
 
     def pieces(self, sample: Sample) -> list[Piece]:
         """The example as text; the last piece is what the model is to answer.
@@ -152,12 +153,3 @@ def _join(pieces: Sequence[Piece], ids: Sequence[Sequence[int]]) -> Encoded:
 
 def _default_loss(kind: str) -> LossOn:
     return {"messages": "assistant", "text": "all"}.get(kind, "completion")  # type: ignore[return-value]
-
-
-def _tools(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowError("broken tools", "column 'tools' is no JSON; expected a list") from None
-    return value or None

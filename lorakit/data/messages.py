@@ -39,7 +39,7 @@ def read_messages(value: Any, column: str) -> list[Message]:
         RowError: it is no list of messages, a role is unknown, a content is missing, or there
             is no assistant's turn to learn from.
     """
-    messages = _listed(value, column)
+    messages = listed(value, column)
     _check_trained(messages, column)
     return messages
 
@@ -58,16 +58,21 @@ def read_halves(asked: tuple[str, Any], answered: tuple[str, Any]) -> list[Messa
         RowError: as of :func:`read_messages`.
     """
     column, value = answered
-    before = [{**one, "weight": 0} for one in _listed(asked[1], asked[0])]
+    before = [{**one, "weight": 0} for one in listed(asked[1], asked[0])]
     if isinstance(value, str) and not holds_messages(value):
         content = checked_text(value, f"column '{column}'", "completion")
         return [*before, {"role": "assistant", "content": content}]
-    messages = _listed(value, column)
+    messages = listed(value, column)
     _check_trained(messages, column)
     return [*before, *messages]
 
 
-def _listed(value: Any, column: str) -> list[Message]:
+def listed(value: Any, column: str) -> list[Message]:
+    """The messages in a column, whoever speaks last.
+
+    Raises:
+        RowError: it is no list of messages, a role is unknown, or a content is missing.
+    """
     if isinstance(value, str):
         with contextlib.suppress(ValueError):  # the message below says what was found
             value = json.loads(value)
@@ -78,6 +83,20 @@ def _listed(value: Any, column: str) -> list[Message]:
             '{"role": "user", "content": "…"}',
         )
     return [_message(one, f"column '{column}' message {n}") for n, one in enumerate(value, 1)]
+
+
+def read_tools(value: Any) -> Any:
+    """What a row says of tools, for the chat template; text is taken as JSON.
+
+    Raises:
+        RowError: it is no JSON.
+    """
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowError("broken tools", "column 'tools' is no JSON; expected a list") from None
+    return value or None
 
 
 def _check_trained(messages: list[Message], column: str) -> None:

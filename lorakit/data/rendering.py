@@ -20,8 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.data.asked import Chat
 from lorakit.data.chat import ChatTemplate, study_template
-from lorakit.data.messages import Message
+from lorakit.data.messages import Message, with_system
+from lorakit.data.rows import RowError
 from lorakit.data.spec import Format
 from lorakit.data.tokenizer import added_before, token_ids
 from lorakit.errors import DataError
@@ -66,18 +68,20 @@ class Rendering:
             found.append(self.tokenizer.eos_token_id)
         return tuple(dict.fromkeys(found))
 
-    def prompt_text(self, prompt: str) -> str:
+    def prompt_text(self, prompt: str | Chat) -> str:
         """What the model is asked with, as text.
 
         Raises:
-            RowError: the chat template refuses it.
+            RowError: the chat template refuses it, or it is a chat and prompts are written plain.
         """
-        if self.chat is None:
-            return prompt if prompt[-1:].isspace() else prompt + "\n"
-        chat: list[Message] = [{"role": "user", "content": prompt}]
-        if self.system is not None:
-            chat.insert(0, {"role": "system", "content": self.system})
-        return self.chat.render(chat)
+        if isinstance(prompt, str):
+            if self.chat is None:
+                return prompt if prompt[-1:].isspace() else prompt + "\n"
+            prompt = Chat(({"role": "user", "content": prompt},))
+        elif self.chat is None:
+            raise RowError("a chat", f"it is a chat, and prompts are written plain ({self.reason})")
+        messages: list[Message] = with_system(list(prompt.messages), self.system)
+        return self.chat.render(messages, tools=prompt.tools)
 
     def answer_text(self, completion: str) -> str:
         """What the model learns to answer, its end included."""
@@ -97,8 +101,12 @@ class Rendering:
             return found
         return [ids if ids[: len(begin)] == begin else begin + ids for ids in found]
 
-    def prompts(self, prompts: Sequence[str]) -> list[Prompt]:
-        """Prompts as somebody types them → what the model is asked with."""
+    def prompts(self, prompts: Sequence[str | Chat]) -> list[Prompt]:
+        """Prompts as somebody types them, or chats → what the model is asked with.
+
+        Raises:
+            RowError: as of :meth:`prompt_text`.
+        """
         texts = [self.prompt_text(prompt) for prompt in prompts]
         return [Prompt(t, tuple(ids)) for t, ids in zip(texts, self.first_ids(texts), strict=True)]
 

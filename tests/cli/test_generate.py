@@ -12,6 +12,7 @@ import torch
 from lorakit import LoRASpec, attach, load_adapter, load_base, save_adapter
 from lorakit.cli.main import main
 from lorakit.data import make_rendering
+from lorakit.data.asked import Chat
 from lorakit.infer import generate
 
 from .. import models
@@ -249,6 +250,71 @@ def test_mistakes(run, flags, message):
     assert message in err
     assert "Traceback" not in err
     assert out == ""
+
+
+CHATS = [
+    [{"role": "user", "content": "w1 w2"}],
+    [
+        {"role": "user", "content": "w1 w7 w50 w20"},
+        {"role": "assistant", "content": "w4 w30 w31 w32 w60"},
+        {"role": "user", "content": "w3"},
+    ],
+]
+
+
+@pytest.mark.parametrize("how", ["prompt", "JSON in prompt", "messages", "with the answer"])
+def test_chats_are_asked(run, world, how, expected):
+    answer = {"role": "assistant", "content": "w9"}
+    rows = {
+        "prompt": [{"prompt": chat} for chat in CHATS],
+        "JSON in prompt": [{"prompt": json.dumps(chat)} for chat in CHATS],
+        "messages": [{"messages": chat} for chat in CHATS],
+        "with the answer": [{"conversations": [*chat, answer]} for chat in CHATS],
+    }[how]
+    (world / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, _ = run("--prompts", "chats.jsonl", "--json")
+    assert code == 0
+    answers = json.loads(out)["answers"]
+    assert [one["prompt"] for one in answers] == CHATS
+    several = Chat(tuple(CHATS[1]))
+    assert [one["text"] for one in answers] == [expected("w1 w2"), expected(several)]
+    assert expected(several) != expected("w3")
+    code, out, _ = run("--prompts", "chats.jsonl")
+    assert code == 0
+    assert "w1 w2 ─" in out  # what was said last stands above the answer
+    assert "w3 ─" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--raw"], "taken as they are (--raw), and prompt 1 is a chat"),
+        (["--format", "plain"], "written plain (--format), and prompt 1 is a chat"),
+        (["--adapter", "plain"], "plain learnt so), and prompt 1 is a chat"),
+    ],
+)
+def test_chats_that_cannot_be_asked(run, world, flags, message):
+    (world / "chats.jsonl").write_text(json.dumps({"prompt": CHATS[0]}))
+    code, out, err = run("--prompts", "chats.jsonl", *flags)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "assistant", "content": "w1"}]}, "nothing before the assistant's"),
+        ({"messages": "w1"}, "expected a list of messages"),
+        ({"prompt": [{"role": "who", "content": "w1"}]}, 'the role is text "who"'),
+        ({"question": "w1"}, "no column 'prompt'"),
+    ],
+)
+def test_rows_that_ask_nothing(run, world, row, message):
+    (world / "bad.jsonl").write_text(json.dumps(row))
+    code, _, err = run("--prompts", "bad.jsonl")
+    assert code == 2
+    assert "bad.jsonl line 1" in err
+    assert message in err
 
 
 def test_a_broken_file_of_prompts(run, world):

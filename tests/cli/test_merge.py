@@ -65,6 +65,16 @@ def test_data_is_the_text(base, adapter, tmp_path, capfd):
     assert "perplexity" not in capfd.readouterr().out
 
 
+def test_without_a_tokenizer_the_note_names_no_folder_that_is_gone(base, adapter, tmp_path, capfd):
+    ref, out = save(adapter, tmp_path), tmp_path / "out"
+    for file in base.glob("*token*"):
+        file.unlink()
+    assert main(["merge", "--base", str(base), "--adapter", ref, "--out", str(out)]) == 0
+    err = capfd.readouterr().err
+    assert "not compared on text: the merged model holds no tokenizer" in err
+    assert str(out) not in err
+
+
 def test_the_comparison_can_fail(base, adapter, tmp_path):
     """Another merged model than base + adapter shows in the logits."""
     from lorakit.workflows.merge.check import compare_merged

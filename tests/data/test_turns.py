@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data import DataSpec, load_data
+from lorakit.data import DataSpec, load_data, make_rendering
+from lorakit.data.asked import Chat, asked_in
 from lorakit.errors import DataError
 
 from .toys import (
@@ -168,3 +169,33 @@ def test_chats_that_begin_alike_share_a_key(tmp_path):
     other = [{"role": "user", "content": "what else"}, *CHAT[1:]]
     data = load(tmp_path, [CHAT, CHAT[:2], other], make_tokenizer())
     assert data.prompt_key(0) == data.prompt_key(1) != data.prompt_key(2)
+
+
+DONE = CHAT[:4]  # ends with an answer
+
+
+@pytest.mark.parametrize("system", [None, "given"])
+def test_generation_asks_a_chat_with_what_training_put_before_its_last_answer(tmp_path, system):
+    template = "{% if tools %}{{ 'tools: ' + (tools | length | string) + '\n' }}{% endif %}" + CALLS
+    tokenizer = make_tokenizer(template)
+    own = [{"role": "system", "content": "mine"}, *DONE]
+    tool = {"type": "function", "function": {"name": "cat", "parameters": {}}}
+    rows = [{"messages": DONE, "tools": [tool]}, {"messages": own}]
+    path = write_jsonl(tmp_path / "t.jsonl", rows)
+    data = load_data(DataSpec(path, system=system), tokenizer)
+    rendering = make_rendering(tokenizer, system=system)
+    for i, row in enumerate(rows):
+        (asked,) = rendering.prompts([asked_in(row)])
+        ids = data[i].ids.tolist()
+        assert tuple(ids[: len(asked.ids)]) == asked.ids
+        end = tokenizer.decode(ids[len(asked.ids) :])
+        assert end == DONE[-1]["content"] + "<|im_end|>"
+
+
+def test_what_a_row_asks():
+    assert asked_in({"prompt": "a", "messages": DONE}) == "a"
+    assert asked_in({"prompt": None, "messages": DONE}) == Chat(tuple(DONE[:-1]))
+    assert asked_in({"prompt": DONE}) == Chat(tuple(DONE))  # nothing of it is an answer
+    waiting = asked_in({"conversation": CHAT[:1], "tools": "[1]"})
+    assert waiting == Chat((CHAT[0],), [1])
+    assert str(waiting) == CHAT[0]["content"]
