@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "Batch": "batch",
+    "Chat": "asked",
     "DataReport": "report",
     "DataSpec": "spec",
     "Example": "tokens",
@@ -38,6 +39,7 @@ _HOME = {
 
 __all__ = [
     "Batch",
+    "Chat",
     "DataReport",
     "DataSpec",
     "Example",
@@ -56,6 +58,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from lorakit.data.asked import Chat
     from lorakit.data.batch import Batch, pack
     from lorakit.data.load import load_data
     from lorakit.data.ordering import indices_at, order

@@ -11,8 +11,7 @@ import torch
 
 from lorakit import LoRASpec, attach, load_adapter, load_base, save_adapter
 from lorakit.cli.main import main
-from lorakit.data import make_rendering
-from lorakit.data.asked import Chat
+from lorakit.data import Chat, make_rendering
 from lorakit.infer import generate
 
 from .. import models
