@@ -54,6 +54,11 @@ def unreachable(error: BaseException) -> bool:
     return bool(kinds & _OFFLINE) or "offline mode" in text or "couldn't connect" in text.lower()
 
 
+def is_slow(error: BaseException) -> bool:
+    """Whether this says that the hub was reached, and had not answered when patience ended."""
+    return any(type(link).__name__ == "ReadTimeout" for link in _chain(error))
+
+
 def _explanation(
     location: str, what: str, error: BaseException, how_to_get: str | None
 ) -> LorakitError:

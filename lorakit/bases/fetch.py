@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorakit.bases.failures import explained, unreachable
+from lorakit.bases.failures import explained, is_slow, unreachable
 from lorakit.bases.source import Source
 from lorakit.errors import BaseError
 from lorakit.optional import require
@@ -46,7 +46,7 @@ def loading_options(source: Source, *, trust_remote_code: bool = False) -> dict[
     """What transformers' ``from_pretrained`` is given beside a base's place.
 
     Where the hub cannot be reached, only what is cached is looked for: its client would try again
-    for half a minute, for every file.
+    for half a minute, for every file that is not.
     """
     options: dict[str, Any] = {
         "revision": source.revision,
@@ -76,5 +76,5 @@ def _is_silent(hub_id: str, revision: str | None) -> bool:
     try:
         hub.HfApi().model_info(hub_id, revision=revision, timeout=patience)
     except Exception as error:
-        return unreachable(error)
+        return unreachable(error) and not is_slow(error)
     return False

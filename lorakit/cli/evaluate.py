@@ -380,9 +380,12 @@ def _compare_provenance(who: str, learnt: Any, data: TokenData) -> None:
         say(f"{who}: this is the very data that it was trained on")
     written = learnt.get("format")
     if written in ("chat", "plain") and written != data.report.format:
+        known = f"--format {written} writes them as it knows them"
+        if data.report.kind == "messages":  # which nothing can write plain
+            known = "Give texts as prompts to ask it as it knows"
         say(
             f"{who}: it learnt from prompts written as {written}; these are written as "
-            f"{data.report.format}. --format {written} writes them as it knows them"
+            f"{data.report.format}. {known}"
         )
     template = learnt.get("template")
     if isinstance(template, str) and template != data.report.template:

@@ -8,8 +8,8 @@ adapter that lorakit trained remembers which. --raw takes the text as it is.
   lorakit generate --base B --adapter a=0.7 --adapter b=0.3 --blend --prompt "…"
   cat letter.txt | lorakit generate --base B --adapter A --json
 
---prompts takes a text file with a prompt a line, or a file of rows: JSONL, JSON, CSV or Parquet.
-Their "prompt" is a text or a list of messages; rows with "messages" are asked for the last answer.
+--prompts takes a text file with a prompt a line, or a file of rows (JSONL, JSON, CSV, Parquet) with
+the columns that training recognises; rows with "messages" are asked for the last answer.
 Without --prompt and --prompts, all of stdin is one prompt. One prompt for one model is printed
 as it grows; Ctrl-C ends it.
 """
@@ -34,14 +34,14 @@ from lorakit.cli.flags import check_text, non_negative_float, positive_int, prob
 from lorakit.cli.output import add_json_argument, console, emit_json, printable_stdout, say
 from lorakit.cli.prompts import as_json, read_prompts, texts_of
 from lorakit.cli.training import note_defaults
-from lorakit.errors import DataError, InputError
+from lorakit.errors import DataError, InputError, collected
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lorakit.bases import Base
     from lorakit.core.adapter import Adapter
-    from lorakit.data.asked import Chat
+    from lorakit.data import Chat, Rendering
     from lorakit.infer import Answer
     from lorakit.layers import Handle
 
@@ -251,11 +251,8 @@ def _write(
     else:
         if rendering.chat is None:
             why = f"{model.name}: prompts are written plain ({reason or rendering.reason})"
-            prompts = texts_of(prompts, why)
-        try:
-            ids = [list(prompt.ids) for prompt in rendering.prompts(prompts)]
-        except DataError as error:
-            raise InputError(f"{model.name}: {error}") from error
+            prompts = texts_of(prompts, why, "give texts as prompts, or --format chat")
+        ids = _asked_ids(rendering, prompts, model.name)
     how = "taken as they are" if options.raw or kind == "text" else f"written {rendering.format}"
     say(f"{model.name}: prompts are {how} ({reason or rendering.reason})")
     for note in rendering.notes:
@@ -264,6 +261,24 @@ def _write(
         if facts.get("template") and not options.raw:
             say(f"{name} learnt from prompts of this form: {facts['template']}")
     return ids, list(rendering.stop_ids) + _end_ids(base)
+
+
+def _asked_ids(rendering: Rendering, prompts: Sequence[str | Chat], model: str) -> list[list[int]]:
+    """The ids of each prompt; what the chat template refuses is named.
+
+    Raises:
+        InputError: it refuses some.
+    """
+    found, problems = [], []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            found.append(list(rendering.prompts([prompt])[0].ids))
+        except DataError as error:
+            where = "" if isinstance(prompt, str) else prompt.where
+            problems.append(f"{where or f'prompt {number}'}: {error}")
+    if problems:
+        raise InputError(collected(f"{model} cannot be asked", problems))
+    return found
 
 
 def _learnt(adapter: Adapter) -> Mapping[str, Any]:
@@ -345,6 +360,7 @@ def _answer_all(
                 handle,
                 [written[asked[p][1].name][0][asked[p][0]] for p in places],
                 mixes=[asked[p][1].mix for p in places],
+                numbers=[asked[p][0] for p in places],
                 stop_ids=stops_of_group,
                 batch_size=parallel,
                 on_done=on_done,

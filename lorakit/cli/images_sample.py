@@ -257,18 +257,27 @@ def _draw(
     with meter() as tell:
         for number, picture in drawn(base, handle, cells, batch=options.parallel):
             told[number] = _write(options, folder, base, number, cells[number], picture)
+            if not _is_finite(picture):
+                where = told[number]["file"]
+                say(f"note: {where} holds no picture: its pixels are no numbers; lower the weights")
             if axes:
                 kept[number] = picture
             tell("pictures", len(told), len(cells))
-    where = None
+    page = None
     if axes:
-        where = folder / "sheet.png"
-        _write_sheet(options, where, base, cells, [kept[i] for i in range(len(cells))], axes)
+        page = folder / "sheet.png"
+        _write_sheet(options, page, base, cells, [kept[i] for i in range(len(cells))], axes)
     if options.json:
         pictures = [told[number] for number in range(len(cells))]
-        emit_json({"base": base.ref, "pictures": pictures, "sheet": where})
+        emit_json({"base": base.ref, "pictures": pictures, "sheet": page})
         return
-    say(f"{plural(len(told), 'picture')} in {folder}" + (f", and {where}" if where else ""))
+    say(f"{plural(len(told), 'picture')} in {folder}" + (f", and {page}" if page else ""))
+
+
+def _is_finite(picture: Any) -> bool:
+    import numpy as np
+
+    return bool(np.isfinite(picture).all())
 
 
 def _write(
@@ -308,7 +317,9 @@ def _write_sheet(
     title = "" if "prompt" in (rows.name, columns.name) else cells[0].prompt
     labels = [""] if rows.name == "row" else rows.labels()
     page = sheet(table, labels, columns.labels(), title)
-    write_atomic(path, png(page, {"base": base.ref, "grid": options.grid}))
+    each = [_facts(options, base, *both) for both in zip(cells, pictures, strict=True)]
+    alike = {k: v for k, v in each[0].items() if all(other[k] == v for other in each)}
+    write_atomic(path, png(page, {"grid": options.grid, **alike}))
 
 
 def _facts(

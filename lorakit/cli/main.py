@@ -9,13 +9,16 @@ from __future__ import annotations
 import _thread
 import argparse
 import contextlib
+import difflib
 import errno
 import importlib
 import os
+import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from lorakit import __version__
 from lorakit.errors import InputError, Interrupted, LorakitError, MissingDependencyError
@@ -56,7 +59,7 @@ examples:
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; only the named command's module is imported and filled in."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lorakit",
         description="One frozen base, many LoRA adapters.",
         epilog=EPILOG,
@@ -80,6 +83,25 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         else:
             commands.add_parser(name, help=line, add_help=False)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line or two, with what is close to a flag that is unknown."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        options, unknown = super().parse_known_args(args, namespace)
+        flags = [one.partition("=")[0] for one in unknown if one.startswith("-")]
+        if unknown:
+            known = re.findall(r"--[a-z][a-z0-9-]*", self.format_help())
+            close = [c for flag in flags for c in difflib.get_close_matches(flag, known, 1)]
+            hint = f" (close: {', '.join(dict.fromkeys(close))})" if close else ""
+            self.error(f"unknown: {' '.join(flags or unknown)}{hint}")
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n  {self.prog} --help lists the flags\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,7 +161,9 @@ def _no_interrupt_lost() -> Iterator[None]:
         if not issubclass(found.exc_type, KeyboardInterrupt):
             before(found)
             return
-        again = threading.Timer(0.05, _thread.interrupt_main)
+        if again is not None:
+            again.cancel()
+        again = threading.Timer(0.05, _interrupt_main)
         again.daemon = True
         again.start()
 
@@ -152,6 +176,14 @@ def _no_interrupt_lost() -> Iterator[None]:
         if again is not None:
             again.cancel()
         sys.unraisablehook = before
+
+
+def _interrupt_main() -> None:
+    """Ctrl-C, from another thread."""
+    if hasattr(signal, "pthread_kill"):  # which also ends the main thread's waiting
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def _drop_stdout() -> None:

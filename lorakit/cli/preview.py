@@ -2,8 +2,8 @@
 
 Prints the first examples as the model would see them, with the supervised tokens (those that
 are learnt) coloured, or between ⟦ and ⟧ where there is no colour; the kind of rows and the
-columns that were recognised; how long the examples are; and every row that would be left out,
-with the reason.
+columns that were recognised; how long the examples are; and how many rows would be left out for
+which reason, with the first ten of them.
 
   lorakit preview --base smollm2 --data mine.jsonl
   lorakit preview --base smollm2 --data mine.csv --map prompt=question,completion=answer

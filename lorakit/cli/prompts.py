@@ -35,11 +35,14 @@ def read_prompts(given: Sequence[str] | None, file: str | None) -> list[str | Ch
     return [*found]
 
 
-def texts_of(prompts: Sequence[str | Chat], why: str) -> list[str]:
+def texts_of(
+    prompts: Sequence[str | Chat], why: str, way_out: str = "give texts as prompts"
+) -> list[str]:
     """The prompts, where only texts can be asked.
 
     Args:
         why: that, for the message.
+        way_out: what to do.
 
     Raises:
         InputError: one is a chat.
@@ -47,14 +50,14 @@ def texts_of(prompts: Sequence[str | Chat], why: str) -> list[str]:
     for number, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, str):
             raise InputError(
-                f"{why}, and prompt {number} is a chat, which needs a chat template; give texts as "
-                "prompts"
+                f"{why}, and {prompt.where or f'prompt {number}'} is a chat, which needs a chat "
+                f"template; {way_out}"
             )
     return [str(prompt) for prompt in prompts]
 
 
 def as_json(prompt: str | Chat) -> Any:
-    """The prompt as it came: a text, or messages."""
+    """The prompt for JSON: a text, or messages with our names for roles."""
     return prompt if isinstance(prompt, str) else list(prompt.messages)
 
 
@@ -109,11 +112,13 @@ def _prompts_of_rows(path: str) -> list[str | Chat]:
         try:
             if row.problem is not None:
                 raise RowError(row.reason, row.problem)
-            found.append(asked_in(row.values))
+            found.append(asked_in(row.values, row.where))
         except RowError as error:
             problems.append(f"{row.where}: {error}")
     if problems:
-        raise InputError(collected(f"--prompts {path} has rows without a prompt", problems))
+        raise InputError(
+            collected(f"--prompts {path} has rows that cannot be asked; mend them", problems)
+        )
     for note in notes:
         say(note)
     return found

@@ -225,7 +225,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="highest learning rate; default: by the width of the base and the --init, and a tenth "
         "of that with --full; auto: found "
-        "by training several together first (lorakit tune --quick), in 4 to 5 times the steps",
+        "by training several together first (lorakit tune --quick), in 3 to 7 times the steps "
+        "(the longer a run, the fewer)",
     )
     group.add_argument(
         "--lora-plus-ratio",

@@ -3,8 +3,8 @@
 Many candidates are trained together on one base. After an eighth to a half of the steps the weaker
 half leaves, and the best are trained out; the default settings are always among them. The end is an
 adapter in OUT/adapter, a table and a picture of every candidate, and the reasons in plain words.
-A search takes about seven times the steps of one run; --quick, of the rate alone, four to five
-times.
+In runs of 160 steps or more a search takes four to six times the steps of one, in shorter ones up
+to twelve times; --quick, of the rate alone, three to seven times.
 
 examples:
   lorakit tune --base smollm2 --data mine.jsonl --steps 200 --out tuned

@@ -53,9 +53,9 @@ def study_template(tokenizer: Any, system: str | None, notes: list[str]) -> Chat
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            "The tokenizer of this base has no chat template, and these rows are chats or were "
-            "asked to be written as such. Use an instruct base, or give prompt and completion "
-            "with --format plain."
+            "The tokenizer has no chat template, and what is given are chats, or texts to be "
+            "written as such (by --format, or as an adapter learnt). Use an instruct base, or "
+            "texts with --format plain."
         )
     chat: list[Message] = [{"role": "user", "content": _USER}]
     if system is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lorakit.data.dialects import holds_messages, looks_like_messages
 from lorakit.data.rows import RowError, shown
 from lorakit.data.spec import DataSpec, map_flag, turned
 from lorakit.data.template import Template, closest, parse_template
@@ -39,8 +39,8 @@ _KNOWN: tuple[tuple[Kind, dict[str, str]], ...] = (
     ("text", {"text": "text"}),
 )
 
-#: the keys that say whose a message is
-_WHO = {"role", "from"}
+#: the fields that a model is asked with
+_ASKING = "messages", "prompt", "instruction"
 
 _COMPLETIONS = ("completion", "output", "response", "answer", "target")
 
@@ -70,14 +70,23 @@ class Columns:
             if not prompt.strip():
                 raise RowError("empty prompt", "the filled template is empty")
             return prompt, self.text(values, "completion")
+        answer = "completion" if self.kind == "prompt/completion" else "output"
+        return checked_prompt(self.asked(values), self), self.text(values, answer)
+
+    def asked(self, values: Mapping[str, Any]) -> str:
+        """The text that a row of kind prompt/completion or instruction asks, without a template.
+
+        Raises:
+            RowError: it is missing, empty or no text.
+        """
         if self.kind == "prompt/completion":
-            return self.text(values, "prompt"), self.text(values, "completion")
+            return self.text(values, "prompt")
         prompt = self.text(values, "instruction")
         column = self.names.get("input")
         more = values.get(column) if column is not None else None
         if more is not None and not (isinstance(more, str) and not more.strip()):
             prompt = f"{prompt}\n\n{self.text(values, 'input')}"
-        return prompt, self.text(values, "output")
+        return prompt
 
     def value(self, values: Mapping[str, Any], field: str) -> Any:
         """What a row holds for a field.
@@ -134,17 +143,48 @@ def checked_text(value: Any, where: str, field: str) -> str:
     return value
 
 
-def holds_messages(value: Any) -> bool:
-    """Whether this is a list of messages, or JSON of one, as CSV files hold it."""
-    if isinstance(value, str):
-        if not value.lstrip().startswith("["):
-            return False
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return False
-        return bool(value) and all(isinstance(one, dict) and _WHO & one.keys() for one in value)
-    return isinstance(value, list)
+def checked_prompt(text: str, columns: Columns) -> str:
+    """A prompt that is meant as text, if it does not look like messages.
+
+    Raises:
+        RowError: it does, and is none or stands among texts.
+    """
+    if columns.template is None and looks_like_messages(text):
+        column = columns.names.get("prompt", "prompt")
+        raise RowError(
+            "a chat among texts",
+            f"column '{column}' looks like messages, and {_not_taken(text)}; to learn it as text "
+            f"give --template '{{{column}}}'",
+        )
+    return text
+
+
+def _not_taken(text: str) -> str:
+    if holds_messages(text):
+        return "the first row has a text there; write all rows in one form"
+    return f"is no JSON list of them ({shown(text)}); write it with json.dumps"
+
+
+def asking_columns(values: Mapping[str, Any]) -> Columns:
+    """The columns of a row that ask, of those that are recognised; an answer need not be there.
+
+    Raises:
+        RowError: there is none.
+    """
+    for kind, known in _KNOWN:
+        asking = {field: known[field] for field in _ASKING if field in known}
+        if asking and all(values.get(column) is not None for column in asking.values()):
+            if kind == "instruction" and "input" in values:
+                asking["input"] = "input"
+            return Columns(kind, asking, ())
+    has = ", ".join(map(str, values)) or "nothing"
+    names = dict.fromkeys(
+        known[field] for _, known in _KNOWN for field in _ASKING if field in known
+    )
+    raise RowError(
+        "nothing that asks",
+        f"it has no column that asks; it has {has}. Expected one of {', '.join(names)}",
+    )
 
 
 def find_columns(spec: DataSpec, first: Mapping[str, Any], where: str, notes: list[str]) -> Columns:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from lorakit.data.columns import checked_text, holds_messages
+from lorakit.data.columns import checked_text
+from lorakit.data.dialects import (
+    OTHER_ROLES,
+    ROLES,
+    decoded,
+    holds_messages,
+    looks_like_messages,
+)
 from lorakit.data.rows import RowError, shown
 
 Message = dict[str, Any]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-#: the ``from`` of ShareGPT's ``conversations``, and OpenAI's older names → role
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}
 
 #: the fields of a chat that is parted into what is asked and what is to be learnt
 HALVES = "prompt", "completion"
@@ -48,7 +41,7 @@ def read_halves(asked: tuple[str, Any], answered: tuple[str, Any]) -> list[Messa
     """The messages of one row that parts them, as TRL's conversational prompts and completions do.
 
     No turn of the prompt is one to learn, an earlier one of the assistant neither. A completion
-    that is text is one turn of the assistant, unless it is JSON of messages.
+    that is text is one turn of the assistant; where the prompt is JSON, so may the completion be.
 
     Args:
         asked: the column, and what it holds.
@@ -59,7 +52,14 @@ def read_halves(asked: tuple[str, Any], answered: tuple[str, Any]) -> list[Messa
     """
     column, value = answered
     before = [{**one, "weight": 0} for one in listed(asked[1], asked[0])]
-    if isinstance(value, str) and not holds_messages(value):
+    as_json = isinstance(asked[1], str) and isinstance(value, str)
+    if isinstance(value, str) and not (as_json and holds_messages(value)):
+        if as_json and looks_like_messages(value):
+            raise RowError(
+                "a broken list of messages",
+                f"column '{column}' looks like messages, and is no JSON list of them "
+                f"({shown(value)}); write it with json.dumps",
+            )
         content = checked_text(value, f"column '{column}'", "completion")
         return [*before, {"role": "assistant", "content": content}]
     messages = listed(value, column)
@@ -73,9 +73,7 @@ def listed(value: Any, column: str) -> list[Message]:
     Raises:
         RowError: it is no list of messages, a role is unknown, or a content is missing.
     """
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # the message below says what was found
-            value = json.loads(value)
+    value = decoded(value)
     if not isinstance(value, list) or not value:
         raise RowError(
             "no list of messages",
@@ -137,7 +135,7 @@ def _message(value: Any, where: str) -> Message:
         if "content" not in found and "value" in found:
             found["content"] = found.pop("value")
     role = found.get("role")
-    role = _ROLES.get(role, role) if isinstance(role, str) else role
+    role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         what = shown(role) if "role" in found else f"missing (it has {', '.join(found)})"
         raise RowError(

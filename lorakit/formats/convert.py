@@ -64,7 +64,9 @@ class Plan:
                 f"{Path(name).suffix}. Give a path such as {path.with_suffix(Path(name).suffix)}."
             )
         if os.path.exists(path) and not overwrite:
-            raise FormatError(f"{path} exists already. Give another path, or allow overwriting.")
+            raise FormatError(
+                f"{path} exists already. Give another path, or overwrite=True (--overwrite)."
+            )
         with atomic_file(path) as temporary:
             _write(temporary, content)
         return path
@@ -200,7 +202,7 @@ def _write_folder(path: Path, files: Mapping[str, Content], *, overwrite: bool) 
         what = ", ".join((foreign or there)[:4])
         raise FormatError(
             f"{path} is not empty; it holds {what}. Give a new folder"
-            + ("." if foreign else ", or allow overwriting.")
+            + ("." if foreign else ", or overwrite=True (--overwrite).")
         )
     with clear_disk_errors(path), atomic_folder(path) as temporary:
         for name, content in files.items():

@@ -87,6 +87,11 @@ def check_cells(base: PictureBase, cells: Sequence[Cell]) -> None:
             problems.append(
                 f"guidance is {min(low):g}, at which {what} cannot act; give more than 1"
             )
+    if any(cell.start for cell in cells) and _runge_kutta(base.pipe.scheduler):
+        problems.append(
+            "start is given, and this base's scheduler takes Runge-Kutta steps first, of four "
+            "forwards each; leave it out, or set skip_prk_steps in its scheduler_config.json"
+        )
     for start, steps in dict.fromkeys((cell.start, cell.steps) for cell in cells):
         if not 0 <= start < 1:
             problems.append(f"start is {start:g}; it is a share of the steps, from 0 to below 1")
@@ -174,15 +179,21 @@ def _forward(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) ->
 def _check_starts(base: PictureBase, handle: Handle | None, cells: Sequence[Cell]) -> None:
     """Refuse a start that could not act. A cell without adapters may have one: it is the picture
     that others are compared with."""
-    names = {name for cell in cells if cell.start for name, _ in as_mix(cell.mix)}
-    if handle is None or not names:
-        return
     prefix = f"{base.family.denoiser}."
-    if not any(path.startswith(prefix) for name in names for path in handle.paths(name)):
-        raise SpecError(
-            f"start is given, and {', '.join(sorted(names))} change nothing in the denoiser, on "
-            "which adapters may start late; leave it out"
-        )
+    late = {frozenset(name for name, w in as_mix(cell.mix) if w) for cell in cells if cell.start}
+    for names in late:
+        assert handle is not None or not names
+        paths = (path for name in names for path in handle.paths(name)) if handle else ()
+        if names and not any(path.startswith(prefix) for path in paths):
+            raise SpecError(
+                f"start is given, and {', '.join(sorted(names))} change nothing in the denoiser, "
+                "on which adapters may start late; leave it out"
+            )
+
+
+def _runge_kutta(scheduler: Any) -> bool:
+    """Whether PNDM's first steps take more forwards than its later ones."""
+    return getattr(scheduler.config, "skip_prk_steps", True) is False
 
 
 def bare_steps(start: float, steps: int) -> int:

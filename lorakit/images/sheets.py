@@ -20,7 +20,7 @@ _INK, _PAPER = (40, 40, 40), (250, 250, 248)
 def as_image(picture: np.ndarray) -> Any:
     """[H, W, 3] in [0, 1] as a PIL picture."""
     image = require("PIL.Image", extra="images", purpose="writing pictures")
-    whole = np.asarray(picture, np.float32).clip(0, 1) * 255
+    whole = np.nan_to_num(np.asarray(picture, np.float32)).clip(0, 1) * 255
     return image.fromarray(whole.round().astype(np.uint8))
 
 
@@ -75,6 +75,7 @@ def sheet(
     image = require("PIL.Image", extra="images", purpose="writing pictures")
     drawing = require("PIL.ImageDraw", extra="images", purpose="writing pictures")
     font = require("PIL.ImageFont", extra="images", purpose="writing pictures").load_default(_TEXT)
+    rows, columns, title = [_line(one) for one in rows], [*map(_line, columns)], _line(title)
     cells = [[_enlarged(as_image(one), image) for one in row] for row in pictures]
     width = max(cell.width for row in cells for cell in row)
     height = max(cell.height for row in cells for cell in row)
@@ -109,6 +110,10 @@ def _enlarged(cell: Any, image: Any) -> Any:
         return cell
     size = (cell.width * factor, cell.height * factor)
     return cell.resize(size, image.Resampling.NEAREST)
+
+
+def _line(label: str) -> str:
+    return " ".join(label.split())
 
 
 def _short(label: str, most: int = 36) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 from types import TracebackType
 
+#: CPython 3.12 counts some hundreds of immortal objects as frozen; more were frozen by somebody
+_IMMORTAL = 2000
 #: rounds without a run that joined or left, after which what lives is taken to stay
 _SETTLED = 25
 
@@ -15,28 +17,27 @@ class StillHeap:
     A full collection walks through everything: of transformers and a model these are half a million
     objects and a sixth of a second, and the rounds of eight adapters leave enough behind for one
     in ten of them. What is set aside (``gc.freeze``) is looked at again when a run joins or leaves,
-    and in the end. Where somebody else freezes objects too, before or after, theirs stay so.
+    and in the end. Where somebody has frozen objects before, nothing is done.
     """
 
     def __init__(self) -> None:
         self._rounds = 0
-        self._frozen = 0
+        self._frozen = False
 
     def between_rounds(self) -> None:
         """Nothing of a step is alive now."""
         self._rounds += 1
-        if self._rounds == _SETTLED and gc.isenabled() and not gc.get_freeze_count():
+        if self._rounds == _SETTLED and gc.isenabled() and gc.get_freeze_count() < _IMMORTAL:
             gc.collect()
+            self._frozen = True  # first: an interrupt may come between the two
             gc.freeze()
-            self._frozen = gc.get_freeze_count()
 
     def changed(self) -> None:
         """A run joined or left."""
         self._rounds = 0
-        # what is frozen can die; more of it is somebody else's, and all of it can be freed alone
-        if self._frozen and gc.get_freeze_count() <= self._frozen:
+        if self._frozen:
             gc.unfreeze()
-        self._frozen = 0
+            self._frozen = False
 
     def __enter__(self) -> StillHeap:
         return self

@@ -459,6 +459,22 @@ def test_a_hub_that_is_not_reached_is_asked_once(monkeypatch, reason: str, optio
     assert asked == [("owner/once", "v1")]
 
 
+@pytest.mark.parametrize(("reason", "reached"), [("ReadTimeout", True), ("ConnectTimeout", False)])
+def test_a_hub_that_is_slow_is_not_one_that_is_not_there(monkeypatch, reason, reached) -> None:
+    """What is not cached comes from it, however long that takes."""
+    import huggingface_hub
+
+    class TimeoutException(Exception):  # of whichever client the hub's library uses
+        pass
+
+    def slow(*_, **__):
+        raise type(reason, (TimeoutException,), {})("after ten seconds")
+
+    monkeypatch.setattr(fetch, "_asked", {})
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", slow)
+    assert fetch.is_reachable("owner/x", None) == reached
+
+
 def test_who_goes_online_is_asked_again_after_a_while(monkeypatch) -> None:
     import huggingface_hub
 

@@ -65,7 +65,7 @@ def world(tmp_path_factory) -> Path:
     write(root / "digits.jsonl", lines(*GOOD[:2]) + '{"prompt": ' + "9" * 5000 + "}\n")
     write(root / "digits.json", '[{"prompt": ' + "9" * 5000 + "}]")
     write(root / "deep.jsonl", "[" * 200_000 + "\n")
-    write(root / "no_prompt.csv", "question\nw1\n")
+    write(root / "no_prompt.csv", "colour\nw1\n")
     write(root / "zero.txt", b"w1\x00w2\n")
     column = pyarrow.array(["w1"])
     table = pyarrow.Table.from_arrays([column, column], names=["prompt", "prompt"])
@@ -278,7 +278,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "prompts file is missing": (having(GENERATE, prompt=None, prompts="no.txt"), ["no.txt"]),
     "prompts without a column": (
         having(GENERATE, prompt=None, prompts="no_prompt.csv"),
-        ["question"],
+        ["colour"],
     ),
     "prompts of zero bytes": (having(GENERATE, prompt=None, prompts="zero.txt"), ["zero.txt"]),
     "prompt is not UTF-8": (having(GENERATE, prompt="caf\udce9"), ["--prompt", "UTF-8"]),

@@ -197,6 +197,20 @@ def test_drawing_and_stops_arrive(run, expected):
     assert run("--prompt", "w1", *flags[:2], "--seed", "6")[1] != out
 
 
+def test_what_is_drawn_does_not_hang_on_who_is_asked_beside(run):
+    flags = ["--prompts", "prompts.txt", "--temperature", "2", "--json", "--adapter", "chatty"]
+
+    def drawn(*more):
+        answers = json.loads(run(*flags, *more)[1])["answers"]
+        return {model: [a["text"] for a in answers if a["model"] == model] for model in models}
+
+    models = ["chatty", "again"]
+    alone = drawn()["chatty"]
+    together = drawn("--with-base", "--adapter", "again:chatty")
+    assert together["chatty"] == together["again"] == alone
+    assert alone[0] != alone[1]
+
+
 def test_ctrl_c_ends_it(run, monkeypatch):
     def interrupted(*_, **__):
         yield "so far"
@@ -287,9 +301,9 @@ def test_chats_are_asked(run, world, how, expected):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--raw"], "taken as they are (--raw), and prompt 1 is a chat"),
-        (["--format", "plain"], "written plain (--format), and prompt 1 is a chat"),
-        (["--adapter", "plain"], "plain learnt so), and prompt 1 is a chat"),
+        (["--raw"], "taken as they are (--raw), and chats.jsonl line 1 is a chat"),
+        (["--format", "plain"], "written plain (--format), and chats.jsonl line 1 is a chat"),
+        (["--adapter", "plain"], "plain learnt so), and chats.jsonl line 1 is a chat"),
     ],
 )
 def test_chats_that_cannot_be_asked(run, world, flags, message):
@@ -305,7 +319,7 @@ def test_chats_that_cannot_be_asked(run, world, flags, message):
         ({"messages": [{"role": "assistant", "content": "w1"}]}, "nothing before the assistant's"),
         ({"messages": "w1"}, "expected a list of messages"),
         ({"prompt": [{"role": "who", "content": "w1"}]}, 'the role is text "who"'),
-        ({"question": "w1"}, "no column 'prompt'"),
+        ({"colour": "w1"}, "it has no column that asks; it has colour"),
     ],
 )
 def test_rows_that_ask_nothing(run, world, row, message):

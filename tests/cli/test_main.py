@@ -19,13 +19,15 @@ def test_ctrl_c_in_a_finaliser_still_ends_the_command(monkeypatch, capsys):
 
     def run(_):
         _Interrupting()
-        for _ in range(100):
-            time.sleep(0.05)
+        _Interrupting()
+        time.sleep(20)  # waiting is interrupted, too
         return 0
 
     monkeypatch.setattr(inspect_, "run", run)
     before = sys.unraisablehook
+    begun = time.monotonic()
     assert main(["inspect", "anything"]) == 130
+    assert time.monotonic() - begun < 10
     assert capsys.readouterr().err == "\nInterrupted.\n"
     assert sys.unraisablehook is before
 
@@ -51,6 +53,25 @@ def test_other_errors_of_finalisers_are_told_as_before(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(str(found.exc_value)))
     assert main(["inspect", "anything"]) == 0
     assert told == ["of a finaliser"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "--step", "4"], "lorakit train: unknown: --step (close: --steps)"),
+        (
+            ["images", "sample", "--base", "b", "--out", "o", "--sede=1"],
+            "lorakit images sample: unknown: --sede (close: --seed)",
+        ),
+        (["inspect", "a", "--quux"], "lorakit inspect: unknown: --quux"),
+        (["train", "--rank", "0"], "lorakit train: argument --rank: '0' given; expected"),
+    ],
+)
+def test_a_flag_that_is_wrong(arguments, told, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(told)
+    assert len(err.splitlines()) == 2  # and not all flags before it
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], []])

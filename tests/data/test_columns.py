@@ -122,7 +122,7 @@ def test_a_chat_may_be_parted_into_prompt_and_completion(tmp_path):
         {"prompt": asked, "completion": [answer]},
         {"prompt": asked, "completion": "b"},
         {"prompt": json.dumps(asked), "completion": json.dumps([answer])},
-        {"question": asked, "answer": json.dumps(["b"])},  # text, though it is JSON
+        {"question": asked, "answer": json.dumps([answer])},  # text, as the question is a list
     ]
     found = []
     for n, row in enumerate(rows):
@@ -135,6 +135,65 @@ def test_a_chat_may_be_parted_into_prompt_and_completion(tmp_path):
         assert one.ids.tolist() == found[0].ids.tolist()
         assert one.supervised.tolist() == found[0].supervised.tolist()
     assert found[4].ids.tolist() != found[0].ids.tolist()
+
+
+ASKED = json.dumps([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        # as Python prints it, and cut: no chat is learnt as the text of one
+        ([{"prompt": "[{'role': 'user', 'content': 'a'}]"}], "line 1: column 'prompt' looks like"),
+        ([{"prompt": "[{'content': 'a', 'role': 'user'}]"}], "line 1: column 'prompt' looks like"),
+        ([{"prompt": ASKED[:-1]}, {"prompt": ASKED}], "write it with json.dumps(.|\n)*line 2"),
+        ([{"prompt": "a"}, {"prompt": ASKED}], "line 2: .*the first row has a text there"),
+        ([{"prompt": ASKED}, {"prompt": "a"}], "line 2: column 'prompt' is text \"a\"; expected"),
+        ([{"prompt": ASKED}, {"prompt": "[" * 100_000}], "line 2: column 'prompt' is text"),
+        (
+            [{"prompt": ASKED, "completion": '[{"role": "assistant", "content": "b"'}],
+            "line 1: column 'completion' looks like messages",
+        ),
+        (
+            [{"prompt": ASKED, "completion": '{"role": "assistant", "content": "b"}'}],
+            "line 1: column 'completion' looks like messages",
+        ),
+    ],
+)
+def test_what_looks_like_a_chat_is_read_as_one_or_named(tmp_path, rows, message):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"completion": "b", **row} for row in rows])
+    with pytest.raises(DataError, match=message):
+        load_data(DataSpec(path), make_tokenizer())
+    if len(rows) == 1 and "completion" not in rows[0]:
+        told = DataSpec(path, template="{prompt}", map={"completion": "completion"})
+        assert len(load_data(told, make_tokenizer())) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"from": "Paris", "to": "Rome"}]',
+        '[{"name": "Ann", "role": "CEO"}]',
+        '["a", "b"]',
+        "[]",
+        '{"role": "admin"}',
+        "say [{'role': 'user'}]",
+    ],
+)
+def test_other_json_is_text(tmp_path, text):
+    rows = [{"prompt": text, "completion": "b"}, {"prompt": "a", "completion": text}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert load_data(DataSpec(path), make_tokenizer()).report.kind == "prompt/completion"
+    path = write_jsonl(tmp_path / "b.jsonl", [{"prompt": ASKED, "completion": text}])
+    assert load_data(DataSpec(path), make_tokenizer()).report.kind == "messages"
+
+
+@pytest.mark.parametrize("prompt", [[], ["a", "b"], [{"name": "a"}]])
+def test_a_list_that_is_no_chat_does_not_decide(tmp_path, prompt):
+    good = {"prompt": "a", "completion": "b"}
+    path = write_jsonl(tmp_path / "a.jsonl", [{**good, "prompt": prompt}, good, good])
+    data = load_data(DataSpec(path, bad_rows="skip"), make_tokenizer())
+    assert (data.report.used, data.report.kind) == (2, "prompt/completion")
 
 
 @pytest.mark.parametrize(

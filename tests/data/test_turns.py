@@ -193,9 +193,19 @@ def test_generation_asks_a_chat_with_what_training_put_before_its_last_answer(tm
 
 
 def test_what_a_row_asks():
-    assert asked_in({"prompt": "a", "messages": DONE}) == "a"
-    assert asked_in({"prompt": None, "messages": DONE}) == Chat(tuple(DONE[:-1]))
-    assert asked_in({"prompt": DONE}) == Chat(tuple(DONE))  # nothing of it is an answer
+    assert asked_in({"prompt": "a", "messages": DONE}) == Chat(DONE[:-1])  # as training reads it
+    empty = [*DONE[:-1], {"role": "assistant", "content": ""}]
+    assert asked_in({"messages": empty}) == Chat(DONE[:-1])
+    assert asked_in({"question": "a"}) == "a"
+    assert asked_in({"instruction": "a", "input": "b", "output": None}) == "a\n\nb"
+    assert asked_in({"prompt": None, "messages": DONE}) == Chat(DONE[:-1])
+    assert asked_in({"prompt": DONE}) == Chat(DONE)  # nothing of it is an answer
     waiting = asked_in({"conversation": CHAT[:1], "tools": "[1]"})
     assert waiting == Chat((CHAT[0],), [1])
     assert str(waiting) == CHAT[0]["content"]
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "who", "content": "a"}], ["a"]])
+def test_a_chat_that_is_none(messages):
+    with pytest.raises(DataError, match="messages"):
+        Chat(messages)

@@ -60,7 +60,12 @@ def test_train_sample_and_convert(folder, tmp_path, capsys):
         (1, [{"name": "mine", "ref": out, "weight": 0.5}]),
         (2, [{"name": "mine", "ref": out, "weight": 0.5}]),
     ]
-    assert (pictures / "sheet.png").is_file()
+    with Image.open(pictures / "sheet.png") as page:
+        told = json.loads(page.text["lorakit"])
+        assert (told["grid"], told["prompt"], told["steps"]) == (
+            "weight=0,1 seed=1,2", "a red thing", 2,
+        )  # fmt: skip
+        assert not {"seed", "adapters"} & told.keys()  # these differ from cell to cell
     with Image.open(facts["pictures"][3]["file"]) as one:
         assert json.loads(one.text["lorakit"])["seed"] == 2
         assert one.size == (16, 16)

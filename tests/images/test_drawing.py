@@ -209,6 +209,7 @@ def test_an_adapter_that_would_never_act(start, message):
 
 
 def test_a_start_of_what_is_not_on_the_denoiser_is_refused():
+    """Of each picture by itself: another's adapter does not make it act, nor one of weight 0."""
     base = loaded("sd")
     texts = [path for path in picture_targets(base, "all-linear", text=True) if "text" in path]
     handle = lorakit.attach(base.model, LoRASpec(rank=2, targets=texts), "words")
@@ -217,8 +218,23 @@ def test_a_start_of_what_is_not_on_the_denoiser_is_refused():
         with pytest.raises(SpecError, match="words change nothing in the denoiser"):
             draw(base, handle, [cell])
         draw(base, handle, [dataclasses.replace(cell, mix=None)])
+        handle.add(LoRASpec(rank=2, targets=picture_targets(base, "all-linear")), "strokes")
+        both = dataclasses.replace(cell, mix={"words": 1.0, "strokes": 0.5})
+        draw(base, handle, [both])
+        for mix in ("words", {"words": 1.0, "strokes": 0.0}):
+            with pytest.raises(SpecError, match="words change nothing in the denoiser"):
+                draw(base, handle, [both, dataclasses.replace(cell, mix=mix)])
     finally:
         handle.detach()
+
+
+def test_a_start_is_refused_where_steps_take_unequal_numbers_of_forwards(monkeypatch):
+    base = loaded("sd")
+    monkeypatch.setattr(base.pipe, "scheduler", PNDMScheduler())
+    cell = Cell("a", start=0.5, width=16, height=16, steps=8)
+    with pytest.raises(SpecError, match="Runge-Kutta"):
+        draw(base, None, [cell])
+    draw(base, None, [dataclasses.replace(cell, start=0.0)])
 
 
 def test_a_picture_that_fails_leaves_no_hook(monkeypatch):
@@ -317,7 +333,7 @@ def test_bad_grids(text, message):
 def test_sheets_and_what_pngs_tell(tmp_path):
     picture = np.zeros((16, 24, 3), np.float32)
     picture[:, :, 0] = 1.0
-    page = sheet([[picture, picture]], ["one"], ["seed 1", "seed 2"], "title")
+    page = sheet([[picture, picture]], ["o\nne"], ["seed 1", "se\ned 2"], "ti\ntle")
     assert page.width > 2 * 144  # each pixel is six by six
     assert (255, 0, 0) in set(page.convert("RGB").get_flattened_data())
     facts = {

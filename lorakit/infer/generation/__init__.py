@@ -37,6 +37,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     batch_size: int | None = None,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
@@ -74,6 +75,7 @@ def answers(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     batch_size: int | None = None,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
@@ -92,8 +94,8 @@ def answers(
         max_new_tokens: longest answer.
         temperature: 0 takes the most likely token; above, tokens are drawn.
         top_p: draw from the most likely tokens that together have this probability.
-        seed: a prompt's draws depend on it and on the prompt's place in the list, not on what
-            runs beside it.
+        seed: a prompt's draws depend on it and on the prompt's number, not on what runs beside it.
+        numbers: of the prompts, one each; by default their places in the list.
         batch_size: rows at a time; ``None`` chooses for the device and the memory.
         stop: texts at which an answer ends.
         stop_ids: tokens at which an answer ends; ``None`` means the end tokens of the tokenizer
@@ -111,7 +113,9 @@ def answers(
             impossible.
         RoutingError: an adapter that is not attached.
     """
-    rows = rows_of(base, handle, prompts, adapter, mixes, max_new_tokens, seed, stop, on_text)
+    rows = rows_of(
+        base, handle, prompts, adapter, mixes, max_new_tokens, seed, stop, on_text, numbers
+    )
     running = Run(
         base,
         handle,

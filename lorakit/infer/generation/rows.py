@@ -74,6 +74,7 @@ def rows_of(
     seed: int,
     stop: Sequence[str],
     on_text: Callable[..., None] | None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Row]:
     """Check everything that was asked; collects the problems of all prompts."""
     if isinstance(prompts, str):
@@ -126,7 +127,7 @@ def rows_of(
                 each[i] if i < len(each) else None,
                 left if capped and left is not None else max_new_tokens,
                 "context" if capped else "length",
-                source(seed, i),
+                source(seed, i if numbers is None else numbers[i]),
                 GrowingText(base.tokenizer, stop) if stop or on_text is not None else None,
             )
         )
