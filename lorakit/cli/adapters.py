@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli.output import say
-from lorakit.errors import InputError, collected
+from lorakit.errors import BaseError, InputError, collected
 
 if TYPE_CHECKING:
     from lorakit.bases import Base
@@ -237,6 +237,23 @@ def mixes_of(adapters: Sequence[AdapterArgument], *, blend: bool) -> dict[str, A
     return {" + ".join(f"{weight:g}·{name}" for name, weight in mix.items()): mix}
 
 
+def check_not_merged(base: str, adapters: Mapping[str, Adapter], *, allow_other: bool) -> None:
+    """Refuse adapters that are in this base already: what they learnt would act twice.
+
+    Raises:
+        BaseError: one is.
+    """
+    from lorakit.workflows.merge.folder import is_merged_already
+
+    for name, adapter in adapters.items():
+        if not allow_other and is_merged_already(base, adapter):
+            raise BaseError(
+                f"adapter {name} was merged into {base} already, where it would act twice. Use "
+                "that base without it, or the one that it was trained on (--allow-other-base uses "
+                "it all the same)"
+            )
+
+
 def attach_adapters(
     base: Base, adapters: Mapping[str, Adapter], *, allow_other: bool = False
 ) -> Handle | None:
@@ -251,6 +268,7 @@ def attach_adapters(
     from lorakit.bases import check_base
     from lorakit.layers import attach
 
+    check_not_merged(base.ref, adapters, allow_other=allow_other)
     handle = None
     for name, adapter in adapters.items():
         for note in check_base(adapter, base.identity, allow_other=allow_other):

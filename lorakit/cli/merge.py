@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.adapters import add_adapter_arguments, load_adapters
+from lorakit.cli.adapters import add_adapter_arguments, check_not_merged, load_adapters
 from lorakit.cli.bases import add_base_arguments
 from lorakit.cli.output import add_json_argument, emit_json, plural, printable_stdout, say
 from lorakit.cli.rows import add_data_arguments, data_spec
@@ -97,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
     if options.data and not options.verify:
         raise InputError("--data is the text of the check, which --no-verify leaves out")
     named = load_adapters(options.adapter)
+    check_not_merged(options.base, named, allow_other=options.allow_other_base)
     weights = {one.name: 1.0 if one.weight is None else one.weight for one in options.adapter}
     facts = _WRITERS[options.to](options, named, weights)
     if options.json:

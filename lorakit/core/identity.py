@@ -162,7 +162,8 @@ def compare_identities(trained_on: BaseIdentity, used_on: BaseIdentity) -> list[
     elif worst > STORAGE_ERROR["float32"]:
         notes.append(
             f"both bases are stored as {used_on.storage}, yet sampled weights differ by up to "
-            f"{worst:.2%}: they were quantised from different files or by different programs"
+            f"{worst:.2%}: they were quantised from different files or by different programs, or "
+            "are used in another dtype"
         )
     if trained_on.name != used_on.name:
         verdict = (

@@ -94,11 +94,24 @@ def _last_answer(
 def _finished(
     template: ChatTemplate, messages: Sequence[Message], before: str, tools: Any
 ) -> str | None:
-    """What the template writes for the last message, up to the end of the turn."""
+    """What the template writes for the last message, up to the end of the turn.
+
+    Raises:
+        RowError: it leaves out the message's tool calls.
+    """
     full = template.render(messages, tools=tools, generate=False)
     if not full.startswith(before):
         return None
     written = full[len(before) :]
+    silent = {key: value for key, value in messages[-1].items() if key != "tool_calls"}
+    if "tool_calls" in messages[-1] and full == template.render(
+        [*messages[:-1], silent], tools=tools, generate=False
+    ):
+        raise RowError(
+            "tool calls that the chat template does not write",
+            f"message {len(messages)}: the chat template does not write its tool_calls, so they "
+            "cannot be learnt. Use a base whose template does, or write them into the content",
+        )
     if template.ends_inside:
         cut = written.rfind(template.turn_end)
         if cut < 0:

@@ -65,6 +65,20 @@ def test_data_is_the_text(base, adapter, tmp_path, capfd):
     assert "perplexity" not in capfd.readouterr().out
 
 
+def test_what_is_merged_already_is_not_used_again(base, adapter, tmp_path, capfd):
+    """It would act twice, and the weights of so small a change pass for rounding."""
+    ref, out = save(adapter, tmp_path), str(tmp_path / "out")
+    arguments = ["--adapter", ref, "--out"]
+    assert main(["merge", "--base", str(base), *arguments, out]) == 0
+    again = ["merge", "--base", out, *arguments, str(tmp_path / "two")]
+    asking = ["generate", "--base", out, "--adapter", ref, "--prompt", "a", "--format", "plain"]
+    for command in (again, asking):
+        capfd.readouterr()
+        assert main(command) == 2
+        assert f"adapter a was merged into {out} already" in capfd.readouterr().err
+    assert main([*again, "--allow-other-base"]) == 0
+
+
 def test_without_a_tokenizer_the_note_names_no_folder_that_is_gone(base, adapter, tmp_path, capfd):
     ref, out = save(adapter, tmp_path), tmp_path / "out"
     for file in base.glob("*token*"):

@@ -156,6 +156,14 @@ def test_tool_calls_and_tools_go_through_the_template(tmp_path):
     assert supervised_text(tokenizer, only[0])[0].startswith('[{"')
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_tool_calls_that_the_template_leaves_out_are_no_empty_answer(tmp_path, last):
+    call = {"type": "function", "function": {"name": "cat", "arguments": "{}"}}
+    chat = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(DataError, match=r"message 2: .*does not write its tool_calls"):
+        load(tmp_path, [chat if last else [*chat, *CHAT[2:4]]], make_tokenizer())
+
+
 def test_a_given_system_message_gives_way_to_a_chats_own(tmp_path):
     tokenizer = make_tokenizer()
     own = [{"role": "system", "content": "mine"}, *CHAT]

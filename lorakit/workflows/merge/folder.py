@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -161,6 +162,16 @@ def write_record(
         "notes": list(notes),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def is_merged_already(base: str | os.PathLike[str], adapter: Adapter) -> bool:
+    """Whether a base is a folder into which this very adapter was merged."""
+    record = Path(base) / RECORD
+    if not record.is_file():
+        return False
+    told = read_json(record).get("adapters")
+    digests = [one.get("sha256") for one in told or () if isinstance(one, dict)]
+    return bool(digests) and _digest(adapter) in digests
 
 
 def _digest(adapter: Adapter) -> str:
