@@ -42,6 +42,28 @@ def fetch(source: Source, say: Callable[[str], None]) -> Path:
     return Path(folder)
 
 
+def fetch_file(source: Source, name: str) -> Path | None:
+    """One small file of a base on the hub; ``None`` where it has none, or none is cached and the
+    hub is not reached.
+
+    Args:
+        name: its path there, with slashes.
+    """
+    hub = require("huggingface_hub", extra="train", purpose="reading a model from the hub")
+    cached_only = not is_reachable(source.location, source.revision)
+    try:
+        found = hub.hf_hub_download(
+            source.location, name, revision=source.revision, local_files_only=cached_only
+        )
+    except hub.errors.EntryNotFoundError:
+        return None
+    except Exception as error:
+        if unreachable(error):
+            return None
+        raise
+    return Path(found)
+
+
 def loading_options(source: Source, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """What transformers' ``from_pretrained`` is given beside a base's place.
 

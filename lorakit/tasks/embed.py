@@ -72,6 +72,7 @@ class Embed(RowKind):
     name: ClassVar[str] = "embed"
     peft_type: ClassVar[str | None] = "FEATURE_EXTRACTION"
     base_task: ClassVar[BaseTask] = "features"
+    beside_config: ClassVar[str | None] = "1_Pooling/config.json"
     fields: ClassVar[Fields] = Fields(
         {
             "anchor": ("anchor", "query", "question", "sentence1", "premise"),

@@ -44,6 +44,8 @@ class RowKind:
     """Whether its answers are texts that are compared with references."""
     no_prompts: ClassVar[str | None] = None
     """Why it has no answer to a prompt of ``generate``; ``None`` where it has."""
+    beside_config: ClassVar[str | None] = None
+    """A small file of the base that :meth:`fitted` reads in the config's ``_folder``."""
 
     def settings(self) -> Mapping[str, Any]:
         """As run.yaml and the adapter's file keep them."""

@@ -459,6 +459,23 @@ def test_a_hub_that_is_not_reached_is_asked_once(monkeypatch, reason: str, optio
     assert asked == [("owner/once", "v1")]
 
 
+def test_one_file_of_the_hub(monkeypatch, tmp_path) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def answer(hub_id, name, *, revision, local_files_only):
+        assert (hub_id, revision, local_files_only) == ("owner/x", "v1", False)
+        if name == "there/it.is":
+            return str(tmp_path / name)
+        raise errors.EntryNotFoundError("404")
+
+    monkeypatch.setattr(fetch, "is_reachable", lambda *_: True)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
+    source = find_source("owner/x@v1")
+    assert fetch.fetch_file(source, "there/it.is") == tmp_path / "there" / "it.is"
+    assert fetch.fetch_file(source, "not/there") is None
+
+
 @pytest.mark.parametrize(("reason", "reached"), [("ReadTimeout", True), ("ConnectTimeout", False)])
 def test_a_hub_that_is_slow_is_not_one_that_is_not_there(monkeypatch, reason, reached) -> None:
     """What is not cached comes from it, however long that takes."""

@@ -281,3 +281,17 @@ def test_a_head_that_names_no_classes(benches):
         replace(kind, labels=("a", "b")).for_adapter(adapter, "theirs")
     embedding = benches["embed"].attached(benches["embed"].base()).snapshot("a")
     assert kind.for_adapter(embedding, "theirs") == (kind, [])
+
+
+@pytest.mark.parametrize(("told", "pooling"), [("cls", "cls"), (None, "mean")])
+def test_the_pooling_of_a_base_on_the_hub(monkeypatch, tmp_path, told, pooling):
+    from lorakit.bases import config, fetch
+    from lorakit.cli.tasks.choosing import kind_for
+
+    path = tmp_path / "1_Pooling" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"pooling_mode": told}))
+    monkeypatch.setattr(config, "read_config", lambda _: {"model_type": "bert"})
+    monkeypatch.setattr(fetch, "fetch_file", lambda *_: path if told else None)
+    options = SimpleNamespace(base="owner/encoder", revision=None, language=None)
+    assert kind_for(options, "embed", None).pooling == pooling

@@ -169,6 +169,7 @@ def kind_for(
         InputError: adapters that know different labels; or nothing tells the labels.
     """
     from lorakit.bases.config import read_config
+    from lorakit.bases.fetch import fetch_file
     from lorakit.bases.source import find_source
     from lorakit.tasks.registry import row_kind
 
@@ -188,9 +189,12 @@ def kind_for(
         return row_kind(task, **{**settings[0], **own})
     source = find_source(options.base, options.revision)
     config = {**read_config(options.base)}
+    kind = row_kind(task, **own)
     if source.kind == "folder":
         config["_folder"] = source.location
-    kind = row_kind(task, **own)
+    elif source.kind == "hub" and kind.beside_config is not None:
+        path = fetch_file(source, kind.beside_config)
+        config["_folder"] = "" if path is None else str(path.parents[kind.beside_config.count("/")])
     kind = kind.from_base(config, options.base) if spec is None else kind.fitted(spec, config)
     for name, adapter in (adapters or {}).items():
         kind, notes = kind.for_adapter(adapter, name)
