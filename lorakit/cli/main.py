@@ -53,7 +53,7 @@ examples:
   lorakit generate --base smollm2 --adapter runs/mine --prompt "Hello"
 
 `lorakit COMMAND --help` explains each. Exit codes: 0 done, 2 the input is wrong,
-130 interrupted with the state saved, 1 anything else.
+130 interrupted (a training with its state saved, once it has begun), 1 anything else.
 """
 
 
