@@ -92,6 +92,19 @@ class Encoder:
         last = [message for message in messages if is_trained(message)][-1]
         return Sample("", last["content"], tuple(messages), read_tools(values.get("tools")))
 
+    def writes_tools(self, sample: Sample) -> bool:
+        """Whether the chat template writes the tools of this one."""
+        chat = self.rendering.chat
+        assert chat is not None
+        try:
+            given, without = (
+                chat.render(sample.messages, tools=tools, generate=False)
+                for tools in (sample.tools, None)
+            )
+        except RowError:  # which is told where the row is written
+            return True
+        return given != without
+
     def pieces(self, sample: Sample) -> list[Piece]:
         """The example as text; the last piece is what the model is to answer.
 

@@ -108,6 +108,7 @@ class _Work:
     problems: Problems
     cuts: Cuts = field(default_factory=Cuts)
     own_system: int = 0
+    tools_written: bool | None = None
     special_rows: int = 0
     special_first: str = ""
 
@@ -159,6 +160,8 @@ class _Work:
         if sample.messages and self.spec.system is not None:
             own = any(m["content"] != self.spec.system for m in sample.messages[:1])
             self.own_system += own
+        if sample.tools and self.tools_written is None:
+            self.tools_written = self.encoder.writes_tools(sample)
         if self.encoder.columns.kind == "text":
             return  # text that was rendered elsewhere holds its special tokens on purpose
         parts = [m["content"] for m in sample.messages] or [sample.prompt, sample.completion]
@@ -168,6 +171,8 @@ class _Work:
             self.special_first = self.special_first or f"{found[0]!r} in {row.where}"
 
     def notes(self) -> Iterator[str]:
+        if self.tools_written is False:
+            yield "the chat template writes no tools, so what the column 'tools' holds does not act"
         if self.own_system:
             yield (
                 f"{plural(self.own_system, 'chat')} with a system message of their own, which "

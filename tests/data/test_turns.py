@@ -149,6 +149,11 @@ def test_tool_calls_and_tools_go_through_the_template(tmp_path):
     path = write_jsonl(tmp_path / "t.jsonl", [{"messages": chat, "tools": [tool]}])
     data = load_data(DataSpec(path), tokenizer)
     assert tokenizer.decode(data[0].ids).startswith("tools: 1\n")
+    assert not any("tools" in note for note in data.report.notes)
+    mute = [{"messages": CHAT, "tools": [tool]}, {"messages": CHAT}]
+    path = write_jsonl(tmp_path / "m.jsonl", mute)
+    notes = load_data(DataSpec(path), make_tokenizer()).report.notes
+    assert sum("writes no tools" in note for note in notes) == 1
     first, second = supervised_text(tokenizer, data[0])
     assert json.loads(first.removesuffix("<|im_end|>")) == [call]
     assert second == "the cat sat<|im_end|>"
