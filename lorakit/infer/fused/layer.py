@@ -5,7 +5,7 @@
 
 What is kept from the forward: x, x₂, the attention's inputs and output, gate and up, and the
 adapters' hidden values. The norms and ``act(gate)·up`` are made again, which costs less than
-fetching them. The attention's own gradient is the one that autograd knows for its kernel.
+fetching them.
 
 More can be made again, for less memory and more time (:data:`Recompute`): gate and up, which are
 more than half of what is kept, for two of the layer's seven products; or all but x.
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError
+from lorakit.infer.fused.attention import Attended, attend
 from lorakit.infer.fused.family import Anatomy
 from lorakit.infer.fused.linear import Group
 from lorakit.infer.fused.rope import rotate_, rotate_back_
-from lorakit.infer.segments import Segments, fronts_of, segment_attention
-from lorakit.layers.attention import computed_in
+from lorakit.infer.segments import Segments
 from lorakit.layers.prefix import Stretches
 
 #: what of a layer is not kept for its backward but made again: nothing, gate and up, or all
@@ -75,14 +75,9 @@ class Call:
 class _Kept:
     """What the backward needs."""
 
-    heads: tuple[Tensor, Tensor, Tensor]
-    """q, k, v, as the attention computes with them, [1, H, N, d_h], leaves of a small graph."""
+    attended: Attended
     unnormed: tuple[Tensor, Tensor] | None
     """q and k before their norms, [N, H, d_h]."""
-    fronts: list[Tensor]
-    """The prefixes' tensors, leaves of it too."""
-    attended: Tensor
-    """[1, N, H, d_h], the end of that graph."""
     o_input: Tensor
     o_output: Tensor | None
     """[M, d], before the norm behind the attention."""
@@ -134,9 +129,8 @@ def _forward(x: Tensor, call: Call, *, keep: bool) -> tuple[Tensor, _Kept | None
         q, k = parts.q_norm.forward(q), parts.k_norm.forward(k)
     rotate_(q, call.cos, call.sin)
     rotate_(k, call.cos, call.sin)
-    heads = tuple(t.transpose(0, 1)[None] for t in (q, k, v))
-    attended, heads, fronts = _attend(heads, call, keep=keep)
-    o_input = attended.detach().reshape(len(x), -1).to(x.dtype)
+    attended = _attend((q, k, v), call, keep=keep)
+    o_input = attended.output.reshape(len(x), -1).to(x.dtype)
     residual = x
     if call.rows is not None:
         o_input, residual = o_input.index_select(0, call.rows), x.index_select(0, call.rows)
@@ -149,9 +143,7 @@ def _forward(x: Tensor, call: Call, *, keep: bool) -> tuple[Tensor, _Kept | None
         return y, None
     hidden = (hidden_qkv, hidden_o, hidden_gate_up, hidden_down)
     keeps = None if call.recompute == "mlp" else gate_up
-    kept = _Kept(
-        heads, unnormed, fronts, attended, o_input, o_output, x2, keeps, down_output, hidden
-    )
+    kept = _Kept(attended, unnormed, o_input, o_output, x2, keeps, down_output, hidden)
     return y, kept
 
 
@@ -218,48 +210,26 @@ def _backward(
     return dx, [*for_qkv, *for_o, *for_gate_up, *for_down, *for_fronts]
 
 
-def _attend(heads: Any, call: Call, *, keep: bool) -> tuple[Tensor, Any, list[Tensor]]:
-    """The attention [1, N, H, d_h] and its inputs, as leaves of a graph if it is to be kept.
-
-    They have the dtype in which it is computed, so that there is one copy of them.
-    """
-    heads = tuple(t.to(computed_in(t, call.anatomy.softcap)) for t in heads)
-    fronts = [tensor.detach() for tensor in call.fronts]
-    if keep:
-        heads = tuple(t.detach().requires_grad_() for t in heads)
-        wanted = [tensor.requires_grad for tensor in call.fronts]
-        fronts = [t.requires_grad_(want) for t, want in zip(fronts, wanted, strict=True)]
-    with torch.set_grad_enabled(keep):
-        q, k, v = heads
-        attended, _ = segment_attention(
-            call.anatomy.attention,
-            q,
-            k,
-            v,
-            call.segments,
-            scaling=call.anatomy.scaling,
-            softcap=call.anatomy.softcap,
-            fronts=fronts_of(call.prefixes, len(call.segments.lengths), fronts),
-        )
-    return attended, heads, fronts
+def _attend(heads: tuple[Tensor, ...], call: Call, *, keep: bool) -> Attended:
+    return attend(
+        call.anatomy.attention,
+        heads,
+        call.segments,
+        scaling=call.anatomy.scaling,
+        softcap=call.anatomy.softcap,
+        prefixes=call.prefixes,
+        fronts=call.fronts,
+        keep=keep,
+    )
 
 
 def _attention_backward(
     d_attended: Tensor, call: Call, kept: _Kept
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The gradients of what the linears of q, k and v gave, and of the prefixes' tensors."""
-    parts = call.anatomy
-    trained = [tensor for tensor in kept.fronts if tensor.requires_grad]
-    d_all = torch.autograd.grad(
-        kept.attended,
-        (*kept.heads, *trained),
-        d_attended.view(kept.attended.shape).to(kept.attended.dtype),
-        retain_graph=False,
-    )
-    d_heads, d_fronts = d_all[:3], iter(d_all[3:])
-    for_fronts = [next(d_fronts) if tensor.requires_grad else None for tensor in kept.fronts]
-    dtype, packed = d_attended.dtype, torch.contiguous_format
-    dq, dk, dv = (d[0].transpose(0, 1).to(dtype, memory_format=packed) for d in d_heads)
+    parts, output = call.anatomy, kept.attended.output
+    d_heads, for_fronts = kept.attended.backward(d_attended.view(output.shape).to(output.dtype))
+    dq, dk, dv = (d.to(d_attended.dtype) for d in d_heads)
     rotate_back_(dq, call.cos, call.sin)
     rotate_back_(dk, call.cos, call.sin)
     if kept.unnormed is not None and parts.q_norm is not None and parts.k_norm is not None:
