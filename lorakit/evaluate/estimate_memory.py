@@ -10,7 +10,8 @@ What a layer keeps for its backward, in numbers per token (``infer/fused/layer.p
 x, x₂           2 d
 q, k, v         q + 2 kv, as the attention reads them
 normed heads    q + kv more, as they were before their norms
-attention       2 q: each segment's output, and all of them joined
+attention       2 q: each segment's output, and all of them joined; of short examples on a CPU,
+                which are computed together, q and their probabilities, all with padding
 gate, up        2 f; not with ``recompute="mlp"``
 A x             r of each adapted linear
 four norms      2 d more: what came before the norms behind
@@ -31,6 +32,7 @@ from typing import Literal
 
 from lorakit.evaluate.estimate_shape import AdapterShape, ModelShape
 from lorakit.infer.chunked_loss import chunk_rows, stretches
+from lorakit.infer.fused.attention import go_together
 
 Recompute = Literal["none", "mlp", "layers", "offload"]
 
@@ -70,6 +72,8 @@ class Part:
     squares: int = 0
     """Sum of the squared lengths of its examples, for the attention."""
     examples: int = 1
+    longest: int = 0
+    """Tokens of the longest of them; 0: as long as examples that are not computed together."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ def kept_bytes(model: ModelShape, adapter: AdapterShape, setting: Setting, part:
         if setting.recompute != "none":  # the plain path knows all or nothing
             each = model.hidden
         return model.num_layers * each * N * size + _scores(model, part)
-    behind_attention, rest = _fused_kept(model, adapter, setting)
+    behind_attention, rest = _fused_kept(model, adapter, setting, part)
     # behind the last layer's attention only the supervised positions go on
     per_layer = (behind_attention + rest) * N * size
     last = (rest * N + behind_attention * part.supervised) * size
@@ -202,12 +206,19 @@ def plain_reason(model: ModelShape, adapter: AdapterShape) -> str | None:
     return model.plain_reason or adapter.plain_reason
 
 
-def _fused_kept(model: ModelShape, adapter: AdapterShape, setting: Setting) -> tuple[int, int]:
+def _fused_kept(
+    model: ModelShape, adapter: AdapterShape, setting: Setting, part: Part
+) -> tuple[int, int]:
     """Numbers per token of one layer: behind the attention, and up to it."""
     d, q, kv, f = model.hidden, model.query, model.key_value, model.mlp
     wide = _precise(setting)
     hidden = _ranks_per_layer(model, adapter) * wide
-    rest = d + wide * (q + 2 * kv + 2 * q) + hidden // 2
+    heads, beside = q + 2 * kv, q
+    of_each = q // model.heads
+    if setting.device == "cpu" and go_together(part.tokens, part.examples, part.longest, of_each):
+        padded = part.examples * part.longest / part.tokens
+        heads, beside = int(padded * heads), int(padded * part.longest * model.heads)
+    rest = d + wide * (heads + q + beside) + hidden // 2
     rest += q if wide > 1 else 0  # the attention once more, as the linear behind it reads it
     rest += q + kv if model.qk_norm else 0
     behind = d + 2 * f + hidden - hidden // 2
@@ -276,7 +287,7 @@ def _layer(model: ModelShape, adapter: AdapterShape, setting: Setting, part: Par
         if plain_reason(model, adapter) is not None:
             numbers += _plain_kept(model, adapter)
         else:
-            numbers += sum(_fused_kept(model, adapter, Setting(recompute="none")))
+            numbers += sum(_fused_kept(model, adapter, Setting(recompute="none"), part))
     dense = 0
     if setting.quantize is not None:  # unpacked for the moment, with a copy on the way
         dense = 2 * max(one.d_in * one.d_out for one in model.linears) * setting.itemsize

@@ -369,6 +369,7 @@ def _part(lengths: np.ndarray, supervised: np.ndarray, rows: list[int]) -> Part:
         supervised=int(supervised[rows].sum()),
         squares=int((mine.astype(np.int64) ** 2).sum()),
         examples=len(rows),
+        longest=int(mine.max()),
     )
 
 

@@ -23,6 +23,7 @@ from lorakit.evaluate.estimate_memory import (
 from lorakit.evaluate.estimate_shape import adapter_shape, full_shape, model_shape
 from lorakit.evaluate.estimate_time import step_time
 from lorakit.infer import PackedModel
+from lorakit.infer.fused import attention
 from lorakit.layers import attach
 
 SIZES = {
@@ -137,6 +138,10 @@ class _Kept:
         elif dataclasses.is_dataclass(value):
             for field in dataclasses.fields(value):
                 self.add(getattr(value, field.name))
+        elif isinstance(value, (attention._OneByOne, attention._Together)):
+            for own in vars(value).values():
+                if not dataclasses.is_dataclass(own):  # where tokens stand is left out of the count
+                    self.add(own)
 
     def graph(self, node):
         if node is None or node in self.nodes:
@@ -154,14 +159,14 @@ class _Kept:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layers"])
+@pytest.mark.parametrize("lengths", [(120, 80), (14, 16, 11, 16)])
 @pytest.mark.parametrize("make", [llama, qwen])
-def test_activations_are_what_the_fused_layers_hold(make, recompute, dtype):
+def test_activations_are_what_the_fused_layers_hold(make, lengths, recompute, dtype):
     """The count of tensors, against the storages that the graph of a real forward reaches."""
     model = make("cpu").to(dtype)
     handle = attach(model, LoRASpec(rank=8), "a", trainable=True)
     packed = PackedModel(model, handle, recompute=recompute)
     assert packed.fused is not None
-    lengths = (120, 80)
     ids = torch.arange(sum(lengths)) % 90
     rows = torch.arange(sum(lengths) - 1)
     hidden = {}
@@ -183,7 +188,9 @@ def test_activations_are_what_the_fused_layers_hold(make, recompute, dtype):
         shape,
         adapter,
         Setting(recompute=recompute, itemsize=dtype.itemsize),
-        Part(sum(lengths), len(rows), sum(n * n for n in lengths), len(lengths)),
+        Part(
+            sum(lengths), len(rows), sum(n * n for n in lengths), len(lengths), longest=max(lengths)
+        ),
     )
     final = len(rows) * shape.hidden * 4  # the final norm's float32 input belongs to no layer
     # positions, indices and the norms' sums are left out of the count

@@ -66,21 +66,24 @@ def attend(
     # the dtype of the computation from here on, so that there is one copy of them
     computed = computed_in(heads[0], softcap)
     q, k, v = (t.detach().to(computed) for t in heads)
-    if softcap is None and prefixes is None and _go_together(q, segments):
-        return _Together(q, k, v, segments.lengths, scaling)
+    lengths, masks = segments.lengths, segments.masks
+    causal = softcap is None and prefixes is None and all(mask is None for mask in masks)
+    if (
+        q.is_cpu
+        and causal
+        and go_together(len(q), len(lengths), max(lengths, default=0), q.shape[-1])
+    ):
+        return _Together(q, k, v, lengths, scaling)
     return _OneByOne(module, (q, k, v), segments, scaling, softcap, prefixes, fronts, keep)
 
 
-def _go_together(q: Tensor, segments: Segments) -> bool:
-    """Whether segments are many, short and alike. P is then at most twice as large as q."""
-    longest, count = max(segments.lengths, default=0), len(segments.lengths)
-    return (
-        q.is_cpu
-        and count > 1
-        and 0 < longest <= 2 * q.shape[-1]
-        and count * longest <= _PADDING * len(q)
-        and all(mask is None for mask in segments.masks)
-    )
+def go_together(tokens: int, segments: int, longest: int, head_dim: int) -> bool:
+    """Whether segments that are plainly causal are many, short and alike.
+
+    P is then at most twice as large as q, but for the padding.
+    """
+    alike = segments * longest <= _PADDING * tokens
+    return segments > 1 and 0 < longest <= 2 * head_dim and alike
 
 
 class _OneByOne:
