@@ -35,6 +35,9 @@ _KEPT = {"adamw": 2.0, "adamw8bit": 0.51, "paged-adamw8bit": 0.51, "sgd": 0.0}
 #: of the coming steps, how many are searched for the largest forward
 _STEPS_LOOKED_AT = 5000
 
+#: numbers of a gradient whose length is computed in one piece
+_PIECE = 4096
+
 
 @dataclass(frozen=True)
 class Window:
@@ -247,7 +250,7 @@ class Job:
 
     def gradient_norm(self) -> float:
         """L2 norm of the accumulated gradient; not finite if any of its values is."""
-        return float(torch.linalg.vector_norm(self.collect_gradient()))
+        return _length(self.collect_gradient())
 
     # --- a step ----------------------------------------------------------------------------
 
@@ -503,6 +506,14 @@ def _parameter_groups(
         {"params": [torch.nn.Parameter(flat.detach()[begin:end])], "factor": factor}
         for factor, (begin, end) in stretches.items()
     ]
+
+
+def _length(flat: Tensor) -> float:
+    """L2 norm of [P]. By pieces: PyTorch gives a vector to one thread, and its float32 sum of
+    millions of squares is less exact."""
+    whole = len(flat) // _PIECE * _PIECE
+    pieces = torch.linalg.vector_norm(flat[:whole].view(-1, _PIECE), dim=1)
+    return float(torch.linalg.vector_norm(torch.cat([pieces, flat[whole:]])))
 
 
 def _largest(tensor: Tensor) -> float:

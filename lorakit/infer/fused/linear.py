@@ -107,6 +107,16 @@ class _Run:
         return _in(torch.cat(self.factors) if self._together is None else self._together, dtype)
 
 
+class _Share(NamedTuple):
+    """A part, and where the group finds what it reads."""
+
+    run: int
+    member: int
+    part: Part
+    Bt: Tensor
+    """[r, d_out], its B."""
+
+
 class Group:
     """Linears that share an input.
 
@@ -119,6 +129,12 @@ class Group:
         self.linears = tuple(linears)
         self.keys = keys
         self.runs = self._stacked()
+        self._cuts = _cuts([run.rows for run in self.runs])
+        self._shares: list[list[_Share]] = [[] for _ in self.linears]
+        with torch.no_grad():
+            for i, run in enumerate(self.runs):
+                for j, (which, part) in enumerate(run.members):
+                    self._shares[which].append(_Share(i, j, part, part.B.t()))
 
     @property
     def trained(self) -> bool:
@@ -164,10 +180,15 @@ class Group:
         """
         computed = self._computed(x)
         read = _in(x, computed) if self.runs else x
-        hidden = [F.linear(self._input(read, run), run.a(computed)) for run in self.runs]
-        del read  # before the outputs are there too
+        inputs = self._of_runs(read)
+        hidden = [
+            F.linear(self._dropped(rows, run), run.a(computed))
+            for run, rows in zip(self.runs, inputs, strict=True)
+        ]
+        del read, inputs  # before the outputs are there too
+        columns = [run.columns(h) for run, h in zip(self.runs, hidden, strict=True)]
         outputs = []
-        for linear, shares in zip(self.linears, self._shares(hidden), strict=True):
+        for linear, shares in zip(self.linears, self._shares, strict=True):
             if onto is None:
                 y = F.linear(x, linear.weight(), linear.bias)
             else:
@@ -175,11 +196,7 @@ class Group:
                 y = y if linear.bias is None else y.add_(linear.bias)
             if shares:  # what changes nothing leaves it as it is, whatever it is computed in
                 y = _in(y, computed)
-            for run, part, own in shares:
-                rows = y[run.rows]
-                rows.addmm_(own, _in(part.B, computed).t(), alpha=part.factor)
-                if part.bias is not None:
-                    rows.add_(_in(part.bias, computed), alpha=part.factor)
+                self._adapt(self._of_runs(y), shares, columns)
             outputs.append(_in(y, x.dtype))
         return outputs, hidden
 
@@ -211,25 +228,44 @@ class Group:
                 else:
                     dx.add_(dy @ weight)
         dhs = [torch.empty_like(h) for h in hidden]
-        through_b: dict[_Run, list[Tensor | None]] = {run: [] for run in self.runs}
-        shares = zip(self._shares(hidden), self._shares(dhs), strict=True)
-        for dy, (reading, into) in zip(douts, shares, strict=True):
-            dy = _in(dy, computed) if reading else dy  # once, not for each run's rows
-            for (run, part, own), (_, _, dh) in zip(reading, into, strict=True):
-                through_b[run] += self._through_b(part, dy[run.rows], own, dh)
+        columns = [run.columns(h) for run, h in zip(self.runs, hidden, strict=True)]
+        into = [run.columns(dh) for run, dh in zip(self.runs, dhs, strict=True)]
+        through_b: list[list[Tensor | None]] = [[] for _ in self.runs]
+        for dy, shares in zip(douts, self._shares, strict=True):
+            if not shares:
+                continue
+            rows = self._of_runs(_in(dy, computed))
+            for i, j, part, _ in shares:
+                through_b[i] += self._through_b(part, rows[i], columns[i][j], into[i][j])
         x = _in(x, computed) if any(run.trained for run in self.runs) else x
+        inputs = self._of_runs(x)
+        onto = [None] * len(self.runs) if dx is None else self._of_runs(dx)
         gradients: list[Tensor | None] = []
-        for run, dh in zip(self.runs, dhs, strict=True):
-            gradients += self._through_a(run, dh, x, dx, through_b[run])
+        for run, dh, rows_x, rows_dx, of_b in zip(
+            self.runs, dhs, inputs, onto, through_b, strict=True
+        ):
+            gradients += self._through_a(run, dh, rows_x, rows_dx, of_b)
         return None if dx is None else _in(dx, dtype), gradients
 
-    def _shares(self, hidden: Sequence[Tensor]) -> list[list[tuple[_Run, Part, Tensor]]]:
-        """Of each linear, the parts that adapt it, with their columns of the runs' hidden."""
-        found: list[list[tuple[_Run, Part, Tensor]]] = [[] for _ in self.linears]
-        for run, h in zip(self.runs, hidden, strict=True):
-            for (which, part), own in zip(run.members, run.columns(h), strict=True):
-                found[which].append((run, part, own))
-        return found
+    def _of_runs(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Each run's rows of a tensor [N, …], in its memory."""
+        if self._cuts is None:
+            return [tensor[run.rows] for run in self.runs]
+        sizes, which = self._cuts
+        # all views in one call: of many adapters they are many
+        parts = torch.split_with_sizes(tensor, [*sizes, len(tensor) - sum(sizes)])
+        return [parts[i] for i in which]
+
+    @staticmethod
+    def _adapt(
+        rows: Sequence[Tensor], shares: Sequence[_Share], columns: Sequence[Sequence[Tensor]]
+    ) -> None:
+        """Add to the runs' rows of a linear's output what its parts change."""
+        for i, j, part, Bt in shares:
+            y = rows[i]
+            y.addmm_(columns[i][j], _in(Bt, y.dtype), alpha=part.factor)
+            if part.bias is not None:
+                y.add_(_in(part.bias, y.dtype), alpha=part.factor)
 
     def _computed(self, x: Tensor) -> torch.dtype:
         """What the low-rank products are computed in."""
@@ -255,22 +291,22 @@ class Group:
         dx: Tensor | None,
         through_b: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        """Add the input's gradient to dx; gives those of a run's parameters that have no place."""
+        """Add the input's gradient to dx; gives those of a run's parameters that have no place.
+
+        Args:
+            x: the run's rows of the input; ``dx`` alike.
+        """
         gradients: list[Tensor | None] = [None] * len(run.homeless)
         if run.trained:
-            through_a = gradient_products(run.factors, dh, self._input(x, run))
+            through_a = gradient_products(run.factors, dh, self._dropped(x, run))
             gradients = [one for one in (*through_a, *through_b) if one is not None]
         if dx is not None:
             A = run.a(dh.dtype)
             if run.dropout and self.keys is not None:
-                dx[run.rows] += self._dropped(dh @ A, run)
+                dx += self._dropped(dh @ A, run)
             else:
-                dx[run.rows].addmm_(dh, A)
+                dx.addmm_(dh, A)
         return gradients
-
-    def _input(self, x: Tensor, run: _Run) -> Tensor:
-        """What the A's of a run read: its rows of x, dropped."""
-        return self._dropped(x[run.rows], run)
 
     def _dropped(self, x: Tensor, run: _Run) -> Tensor:
         """Dropout with the run's mask; it is linear, so the backward applies it too."""
@@ -289,6 +325,24 @@ class Group:
                 key = (part.name, part.start, part.stop, part.trained, which if alone else None)
                 runs.setdefault(key, []).append((which, part))
         return [_Run(parts) for parts in runs.values()]
+
+
+def _cuts(rows: Sequence[slice]) -> tuple[list[int], list[int]] | None:
+    """Sizes of the stretches of rows up to the last one, and which of them each one is.
+
+    ``None`` if some overlap.
+    """
+    sizes: list[int] = []
+    number: dict[tuple[int, int], int] = {}
+    end = 0
+    for start, stop in sorted({(one.start, one.stop) for one in rows}):
+        if start < end:
+            return None
+        sizes.append(start - end)
+        number[start, stop] = len(sizes)
+        sizes.append(stop - start)
+        end = stop
+    return sizes, [number[one.start, one.stop] for one in rows]
 
 
 def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:

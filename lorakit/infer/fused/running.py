@@ -20,6 +20,9 @@ from lorakit.layers.prefix import stretches
 from lorakit.layers.routing import Plan
 from lorakit.layers.site import SiteForward
 
+#: of a layer: q, k and v; o; gate and up; down
+Groups = tuple[Group, Group, Group, Group]
+
 
 class FusedBody:
     """The decoder layers of a model's body.
@@ -72,13 +75,15 @@ class FusedBody:
             rows: int64 [S], the tokens that the last layer gives on; ``None``: all.
         """
         last = len(self.layers) - 1
+        prepared = _Prepared(self)
         before = [layer.__dict__.get("forward") for layer in self.layers]
         with contextlib.ExitStack() as stack:
             for i, layer in enumerate(self.layers):
                 stack.enter_context(_without_checkpointing(layer))
                 if before[i] is None:
                     stack.callback(layer.__dict__.pop, "forward", None)
-                    layer.__dict__["forward"] = _Running(self, i, rows if i == last else None)
+                    only = rows if i == last else None
+                    layer.__dict__["forward"] = _Running(self, i, only, prepared)
             yield
 
     @property
@@ -90,8 +95,10 @@ class FusedBody:
 class _Running:
     """Stands in for a layer's forward."""
 
-    def __init__(self, owner: FusedBody, index: int, rows: Tensor | None) -> None:
-        self._owner, self._index, self._rows = owner, index, rows
+    def __init__(
+        self, owner: FusedBody, index: int, rows: Tensor | None, prepared: _Prepared
+    ) -> None:
+        self._owner, self._index, self._rows, self._prepared = owner, index, rows, prepared
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         owner = self._owner
@@ -141,20 +148,10 @@ class _Running:
     ) -> Call | str:
         """How this forward goes through the layer, or why it cannot."""
         count = hidden.shape[1]
-        reason = _trained_whole(self._owner.layers[self._index], anatomy)
-        if reason is not None:
-            return reason
-        linears: dict[int, Linear] = {}
-        keys: Tensor | None = None
-        for module in anatomy.linears:
-            found, keys = _linear(module, hidden, keys)
-            if isinstance(found, str):
-                return found
-            linears[id(module)] = found
-        qkv, o, gate_up, down = (
-            Group([linears[id(m)] for m in members], keys)
-            for members in (anatomy.qkv, (anatomy.o,), anatomy.gate_up, (anatomy.down,))
-        )
+        groups = self._prepared.groups(self._index, hidden)
+        if isinstance(groups, str):
+            return groups
+        qkv, o, gate_up, down = groups
         if self._rows is not None:
             o, gate_up, down = (group.rows(self._rows, count) for group in (o, gate_up, down))
         cos, sin = rope
@@ -171,6 +168,46 @@ class _Running:
             recompute=self._owner.recompute,
             prefixes=stretches(anatomy.attention, segments.lengths),
         )
+
+
+class _Prepared:
+    """Who adapts which linear in one forward.
+
+    It is found for all layers at once, when the first of them asks. Between two layers their large
+    products drive this code out of the processor's caches, and it would take four times as long.
+    """
+
+    def __init__(self, owner: FusedBody) -> None:
+        self._owner = owner
+        self._found: dict[tuple[object, ...], list[Groups | str]] = {}
+
+    def groups(self, index: int, hidden: Tensor) -> Groups | str:
+        """The linears of a layer that gets ``hidden`` [1, N, d], or why it cannot be fused."""
+        key = (hidden.shape[1], hidden.dtype, hidden.device)
+        if key not in self._found:
+            layers = zip(self._owner.layers, self._owner._anatomies, strict=True)
+            self._found[key] = [_groups(layer, anatomy, hidden) for layer, anatomy in layers]
+        return self._found[key][index]
+
+
+def _groups(layer: nn.Module, anatomy: Anatomy | str, hidden: Tensor) -> Groups | str:
+    if isinstance(anatomy, str):
+        return anatomy
+    reason = _trained_whole(layer, anatomy)
+    if reason is not None:
+        return reason
+    linears: dict[int, Linear] = {}
+    keys: Tensor | None = None
+    for module in anatomy.linears:
+        found, keys = _linear(module, hidden, keys)
+        if isinstance(found, str):
+            return found
+        linears[id(module)] = found
+    qkv, o, gate_up, down = (
+        Group([linears[id(module)] for module in members], keys)
+        for members in (anatomy.qkv, (anatomy.o,), anatomy.gate_up, (anatomy.down,))
+    )
+    return qkv, o, gate_up, down
 
 
 def _trained_whole(layer: nn.Module, anatomy: Anatomy) -> str | None:
