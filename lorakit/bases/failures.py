@@ -132,10 +132,11 @@ def _damaged_weights(folder: Path) -> str | None:
             + "; ".join(problems)
             + ". Download or copy them again."
         )
-    return _missing_shards(folder)
+    return missing_shards(folder)
 
 
-def _missing_shards(folder: Path) -> str | None:
+def missing_shards(folder: Path) -> str | None:
+    """Name the weight files that an index names and that are not there."""
     missing = []
     for index in folder.glob("*.index.json"):
         named = set(re.findall(r':\s*"([^"/]+\.(?:safetensors|bin))"', index.read_text("utf-8")))

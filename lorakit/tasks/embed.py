@@ -73,6 +73,7 @@ class Embed(RowKind):
     peft_type: ClassVar[str | None] = "FEATURE_EXTRACTION"
     base_task: ClassVar[BaseTask] = "features"
     beside_config: ClassVar[str | None] = "1_Pooling/config.json"
+    without_it: ClassVar[str] = "the vector is taken to be the mean over the tokens"
     fields: ClassVar[Fields] = Fields(
         {
             "anchor": ("anchor", "query", "question", "sentence1", "premise"),

@@ -46,6 +46,8 @@ class RowKind:
     """Why it has no answer to a prompt of ``generate``; ``None`` where it has."""
     beside_config: ClassVar[str | None] = None
     """A small file of the base that :meth:`fitted` reads in the config's ``_folder``."""
+    without_it: ClassVar[str] = ""
+    """What is assumed where that file cannot be had."""
 
     def settings(self) -> Mapping[str, Any]:
         """As run.yaml and the adapter's file keep them."""

@@ -463,10 +463,10 @@ def test_one_file_of_the_hub(monkeypatch, tmp_path) -> None:
     import huggingface_hub
     from huggingface_hub import errors
 
-    def answer(hub_id, name, *, revision, local_files_only):
-        assert (hub_id, revision, local_files_only) == ("owner/x", "v1", False)
-        if name == "there/it.is":
-            return str(tmp_path / name)
+    def answer(*, repo_id, filename, revision, local_files_only):
+        assert (repo_id, revision, local_files_only) == ("owner/x", "v1", False)
+        if filename == "there/it.is":
+            return str(tmp_path / filename)
         raise errors.EntryNotFoundError("404")
 
     monkeypatch.setattr(fetch, "is_reachable", lambda *_: True)
@@ -474,6 +474,32 @@ def test_one_file_of_the_hub(monkeypatch, tmp_path) -> None:
     source = find_source("owner/x@v1")
     assert fetch.fetch_file(source, "there/it.is") == tmp_path / "there" / "it.is"
     assert fetch.fetch_file(source, "not/there") is None
+
+
+@pytest.mark.parametrize(
+    ("reached", "error", "message"),
+    [
+        (True, BaseError, r"there/it\.is of owner/x .* did not give it: 503 .*\nTry again later"),
+        (False, fetch.NotCachedError, r"there/it\.is of owner/x .* the hub is not reached"),
+    ],
+)
+def test_a_file_of_the_hub_of_which_nothing_is_known(monkeypatch, reached, error, message) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def answer(**_):
+        if reached:
+            raise errors.LocalEntryNotFoundError("not cached") from OSError("503 Service")
+        raise errors.LocalEntryNotFoundError("not cached")
+
+    monkeypatch.setattr(fetch, "is_reachable", lambda *_: reached)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", answer)
+    source = find_source("owner/x")
+    with pytest.raises(error, match=message):
+        fetch.fetch_file(source, "there/it.is")
+    absent = huggingface_hub._CACHED_NO_EXIST  # the hub said so before
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda **_: absent)
+    assert fetch.fetch_file(source, "there/it.is") is None
 
 
 @pytest.mark.parametrize(("reason", "reached"), [("ReadTimeout", True), ("ConnectTimeout", False)])
@@ -489,6 +515,37 @@ def test_a_hub_that_is_slow_is_not_one_that_is_not_there(monkeypatch, reason, re
 
     monkeypatch.setattr(fetch, "_asked", {})
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", slow)
+    assert fetch.is_reachable("owner/x", None) == reached
+
+
+@pytest.mark.parametrize(
+    ("files", "reached"),
+    [
+        (["config.json", "model.safetensors"], False),
+        (["config.json"], True),
+        (["config.json", "model.safetensors.index.json", "model-1.safetensors"], True),
+        (["model_index.json", "unet/config.json", "vae/config.json"], False),
+        (["model_index.json", "unet/config.json"], True),
+    ],
+)
+def test_of_a_slow_hub_what_is_cached_is_not_asked(monkeypatch, tmp_path, files, reached) -> None:
+    import huggingface_hub
+
+    texts = {
+        "model_index.json": '{"_class_name": "P", "unet": ["diffusers", "U"], "vae": ["d", "V"]}',
+        "model.safetensors.index.json": '{"a": "model-1.safetensors", "b": "model-2.safetensors"}',
+    }
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(texts.get(name, "{}"))
+
+    def slow(*_, **__):
+        raise type("ReadTimeout", (Exception,), {})("after ten seconds")
+
+    monkeypatch.setattr(fetch, "_asked", {})
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", slow)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     assert fetch.is_reachable("owner/x", None) == reached
 
 

@@ -283,6 +283,21 @@ def test_a_head_that_names_no_classes(benches):
     assert kind.for_adapter(embedding, "theirs") == (kind, [])
 
 
+def test_an_unknown_pooling_of_a_base_on_the_hub_is_said(monkeypatch, capsys):
+    from lorakit.bases import config, fetch
+    from lorakit.cli.tasks.choosing import kind_for
+
+    def offline(*_):
+        raise fetch.NotCachedError("1_Pooling/config.json of it is not cached, and so on.")
+
+    monkeypatch.setattr(config, "read_config", lambda _: {"model_type": "bert"})
+    monkeypatch.setattr(fetch, "fetch_file", offline)
+    options = SimpleNamespace(base="owner/encoder", revision=None, language=None)
+    assert kind_for(options, "embed", None).pooling == "mean"
+    said = capsys.readouterr().err
+    assert "is not cached, and so on, so the vector is taken to be the mean over" in said
+
+
 @pytest.mark.parametrize(("told", "pooling"), [("cls", "cls"), (None, "mean")])
 def test_the_pooling_of_a_base_on_the_hub(monkeypatch, tmp_path, told, pooling):
     from lorakit.bases import config, fetch

@@ -169,7 +169,7 @@ def kind_for(
         InputError: adapters that know different labels; or nothing tells the labels.
     """
     from lorakit.bases.config import read_config
-    from lorakit.bases.fetch import fetch_file
+    from lorakit.bases.fetch import NotCachedError, fetch_file
     from lorakit.bases.source import find_source
     from lorakit.tasks.registry import row_kind
 
@@ -193,7 +193,12 @@ def kind_for(
     if source.kind == "folder":
         config["_folder"] = source.location
     elif source.kind == "hub" and kind.beside_config is not None:
-        path = fetch_file(source, kind.beside_config)
+        try:
+            path = fetch_file(source, kind.beside_config)
+        except NotCachedError as error:
+            path = None
+            if not getattr(options, "quiet", False):
+                say(f"note: {str(error)[:-1]}, so {kind.without_it}")
         config["_folder"] = "" if path is None else str(path.parents[kind.beside_config.count("/")])
     kind = kind.from_base(config, options.base) if spec is None else kind.fitted(spec, config)
     for name, adapter in (adapters or {}).items():
