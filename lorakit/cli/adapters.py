@@ -237,16 +237,26 @@ def mixes_of(adapters: Sequence[AdapterArgument], *, blend: bool) -> dict[str, A
     return {" + ".join(f"{weight:g}·{name}" for name, weight in mix.items()): mix}
 
 
-def check_not_merged(base: str, adapters: Mapping[str, Adapter], *, allow_other: bool) -> None:
+def check_not_merged(
+    base: str,
+    adapters: Mapping[str, Adapter],
+    *,
+    allow_other: bool,
+    weights: Mapping[str, float] | None = None,
+) -> None:
     """Refuse adapters that are in this base already: what they learnt would act twice.
+
+    Args:
+        weights: with which they are to act, by default 1; one of the other sign takes them out.
 
     Raises:
         BaseError: one is.
     """
-    from lorakit.workflows.merge.folder import is_merged_already
+    from lorakit.workflows.merge.folder import merged_weight
 
     for name, adapter in adapters.items():
-        if not allow_other and is_merged_already(base, adapter):
+        weight = 1.0 if weights is None else weights[name]
+        if not allow_other and merged_weight(base, adapter) * weight > 0:
             raise BaseError(
                 f"adapter {name} was merged into {base} already, where it would act twice. Use "
                 "that base without it, or the one that it was trained on (--allow-other-base uses "

@@ -20,7 +20,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.adapters import ADAPTER_HELP, adapter_path, use_tokenizer
+from lorakit.cli.adapters import ADAPTER_HELP, adapter_path, check_not_merged, use_tokenizer
 from lorakit.cli.bases import add_base_arguments, load_base_from
 from lorakit.cli.flags import positive_int, probability
 from lorakit.cli.output import add_json_argument, console, emit_json, say
@@ -155,6 +155,7 @@ def _search(options: argparse.Namespace, adapter: Adapter) -> Search:
     from lorakit.data import load_data
     from lorakit.workflows.until_loss import compress_until_loss
 
+    check_not_merged(options.base, {options.adapter: adapter}, allow_other=options.allow_other_base)
     base = load_base_from(options)
     use_tokenizer(base, {"adapter": adapter})
     for note in check_base(adapter, base.identity, allow_other=options.allow_other_base):

@@ -97,8 +97,8 @@ def run(options: argparse.Namespace) -> int:
     if options.data and not options.verify:
         raise InputError("--data is the text of the check, which --no-verify leaves out")
     named = load_adapters(options.adapter)
-    check_not_merged(options.base, named, allow_other=options.allow_other_base)
     weights = {one.name: 1.0 if one.weight is None else one.weight for one in options.adapter}
+    check_not_merged(options.base, named, allow_other=options.allow_other_base, weights=weights)
     facts = _WRITERS[options.to](options, named, weights)
     if options.json:
         emit_json(facts)

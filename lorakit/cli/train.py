@@ -278,7 +278,6 @@ def trainer_on(
     from functools import partial
 
     from lorakit.bases import load_base
-    from lorakit.formats import load_adapter
     from lorakit.train import Origin, Trainer
     from lorakit.workflows.calibrate import calibrate
 
@@ -295,9 +294,7 @@ def trainer_on(
         data=data_spec(options),
         validation=None if options.valid is None else data_spec(options, options.valid),
     )
-    start: Adapter | None = None
-    if options.start is not None:
-        start = with_flags(load_adapter(adapter_path(options.start)), options)
+    start = None if options.start is None else started_from(options)
     data, validation = origin.load_data(base), origin.load_validation(base)
     if say:
         _say(options, *data.report.lines())
@@ -354,14 +351,19 @@ def _resume_exactly(options: argparse.Namespace, out: str, world: World) -> RunR
     )
 
 
-def with_flags(adapter: Adapter, options: argparse.Namespace) -> Adapter:
+def started_from(options: argparse.Namespace) -> Adapter:
     """The adapter of ``--from``; flags may repeat its settings, and change only the dropout.
 
     Raises:
+        BaseError: it was merged into the base.
         SpecError: a flag contradicts what the adapter is.
     """
+    from lorakit.cli.adapters import check_not_merged
     from lorakit.core.spec import LoRASpec
+    from lorakit.formats import load_adapter
 
+    adapter = load_adapter(adapter_path(options.start))
+    check_not_merged(options.base, {options.start: adapter}, allow_other=options.allow_other_base)
     given = given_of(options, LoRASpec)
     problems = [
         f"--{name.replace('_', '-')} {value}: the adapter has {getattr(adapter.spec, name)}"

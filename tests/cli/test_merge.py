@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -72,11 +73,38 @@ def test_what_is_merged_already_is_not_used_again(base, adapter, tmp_path, capfd
     assert main(["merge", "--base", str(base), *arguments, out]) == 0
     again = ["merge", "--base", out, *arguments, str(tmp_path / "two")]
     asking = ["generate", "--base", out, "--adapter", ref, "--prompt", "a", "--format", "plain"]
-    for command in (again, asking):
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "a b", "completion": "c d e"}\n' * 3)
+    rows = ["--data", str(data), "--format", "plain"]
+    training = ["train", "--base", out, "--from", ref, *rows, "--out", str(tmp_path / "run")]
+    measured = ["compress", ref, "--until-loss", "0.1", "--base", out, *rows]
+    measured += ["--out", str(tmp_path / "smaller")]
+    for command in (again, asking, training, measured):
         capfd.readouterr()
         assert main(command) == 2
-        assert f"adapter a was merged into {out} already" in capfd.readouterr().err
+        assert f"was merged into {out} already" in capfd.readouterr().err
     assert main([*again, "--allow-other-base"]) == 0
+
+
+def test_an_adapter_is_told_of_a_merge_after_another_and_can_be_taken_out(
+    base, adapter, tmp_path, capfd
+):
+    ref = save(adapter, tmp_path)
+    weaker = {path: dataclasses.replace(site, A=site.A / 2) for path, site in adapter.sites.items()}
+    other = save(adapter.with_(sites=weaker), tmp_path, name="other")
+    one, two, three = (str(tmp_path / name) for name in ("one", "two", "three"))
+    assert main(["merge", "--base", str(base), "--adapter", ref, "--out", one]) == 0
+    assert main(["merge", "--base", one, "--adapter", other, "--out", two]) == 0
+    capfd.readouterr()
+    again = ["merge", "--base", two, "--adapter", ref, "--out", three]
+    assert main(again) == 2
+    assert f"was merged into {two} already" in capfd.readouterr().err
+    again[4] = f"{ref}=-1"
+    assert main(again) == 0
+    capfd.readouterr()
+    asking = ["generate", "--base", three, "--prompt", "a", "--format", "plain"]
+    assert main([*asking, "--adapter", ref]) == 0
+    assert main([*asking, "--adapter", other]) == 2
 
 
 def test_without_a_tokenizer_the_note_names_no_folder_that_is_gone(base, adapter, tmp_path, capfd):

@@ -6,14 +6,12 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorakit.cli.adapters import adapter_path
 from lorakit.cli.bases import load_base_from
 from lorakit.cli.output import say
 from lorakit.cli.tasks.choosing import OF_CAUSAL, kind_for, refuse, row_spec
 from lorakit.errors import SpecError
 
 if TYPE_CHECKING:
-    from lorakit.core.adapter import Adapter
     from lorakit.train import Trainer
     from lorakit.train.distributed import World
 
@@ -24,7 +22,6 @@ def trainer_for(
     """A trainer as these flags say, of a task other than causal."""
     from lorakit.cli import train
     from lorakit.core.spec import LoRASpec
-    from lorakit.formats import load_adapter
     from lorakit.train import Origin, Trainer
 
     refuse(
@@ -44,9 +41,7 @@ def trainer_for(
     tell(f"Task: {task} ({why})")
     settings, what = train.settings_of(options), train.what_of(options)
     spec = row_spec(options)
-    start: Adapter | None = None
-    if options.start is not None:
-        start = train.with_flags(load_adapter(adapter_path(options.start)), options)
+    start = None if options.start is None else train.started_from(options)
     kind = kind_for(options, task, spec, None if start is None else {options.start: start})
     base = load_base_from(options, load=kind.load_base, quiet=options.quiet)
     if start is not None:

@@ -135,7 +135,7 @@ def merge_files(
     with building(folder) as temporary:
         shards = _write_shards(plan, temporary, dtype, compute_dtype, progress)
         copy_other_files(checkpoint.path, temporary, adapters, plan.untied, dtype)
-        write_record(temporary, source.name, adapters, plan.notes)
+        write_record(temporary, source.name, checkpoint.path, adapters, plan.notes)
         checked, worst = (0, 0.0)
         if verify:
             checked, worst = _check_written(plan, temporary, compute_dtype)

@@ -144,34 +144,53 @@ def _tokenizer_files(adapters: Sequence[Weighted]) -> dict[str, bytes]:
 
 
 def write_record(
-    folder: Path, base: str, adapters: Sequence[Weighted], notes: Sequence[str]
+    folder: Path, base: str, source: Path, adapters: Sequence[Weighted], notes: Sequence[str]
 ) -> None:
-    """Beside the model, what it was made of."""
+    """Beside the model, what it was made of: by adapter, its weight in all merges together.
+
+    Args:
+        base: its name.
+        source: where it lies; merges into it before this one are told there.
+    """
+    merged = _merged(source)
+    for adapter, weight in adapters:
+        digest = _digest(adapter)
+        merged[digest] = {
+            "weight": merged.get(digest, {}).get("weight", 0.0) + weight,
+            "sha256": digest,
+            "base": None if adapter.base is None else adapter.base.name,
+            "parameters": adapter.num_parameters,
+        }
     record = {
         "lorakit": lorakit.__version__,
         "base": base,
-        "adapters": [
-            {
-                "weight": weight,
-                "sha256": _digest(adapter),
-                "base": None if adapter.base is None else adapter.base.name,
-                "parameters": adapter.num_parameters,
-            }
-            for adapter, weight in adapters
-        ],
+        "adapters": [one for one in merged.values() if abs(one["weight"]) > 1e-12],
         "notes": list(notes),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def is_merged_already(base: str | os.PathLike[str], adapter: Adapter) -> bool:
-    """Whether a base is a folder into which this very adapter was merged."""
-    record = Path(base) / RECORD
-    if not record.is_file():
-        return False
-    told = read_json(record).get("adapters")
-    digests = [one.get("sha256") for one in told or () if isinstance(one, dict)]
-    return bool(digests) and _digest(adapter) in digests
+def merged_weight(base: str | os.PathLike[str], adapter: Adapter) -> float:
+    """With what weight this very adapter was merged into a base; 0.0 where nothing tells that it
+    was."""
+    merged = _merged(Path(base))
+    return (
+        float(merged[digest]["weight"])
+        if merged and (digest := _digest(adapter)) in merged
+        else 0.0
+    )
+
+
+def _merged(base: Path) -> dict[str, dict[str, Any]]:
+    """What the record in a folder says of each adapter, by its digest."""
+    told = read_json(base / RECORD).get("adapters")
+    return {
+        one["sha256"]: one
+        for one in (told if isinstance(told, list) else ())
+        if isinstance(one, dict)
+        and isinstance(one.get("sha256"), str)
+        and isinstance(one.get("weight"), int | float)
+    }
 
 
 def _digest(adapter: Adapter) -> str:

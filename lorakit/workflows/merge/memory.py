@@ -88,7 +88,7 @@ def merge_in_memory(
         for reader in filter(None, (loaded.tokenizer, loaded.processor)):
             reader.save_pretrained(temporary)
         copy_other_files(temporary, temporary, adapters, tied, None)
-        write_record(temporary, loaded.identity.name, adapters, notes)
+        write_record(temporary, loaded.identity.name, Path(loaded.ref), adapters, notes)
         before_end(temporary)
         written = open_checkpoint(temporary)
         size = sum(f.stat().st_size for f in temporary.rglob("*") if f.is_file())
