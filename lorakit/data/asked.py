@@ -57,7 +57,7 @@ def asked_in(values: Mapping[str, Any], where: str = "") -> str | Chat:
         column = columns.names["prompt"]
         value = values[column]
     else:
-        return checked_prompt(columns.asked(values), columns)
+        return checked_prompt(columns.asked(values), columns, "to ask it as text give --prompt")
     return Chat(listed(value, column), read_tools(values.get("tools")), where)
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorakit.data.dialects import holds_messages, looks_like_messages
+from lorakit.data.dialects import (
+    OTHER_ROLES,
+    ROLES,
+    decoded,
+    holds_messages,
+    looks_like_messages,
+    roles_in,
+)
 from lorakit.data.rows import RowError, shown
 from lorakit.data.spec import DataSpec, map_flag, turned
 from lorakit.data.template import Template, closest, parse_template
@@ -71,7 +79,8 @@ class Columns:
                 raise RowError("empty prompt", "the filled template is empty")
             return prompt, self.text(values, "completion")
         answer = "completion" if self.kind == "prompt/completion" else "output"
-        return checked_prompt(self.asked(values), self), self.text(values, answer)
+        prompt = checked_prompt(self.asked(values), self, self._as_text(values, answer))
+        return prompt, self.text(values, answer)
 
     def asked(self, values: Mapping[str, Any]) -> str:
         """The text that a row of kind prompt/completion or instruction asks, without a template.
@@ -87,6 +96,16 @@ class Columns:
         if more is not None and not (isinstance(more, str) and not more.strip()):
             prompt = f"{prompt}\n\n{self.text(values, 'input')}"
         return prompt
+
+    def _as_text(self, values: Mapping[str, Any], answer: str) -> str:
+        """How to learn a prompt as it stands."""
+        asking = [
+            self.names[one] for one in ("prompt", "instruction", "input") if one in self.names
+        ]
+        fields = " ".join(f"{{{column}}}" for column in asking if values.get(column))
+        given = f"to learn it as text give --template {shlex.quote(fields)}"
+        column = self.names[answer]
+        return given if column == "completion" else f"{given} {map_flag({'completion': column})}"
 
     def value(self, values: Mapping[str, Any], field: str) -> Any:
         """What a row holds for a field.
@@ -143,40 +162,50 @@ def checked_text(value: Any, where: str, field: str) -> str:
     return value
 
 
-def checked_prompt(text: str, columns: Columns) -> str:
+def checked_prompt(text: str, columns: Columns, as_text: str) -> str:
     """A prompt that is meant as text, if it does not look like messages.
+
+    Args:
+        as_text: what to do where it is meant so.
 
     Raises:
         RowError: it does, and is none or stands among texts.
     """
-    if columns.template is None and looks_like_messages(text):
-        column = columns.names.get("prompt", "prompt")
+    if looks_like_messages(text) or roles_in(text):
+        column = columns.names.get("prompt") or columns.names["instruction"]
         raise RowError(
             "a chat among texts",
-            f"column '{column}' looks like messages, and {_not_taken(text)}; to learn it as text "
-            f"give --template '{{{column}}}'",
+            f"column '{column}' looks like messages, and {_not_taken(text, columns)}; {as_text}",
         )
     return text
 
 
-def _not_taken(text: str) -> str:
+def _not_taken(text: str, columns: Columns) -> str:
+    if columns.kind == "instruction":
+        return "an instruction is a text (chats belong into a column prompt or messages)"
     if holds_messages(text):
         return "the first row has a text there; write all rows in one form"
+    unknown = [role for role in roles_in(text) if role not in {*ROLES, *OTHER_ROLES}]
+    if unknown:
+        return f"the role {shown(unknown[0])} is unknown; expected one of {', '.join(ROLES)}"
     return f"is no JSON list of them ({shown(text)}); write it with json.dumps"
 
 
 def asking_columns(values: Mapping[str, Any]) -> Columns:
-    """The columns of a row that ask, of those that are recognised; an answer need not be there.
+    """The columns of a row that ask: those that training would learn from, or others that are
+    recognised; an answer need not be there.
 
     Raises:
         RowError: there is none.
     """
-    for kind, known in _KNOWN:
-        asking = {field: known[field] for field in _ASKING if field in known}
-        if asking and all(values.get(column) is not None for column in asking.values()):
-            if kind == "instruction" and "input" in values:
-                asking["input"] = "input"
-            return Columns(kind, asking, ())
+    there = {column for column, value in values.items() if value is not None}
+    chats = {column for column in there & {*CHATS} if _holds_a_list(values[column])}
+    # what is no chat asks only where nothing else does: an error says what it is
+    for usable in (there - {*CHATS} | chats, there):
+        for whole in (True, False):
+            found = _asking(values, usable, whole=whole)
+            if found is not None:
+                return found
     has = ", ".join(map(str, values)) or "nothing"
     names = dict.fromkeys(
         known[field] for _, known in _KNOWN for field in _ASKING if field in known
@@ -185,6 +214,28 @@ def asking_columns(values: Mapping[str, Any]) -> Columns:
         "nothing that asks",
         f"it has no column that asks; it has {has}. Expected one of {', '.join(names)}",
     )
+
+
+def _asking(values: Mapping[str, Any], usable: set[str], *, whole: bool) -> Columns | None:
+    """The first columns that are recognised.
+
+    Args:
+        usable: those that may ask.
+        whole: only where all columns of their kind are there, as in training.
+    """
+    for kind, known in _KNOWN:
+        asking = {field: known[field] for field in _ASKING if field in known}
+        needed = known.values() if whole else ()
+        if asking and usable.issuperset(asking.values()) and all(one in values for one in needed):
+            if kind == "instruction" and "input" in values:
+                asking["input"] = "input"
+            return Columns(kind, asking, ())
+    return None
+
+
+def _holds_a_list(value: Any) -> bool:
+    found = decoded(value)
+    return isinstance(found, list) and bool(found)
 
 
 def find_columns(spec: DataSpec, first: Mapping[str, Any], where: str, notes: list[str]) -> Columns:

@@ -20,9 +20,15 @@ OTHER_ROLES = {
     "observation": "tool",
 }
 
+#: who speaks → what is said, as OpenAI and ShareGPT call them
+_KEYS = {"role": "content", "from": "value"}
+
 _NAMES = {*ROLES, *OTHER_ROLES}
 _BEGINS = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
 _SAYS_WHO = re.compile(rf"""['"](?:role|from)['"]\s*:\s*['"](?:{"|".join(sorted(_NAMES))})['"]""")
+#: the first object of a list as Python prints it, if nothing in it has braces
+_FIRST = re.compile(r"\s*\[\s*\{([^{}]*)\}")
+_WHO = re.compile(r"""['"](role|from)['"]\s*:\s*['"]([^'"]*)['"]""")
 
 
 def decoded(value: Any) -> Any:
@@ -52,5 +58,30 @@ def holds_messages(value: Any) -> bool:
 
 
 def looks_like_messages(text: str) -> bool:
-    """Whether a text begins as messages do in JSON or as Python prints them, whole or cut."""
+    """Whether a text begins as messages of known roles do, in JSON or as Python prints them, whole
+    or cut."""
     return bool(_BEGINS.match(text) and _SAYS_WHO.search(text))
+
+
+def roles_in(text: str) -> list[str]:
+    """Who speaks in a text that is a list of messages, in JSON or as Python prints it; any name is
+    a role, so what is said must stand there too. Empty for other texts."""
+    found = decoded(text)
+    if isinstance(found, list):
+        roles = [_speaker(one) for one in found]
+        return [role for role in roles if role is not None] if None not in roles else []
+    first = _FIRST.match(text)
+    who = _WHO.search(first[1]) if first else None
+    said = who and re.search(rf"""['"]{_KEYS[who[1]]}['"]\s*:""", first[1] if first else "")
+    return [who[2]] if who and said else []
+
+
+def _speaker(message: Any) -> str | None:
+    """Whose a message is, by the names of one dialect; ``None`` of what is no message."""
+    if not isinstance(message, Mapping):
+        return None
+    for who, what in _KEYS.items():
+        role = message.get(who)
+        if isinstance(role, str) and isinstance(message.get(what), str | list):
+            return role
+    return None

@@ -41,7 +41,7 @@ def read_halves(asked: tuple[str, Any], answered: tuple[str, Any]) -> list[Messa
     """The messages of one row that parts them, as TRL's conversational prompts and completions do.
 
     No turn of the prompt is one to learn, an earlier one of the assistant neither. A completion
-    that is text is one turn of the assistant; where the prompt is JSON, so may the completion be.
+    that is text is one turn of the assistant, unless it is messages in JSON.
 
     Args:
         asked: the column, and what it holds.
@@ -52,9 +52,8 @@ def read_halves(asked: tuple[str, Any], answered: tuple[str, Any]) -> list[Messa
     """
     column, value = answered
     before = [{**one, "weight": 0} for one in listed(asked[1], asked[0])]
-    as_json = isinstance(asked[1], str) and isinstance(value, str)
-    if isinstance(value, str) and not (as_json and holds_messages(value)):
-        if as_json and looks_like_messages(value):
+    if isinstance(value, str) and not holds_messages(value):
+        if looks_like_messages(value):
             raise RowError(
                 "a broken list of messages",
                 f"column '{column}' looks like messages, and is no JSON list of them "

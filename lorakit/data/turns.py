@@ -103,10 +103,7 @@ def _finished(
     if not full.startswith(before):
         return None
     written = full[len(before) :]
-    silent = {key: value for key, value in messages[-1].items() if key != "tool_calls"}
-    if "tool_calls" in messages[-1] and full == template.render(
-        [*messages[:-1], silent], tools=tools, generate=False
-    ):
+    if messages[-1].get("tool_calls") and full == _without_calls(template, messages, tools):
         raise RowError(
             "tool calls that the chat template does not write",
             f"message {len(messages)}: the chat template does not write its tool_calls, so they "
@@ -118,6 +115,15 @@ def _finished(
             return None
         written = written[: cut + len(template.turn_end)]
     return written
+
+
+def _without_calls(template: ChatTemplate, messages: Sequence[Message], tools: Any) -> str | None:
+    """The chat as if the last message called no tools; ``None`` where the template refuses that."""
+    silent = {key: value for key, value in messages[-1].items() if key != "tool_calls"}
+    try:
+        return template.render([*messages[:-1], silent], tools=tools, generate=False)
+    except RowError:
+        return None
 
 
 def _is_plain(message: Message) -> bool:

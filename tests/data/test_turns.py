@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lorakit.data import DataSpec, load_data, make_rendering
 from lorakit.data.asked import Chat, asked_in
+from lorakit.data.rows import RowError
 from lorakit.errors import DataError
 
 from .toys import (
@@ -169,6 +170,24 @@ def test_tool_calls_that_the_template_leaves_out_are_no_empty_answer(tmp_path, l
         load(tmp_path, [chat if last else [*chat, *CHAT[2:4]]], make_tokenizer())
 
 
+def test_an_empty_list_of_tool_calls_is_none(tmp_path):
+    chat = [CHAT[0], {**CHAT[1], "tool_calls": []}]
+    tokenizer = make_tokenizer()
+    data = load(tmp_path, [chat], tokenizer)
+    assert supervised_text(tokenizer, data[0]) == ["the cat<|im_end|>"]
+
+
+def test_calls_without_which_a_template_refuses_the_message_are_written(tmp_path):
+    refuses = "{% if m['role'] == 'assistant' and not m['content'] and not m['tool_calls'] %}"
+    refuses += "{{ raise_exception('an empty answer') }}{% endif %}"
+    start = CALLS.index("{% for m in messages %}") + len("{% for m in messages %}")
+    tokenizer = make_tokenizer(CALLS[:start] + refuses + CALLS[start:])
+    call = {"type": "function", "function": {"name": "cat", "arguments": "{}"}}
+    chat = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    data = load(tmp_path, [chat], tokenizer)
+    assert "function" in supervised_text(tokenizer, data[0])[0]
+
+
 def test_a_given_system_message_gives_way_to_a_chats_own(tmp_path):
     tokenizer = make_tokenizer()
     own = [{"role": "system", "content": "mine"}, *CHAT]
@@ -213,6 +232,18 @@ def test_what_a_row_asks():
     assert asked_in({"instruction": "a", "input": "b", "output": None}) == "a\n\nb"
     assert asked_in({"prompt": None, "messages": DONE}) == Chat(DONE[:-1])
     assert asked_in({"prompt": DONE}) == Chat(DONE)  # nothing of it is an answer
+    # what holds no messages gives way
+    assert asked_in({"prompt": "a", "messages": []}) == "a"
+    assert asked_in({"prompt": "a", "conversation": "thread 7"}) == "a"
+    # as training reads them
+    assert asked_in({"instruction": "a", "input": "b", "response": "c"}) == "a"
+    assert asked_in({"input": "a", "output": "b", "question": "c"}) == "a"
+    assert asked_in({"prompt": "a", "question": "b", "answer": "c"}) == "b"
+    for broken in ([], "a"):
+        with pytest.raises(RowError, match=r"column 'messages' is .*; expected a list of messages"):
+            asked_in({"messages": broken})
+    with pytest.raises(RowError, match=r"looks like messages, .*to ask it as text give --prompt"):
+        asked_in({"prompt": "[{'role': 'user', 'content': 'a'}]"})
     waiting = asked_in({"conversation": CHAT[:1], "tools": "[1]"})
     assert waiting == Chat((CHAT[0],), [1])
     assert str(waiting) == CHAT[0]["content"]
