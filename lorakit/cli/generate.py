@@ -251,7 +251,8 @@ def _write(
     else:
         if rendering.chat is None:
             why = f"{model.name}: prompts are written plain ({reason or rendering.reason})"
-            prompts = texts_of(prompts, why, "give texts as prompts, or --format chat")
+            other = ", or --format chat" if getattr(tokenizer, "chat_template", None) else ""
+            prompts = texts_of(prompts, why, f"give texts as prompts{other}")
         ids = _asked_ids(rendering, prompts, model.name)
     how = "taken as they are" if options.raw or kind == "text" else f"written {rendering.format}"
     say(f"{model.name}: prompts are {how} ({reason or rendering.reason})")

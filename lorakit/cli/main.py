@@ -13,7 +13,6 @@ import difflib
 import errno
 import importlib
 import os
-import re
 import signal
 import sys
 import threading
@@ -94,8 +93,8 @@ class _Parser(argparse.ArgumentParser):
         options, unknown = super().parse_known_args(args, namespace)
         flags = [one.partition("=")[0] for one in unknown if one.startswith("-")]
         if unknown:
-            known = re.findall(r"--[a-z][a-z0-9-]*", self.format_help())
-            close = [c for flag in flags for c in difflib.get_close_matches(flag, known, 1)]
+            known = [one for one in self._option_string_actions if one.startswith("--")]
+            close = [c for flag in flags for c in difflib.get_close_matches(flag, known, 1, 0.7)]
             hint = f" (close: {', '.join(dict.fromkeys(close))})" if close else ""
             self.error(f"unknown: {' '.join(flags or unknown)}{hint}")
         return options, unknown

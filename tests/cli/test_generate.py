@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,15 @@ def test_chats_that_cannot_be_asked(run, world, flags, message):
     code, out, err = run("--prompts", "chats.jsonl", *flags)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_chats_are_not_asked_of_a_base_without_a_chat_template(run, world):
+    shutil.copytree(world / "base", world / "mute", dirs_exist_ok=True)
+    (world / "mute" / "chat_template.jinja").unlink()
+    (world / "chats.jsonl").write_text(json.dumps({"prompt": CHATS[0]}))
+    code, _, err = run("--base", "mute", "--prompts", "chats.jsonl")
+    assert code == 2
+    assert "needs a chat template; give texts as prompts\n" in err  # and no flag that cannot help
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,11 @@ def test_other_errors_of_finalisers_are_told_as_before(monkeypatch):
             ["images", "sample", "--base", "b", "--out", "o", "--sede=1"],
             "lorakit images sample: unknown: --sede (close: --seed)",
         ),
-        (["inspect", "a", "--quux"], "lorakit inspect: unknown: --quux"),
+        (["inspect", "a", "--quux"], "lorakit inspect: unknown: --quux\n"),
+        (
+            ["merge", "--base", "b", "--out", "o", "--overwrite"],
+            "lorakit merge: unknown: --overwrite\n",
+        ),
         (["train", "--rank", "0"], "lorakit train: argument --rank: '0' given; expected"),
     ],
 )

@@ -328,6 +328,10 @@ def test_drawn_answers_depend_on_seed_and_place_alone(family, base):
     assert generate(one, None, PROMPTS[:2], seed=3, **few) == found[:2]
     assert generate(one, None, PROMPTS, seed=4, **few) != found
     assert len(set(generate(one, None, [PROMPTS[0]] * 3, seed=3, **few))) == 3
+    assert generate(one, None, PROMPTS[1:2], seed=3, numbers=[1], **few) == found[1:2]
+    for numbers in ([], [0, 1], [-1]):
+        with pytest.raises(InputError, match=r"numbers are .*; expected one for each of 1 prompts"):
+            generate(one, None, PROMPTS[:1], numbers=numbers, **few)
     random = torch.get_rng_state()
     generate(one, None, PROMPTS[:1], **few)
     assert torch.equal(torch.get_rng_state(), random)

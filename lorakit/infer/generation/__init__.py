@@ -55,6 +55,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        numbers=numbers,
         batch_size=batch_size,
         stop=stop,
         stop_ids=stop_ids,

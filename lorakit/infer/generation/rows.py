@@ -88,6 +88,11 @@ def rows_of(
             if adapter is None
             else "adapter and mixes are both given; give one of them"
         )
+    if numbers is not None and (len(numbers) != len(prompts) or min(numbers, default=0) < 0):
+        problems.append(
+            f"numbers are {', '.join(map(str, numbers[:6])) or 'none'}; expected one for each of "
+            f"{len(prompts)} prompts, none below 0"
+        )
     if any(not text for text in stop):
         problems.append("a stop text is empty")
     each = list(mixes) if mixes is not None else [adapter] * len(prompts)
@@ -127,7 +132,7 @@ def rows_of(
                 each[i] if i < len(each) else None,
                 left if capped and left is not None else max_new_tokens,
                 "context" if capped else "length",
-                source(seed, i if numbers is None else numbers[i]),
+                source(seed, i if numbers is None or problems else numbers[i]),
                 GrowingText(base.tokenizer, stop) if stop or on_text is not None else None,
             )
         )
