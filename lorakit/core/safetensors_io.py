@@ -30,13 +30,14 @@ MAX_HEADER_BYTES = 32_000_000
 #: a shape with more dimensions is no weight's
 MAX_DIMENSIONS = 16
 
+#: in the order of the format's own writer: wider ones first, so that all are aligned
 DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -45,6 +46,7 @@ DTYPES = {
 #: of the format too, but nothing can be computed with them here
 _TINY_FLOATS = ("F8_", "F6_", "F4")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
 
 _NEXT = "The file is damaged or no safetensors file; copy or download it again."
 
@@ -136,8 +138,8 @@ def write_safetensors(
 ) -> None:
     """Write a file whose bytes depend on nothing but the arguments' values.
 
-    Wider dtypes come first, so that every tensor is aligned, and equal ones by name: the order
-    that the format's own writer uses.
+    Tensors stand in the order that the format's own writer uses: by dtype (:data:`DTYPES`), those
+    of one by name.
 
     Raises:
         FormatError: a dtype that the format has no name for.
@@ -164,7 +166,7 @@ def write_streamed(
     foreign = [f"{name}: {dtype}" for name, (dtype, _) in plan.items() if dtype not in _NAMES]
     if foreign:
         raise FormatError(collected("safetensors cannot hold these dtypes", foreign))
-    order = sorted(plan, key=lambda name: (-plan[name][0].itemsize, name))
+    order = sorted(plan, key=lambda name: (_ORDER[plan[name][0]], name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     begin = 0
     for name in order:

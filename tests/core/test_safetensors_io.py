@@ -69,6 +69,14 @@ def test_byte_for_byte_the_librarys_where_that_is_reproducible(tensors):
             assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_dtypes_of_one_width_stand_in_the_librarys_order(tmp_path):
+    tensors = {f"{i}": torch.zeros(1).to(dtype) for i, dtype in enumerate(DTYPES.values())}
+    tensors |= {f"{9 - i}'": tensor.clone() for i, tensor in enumerate(tensors.values())}
+    write_safetensors(tmp_path / "ours", tensors, {"format": "pt"})
+    save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 def test_metadata_of_null_is_none(tmp_path):
     """As MLX writes it where it is given none; the library reads it so too."""
     path = tmp_path / "mlx.safetensors"
