@@ -1,5 +1,6 @@
 """The entry point itself: what it keeps from being lost."""
 
+import signal
 import sys
 import time
 
@@ -7,6 +8,14 @@ import pytest
 
 from lorakit.cli import inspect_
 from lorakit.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Also where the tests run behind ``&``, which ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class _Interrupting:
